@@ -1,0 +1,1 @@
+"""Saffron search: decoding that a multifurcation reward model steers."""

@@ -1,0 +1,27 @@
+"""Errors a user can cause or meet. All are `SaffronError`; the command line prints them on one line."""
+
+from __future__ import annotations
+
+
+class SaffronError(Exception):
+    """Base class."""
+
+
+class ConfigError(SaffronError, ValueError):
+    """An argument or option that is not allowed; names it, what was given and what is allowed."""
+
+
+class CheckpointError(SaffronError, ValueError):
+    """Files that cannot be loaded, or that do not fit one another; names the file."""
+
+
+class UnsupportedModelError(SaffronError, ValueError):
+    """A model with a feature that the trie cache cannot serve; names the feature."""
+
+
+class PromptTooLongError(SaffronError, ValueError):
+    """Prompt, prefill and new tokens together exceed a model's context."""
+
+
+class NumericalError(SaffronError, ArithmeticError):
+    """A model returned logits or rewards that are not numbers."""

@@ -1,0 +1,99 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+StopReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStatistics:
+    """One step of one search. FLOPs are analytic, for this search alone on an empty cache (see `flops`).
+
+    Attributes:
+        step: 0 is the step that chooses the first new token.
+        live, finished: beams after the step that go on, and that have ended.
+        nucleus_sizes: tokens in the nucleus of each beam that was extended.
+        candidates: their sum.
+        trie_nodes: distinct prefixes, prompt included, that the live beams hold in the policy's cache.
+        reward_model_calls: sequences the MRM read for this step.
+        policy_flops, reward_flops: of the forward passes this step needed.
+        blind: no candidate was known to the MRM, so the policy's order decided.
+    """
+
+    step: int
+    live: int
+    finished: int
+    nucleus_sizes: list[int]
+    candidates: int
+    trie_nodes: int
+    reward_model_calls: int
+    policy_flops: int
+    reward_flops: int
+    blind: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The answer to one prompt.
+
+    Attributes:
+        text: the response, without prefill and special tokens; "" where there is no tokenizer.
+        tokens: its token ids, the end token included.
+        score: its node's score.
+        stop: "eos" if it ended itself, "length" if `max_new_tokens` ended it.
+        steps: statistics of each step.
+        prompt, prefill: as given, where they were text.
+        trace: the whole search, one record a step, if it was asked for; see `write_trace`.
+    """
+
+    text: str
+    tokens: list[int]
+    score: float
+    stop: StopReason
+    steps: list[StepStatistics]
+    prompt: str | None = None
+    prefill: str | None = None
+    trace: list[dict[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def policy_flops(self) -> int:
+        return sum(s.policy_flops for s in self.steps)
+
+    @property
+    def reward_flops(self) -> int:
+        return sum(s.reward_flops for s in self.steps)
+
+    @property
+    def reward_model_calls(self) -> int:
+        return sum(s.reward_model_calls for s in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the trace."""
+        data = asdict(self)
+        del data["trace"]
+        return data | {
+            "policy_flops": self.policy_flops,
+            "reward_flops": self.reward_flops,
+            "reward_model_calls": self.reward_model_calls,
+        }
+
+    def write_trace(self, file: str | Path) -> None:
+        """Writes the search as JSON lines: one record a step, then the answer (`to_json`).
+
+        A step's record holds `step`, `blind`, `expanded`: for each beam its `node` and its `candidates`, each with
+        `token`, `text`, `probability`, `reward`, `unseen` and `child` (the node it became, null if it was pruned), and
+        `beam`: the nodes after the step, best first, with `node`, `parent`, `token`, `score`, `finished`.
+        """
+        if self.trace is None:
+            raise ValueError("trace: this search was not traced; ask for it with trace=True")
+        write_json_lines(file, [*self.trace, {"answer": self.to_json()}])
+
+
+def write_json_lines(file: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    Path(file).write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,309 @@
+"""Saffron search: beam search by the rewards of all children at once. (SAFFRON-1, section 4, Algorithm 1.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saffron.config import SearchConfig
+from saffron.errors import ConfigError, NumericalError
+from saffron.hand_over import Reader, ReadText, ReadTokens, head_for, same_tokens
+from saffron.policy import Policy
+from saffron.result import SearchResult, StepStatistics
+from saffron.reward_models import MultifurcationRewardModel
+from saffron.tree import Node, Tree, common_prefix
+from saffron_kernels import multifurcate, multifurcation_head, nucleus
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One search in token ids: what the policy reads before the response, and what the MRM reads before it.
+
+    The MRM is not shown a prefill: what was forced on the policy is left out of the safety evaluation.
+    """
+
+    policy: tuple[int, ...]
+    mrm: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Frontier:
+    """The live beams of all searches, a row each: the search it belongs to, its node, and what the models said."""
+
+    groups: list[int]
+    nodes: list[Node]
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What `multifurcate` chose for one search: children of rows as (row, token, score), and carried nodes kept."""
+
+    children: list[tuple[int, int, float]]
+    kept: list[Node]
+
+
+class SaffronSearch:
+    """Searches for the response that the MRM finds safest among those the policy finds likely.
+
+    Args:
+        policy, mrm: loaded models. With different tokenizers the response reaches the MRM through text.
+        config: hyperparameters.
+        end_tokens: ids that end a response; None: the policy's own.
+
+    Raises:
+        ConfigError: models that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        mrm: MultifurcationRewardModel,
+        config: SearchConfig | None = None,
+        *,
+        end_tokens: Sequence[int] | None = None,
+    ) -> None:
+        self.policy, self.mrm = policy, mrm
+        self.config = config or SearchConfig()
+        self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
+        self.head = head_for(policy, mrm, self.config.lm_head_bias)
+        self._ends = torch.tensor(sorted(self.end_tokens), dtype=torch.int32, device=policy.device)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        prefill: str | Sequence[str] = "",
+        *,
+        trace: bool = False,
+        progress: Progress | None = None,
+    ) -> list[SearchResult]:
+        """Answers prompts, all in one forest of tries.
+
+        Args:
+            prompts: user turns.
+            prefill: how the answers are forced to begin: one text for all prompts, or one each.
+            trace: record every candidate of every step.
+            progress: called with (steps done, steps at most) after each step.
+
+        Raises:
+            ConfigError, PromptTooLongError: before anything is run. NumericalError: a model returned NaN.
+        """
+        prefills = [prefill] * len(prompts) if isinstance(prefill, str) else list(prefill)
+        if len(prefills) != len(prompts):
+            raise ConfigError(f"prefill: got {len(prefills)} for {len(prompts)} prompts, expected one each")
+        requests = [self._request(p, f) for p, f in zip(prompts, prefills, strict=True)]
+        results = self.search(requests, trace=trace, progress=progress)
+        return [replace(r, prompt=p, prefill=f) for r, p, f in zip(results, prompts, prefills, strict=True)]
+
+    def search(
+        self, requests: Sequence[Request], *, trace: bool = False, progress: Progress | None = None
+    ) -> list[SearchResult]:
+        """`generate` for token ids. Equal requests are searched once."""
+        distinct = list(dict.fromkeys(requests))
+        trees: list[Tree] = []
+        for trees in self.steps(distinct, trace=trace):  # noqa: B007 (the trees of the last step are the answer)
+            if progress is not None:
+                progress(max(len(tree.steps) for tree in trees), self.config.max_new_tokens)
+        found = {request: self._result(tree) for request, tree in zip(distinct, trees, strict=True)}
+        return [found[request] for request in requests]
+
+    def stream(self, prompt: str, prefill: str = "") -> Iterator[str]:
+        """Yields the answer in pieces, each as soon as no live beam can change it any more."""
+        said = ""
+        tree = Tree()
+        for (tree,) in self.steps([self._request(prompt, prefill)]):
+            text = self.policy.decode(common_prefix(tree.beam).tokens())
+            if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):  # a character in parts
+                yield text[len(said) :]
+                said = text
+        rest = self.policy.decode(tree.answer.tokens())[len(said) :]
+        if rest:
+            yield rest
+
+    @torch.inference_mode()
+    def steps(self, requests: Sequence[Request], *, trace: bool = False) -> Iterator[list[Tree]]:
+        """The search itself: yields the trees, one a request, after every step.
+
+        Closing the iterator, or an error in a step, gives the cache back.
+        """
+        self._check(requests)
+        if not requests:
+            return
+        trees = [Tree(trace=[] if trace else None) for _ in requests]
+        reader: Reader = ReadTokens(self.mrm) if same_tokens(self.policy, self.mrm) else ReadText(self.policy, self.mrm)
+        rows, logits = self.policy.prefill([request.policy for request in requests])
+        try:
+            hidden = reader.start([request.mrm for request in requests])
+            at = _Frontier(list(range(len(trees))), [tree.beam[0] for tree in trees], logits, hidden)
+            for step in range(self.config.max_new_tokens):
+                parents, groups, nodes = self._expand(step, requests, trees, at)
+                yield trees
+                if not nodes or step + 1 == self.config.max_new_tokens:
+                    return
+                at.logits = self.policy.step(rows, parents, [node.token for node in nodes])
+                at.hidden = reader.step(parents, nodes)
+                at.groups, at.nodes = groups, nodes
+        finally:
+            reader.release()
+            self.policy.release(rows)
+
+    def _expand(
+        self, step: int, requests: Sequence[Request], trees: list[Tree], at: _Frontier
+    ) -> tuple[list[int], list[int], list[Node]]:
+        """One step: replaces every tree's beam; returns parent row, search and node of each live child."""
+        carried = [[n for n in tree.beam if n.finished] for tree in trees]
+        choices, counts, blind = self._choose(step, trees, at, carried)
+        parents, groups, nodes = [], [], []
+        for g, (tree, choice) in enumerate(zip(trees, choices, strict=True)):
+            mine = [row for row, group in enumerate(at.groups) if group == g]
+            if not mine:
+                continue  # finished: the rest of the steps change nothing
+            expanded = [at.nodes[row] for row in mine]
+            children = {
+                tree.child(at.nodes[row], token, score, token in self.end_tokens): row
+                for row, token, score in choice.children
+            }
+            tree.beam = self._rank(list(children), choice.kept)
+            live = [node for node in children if not node.finished and node in tree.beam]  # still ordered by parent
+            tree.update_cached(expanded, live)
+            sizes = [counts[row] for row in mine]
+            tree.steps.append(self._statistics(step, requests[g], tree, expanded, sizes, blind[g]))
+            if tree.trace is not None:
+                tree.trace.append(self._trace_step(step, tree, at, mine, blind[g]))
+            parents += [children[node] for node in live]
+            groups += [g] * len(live)
+            nodes += live
+        return parents, groups, nodes
+
+    def _choose(
+        self, step: int, trees: list[Tree], at: _Frontier, carried: list[list[Node]]
+    ) -> tuple[list[_Choice], list[int], list[bool]]:
+        """Calls `multifurcate`, and brings its answer to the host: the one synchronisation of a step."""
+        config, device = self.config, at.logits.device
+        _check_finite("policy", at.logits.amax(1))
+        _check_finite("mrm", at.hidden)
+        competing = [(g, node) for g in sorted(set(at.groups)) for node in carried[g] if config.ranking == "paper"]
+        parent, token, reward, counts, blind = multifurcate(
+            at.logits,
+            at.hidden,
+            self.head.weight,
+            self.head.bias,
+            self.head.unseen,
+            config.unseen_reward,
+            _int32(at.groups, device),
+            len(trees),
+            config.width,
+            config.top_p,
+            banned=self._ends if step < config.min_new_tokens else None,
+            scores=_float32([n.score for n in at.nodes], device) if config.eos_score == "parent" else None,
+            end_tokens=self._ends if config.eos_score == "parent" else None,
+            carried_scores=_float32([n.score for _, n in competing], device),
+            carried_groups=_int32([g for g, _ in competing], device),
+        )
+        rows = len(at.nodes)
+        choices = [_Choice([], [] if config.ranking == "paper" else carried[g]) for g in range(len(trees))]
+        for p, t, r in zip(parent.tolist(), token.tolist(), reward.tolist(), strict=True):
+            if p < rows:
+                choices[at.groups[p]].children.append((p, t, r))
+            elif p < rows + len(competing):
+                g, node = competing[p - rows]
+                choices[g].kept.append(node)
+        return choices, counts.tolist(), blind.tolist()
+
+    def _rank(self, children: list[Node], kept: list[Node]) -> list[Node]:
+        """The new beam, best first. Children come ordered by parent, siblings by score."""
+        if self.config.ranking == "paper":
+            return sorted([*kept, *children], key=lambda n: -n.score)
+        # As published: an unfinished node carries no score, and the order of the step stands between equals.
+        children = sorted(children, key=lambda n: -n.score)
+        finished = sorted([n for n in [*kept, *children] if n.finished], key=lambda n: -n.score)
+        return [*finished, *(n for n in children if not n.finished)][: self.config.width]
+
+    def _statistics(
+        self, step: int, request: Request, tree: Tree, expanded: list[Node], sizes: list[int], blind: bool
+    ) -> StepStatistics:
+        live = len(tree.live)
+        flops = []
+        for model, context, head_rows in (
+            (self.policy.flops, len(request.policy), len(expanded) * self.policy.vocab_size),
+            (self.mrm.flops, len(request.mrm), sum(sizes)),
+        ):
+            run = model.prompt(context) if step == 0 else len(expanded) * model.token(context + step - 1)
+            flops.append(run + model.per_head_row * head_rows)
+        nodes = len(request.policy) + tree.cached
+        return StepStatistics(
+            step, live, len(tree.beam) - live, sizes, sum(sizes), nodes, len(expanded), flops[0], flops[1], blind
+        )
+
+    def _trace_step(self, step: int, tree: Tree, at: _Frontier, mine: list[int], blind: bool) -> dict[str, Any]:
+        """Every candidate of one step of one search: what `multifurcate` chose from, by the ops it joins."""
+        logits, hidden = at.logits[mine], at.hidden[mine]
+        banned = self._ends if step < self.config.min_new_tokens else None
+        tokens, probabilities, offsets = nucleus(logits, self.config.top_p, banned)
+        head = (self.head.weight, self.head.bias, self.head.unseen)
+        rewards = multifurcation_head(hidden, *head, self.config.unseen_reward, tokens, offsets).tolist()
+        unseen = [False] * len(rewards) if self.head.unseen is None else self.head.unseen[tokens].tolist()
+        child = {(n.parent.id, n.token): n.id for n in tree.beam if n.parent is not None}
+        ids, bounds, chances = tokens.tolist(), offsets.tolist(), probabilities.tolist()
+        expanded = []
+        for i, row in enumerate(mine):
+            node = at.nodes[row]
+            candidates = [
+                {
+                    "token": ids[c],
+                    "text": self._token_text(ids[c]),
+                    "probability": chances[c],
+                    "reward": rewards[c],
+                    "unseen": unseen[c],
+                    "child": child.get((node.id, ids[c])),
+                }
+                for c in range(bounds[i], bounds[i + 1])
+            ]
+            expanded.append({"node": node.id, "candidates": candidates})
+        beam = [
+            {"node": n.id, "parent": n.parent.id if n.parent else None, "token": n.token, "score": n.score,
+             "finished": n.finished}
+            for n in tree.beam
+        ]  # fmt: skip
+        return {"step": step, "blind": blind, "expanded": expanded, "beam": beam}
+
+    def _token_text(self, token: int) -> str:
+        return "" if self.policy.tokenizer is None else str(self.policy.tokenizer.decode([token]))
+
+    def _result(self, tree: Tree) -> SearchResult:
+        answer = tree.answer if self.config.ranking == "paper" else tree.beam[0]
+        tokens = answer.tokens()
+        text = "" if self.policy.tokenizer is None else self.policy.decode(tokens)
+        stop = "eos" if answer.finished else "length"
+        return SearchResult(text, tokens, answer.score, stop, tree.steps, trace=tree.trace)  # type: ignore[arg-type]
+
+    def _request(self, prompt: str, prefill: str) -> Request:
+        if not isinstance(prompt, str) or not prompt:
+            raise ConfigError(f"prompt: got {prompt!r}, expected a text that is not empty")
+        return Request(tuple(self.policy.chat(prompt, prefill)), tuple(self.mrm.context_tokens(prompt)))
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        for i, request in enumerate(requests):
+            for model, tokens in ((self.policy, request.policy), (self.mrm, request.mrm)):
+                model.check_tokens(f"requests[{i}]", tokens)
+                model.check_length(f"prompt {i}", len(tokens), self.config.max_new_tokens)
+
+
+def _check_finite(model: str, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise NumericalError(f"{model}: its output is not finite (NaN or infinity); the search was stopped")
+
+
+def _int32(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _float32(values: list[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,0 +1,97 @@
+"""The search tree of one prompt, kept on the host: one small object a node of the beam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from saffron.result import StepStatistics
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A response prefix.
+
+    Attributes:
+        parent: None for the empty response.
+        token: its last token, -1 for the empty response.
+        score: what it competes with: its last token's reward, or what it inherited.
+        finished: the token ended the response.
+        depth: number of tokens.
+        id: numbers the nodes of one tree in the order of their creation.
+        children: number of children in the cache.
+        memo: for whoever reads the tree along the way (see `hand_over`).
+    """
+
+    parent: Node | None
+    token: int
+    score: float
+    finished: bool
+    depth: int
+    id: int
+    children: int = 0
+    memo: Any = None
+
+    def tokens(self) -> list[int]:
+        """The response, first token first."""
+        path: list[int] = []
+        node = self
+        while node.parent is not None:
+            path.append(node.token)
+            node = node.parent
+        return path[::-1]
+
+
+@dataclass(slots=True, eq=False)
+class Tree:
+    """One search.
+
+    Attributes:
+        beam: its nodes, best first.
+        cached: response prefixes that the live beams hold in the cache.
+        next_id: nodes created so far.
+        steps, trace: what is reported.
+    """
+
+    beam: list[Node] = field(default_factory=lambda: [Node(None, -1, 0.0, False, 0, 0)])
+    cached: int = 0
+    next_id: int = 1
+    steps: list[StepStatistics] = field(default_factory=list)
+    trace: list[dict[str, Any]] | None = None
+
+    def child(self, parent: Node, token: int, score: float, finished: bool) -> Node:
+        node = Node(parent, token, score, finished, parent.depth + 1, self.next_id)
+        self.next_id += 1
+        return node
+
+    def update_cached(self, old: list[Node], new: list[Node]) -> None:
+        """Counts the prefixes in the cache after the live beams `old` were replaced by their children `new`."""
+        for node in new:
+            if node.parent is not None:
+                node.parent.children += 1
+        self.cached += len(new)
+        for node in old:
+            while node.parent is not None and node.children == 0:
+                self.cached -= 1
+                node = node.parent
+                node.children -= 1
+
+    @property
+    def live(self) -> list[Node]:
+        return [node for node in self.beam if not node.finished]
+
+    @property
+    def answer(self) -> Node:
+        """The node of the highest score; of equals a finished one, then the first."""
+        return max(self.beam, key=lambda node: (node.score, node.finished))
+
+
+def common_prefix(nodes: list[Node]) -> Node:
+    """The longest response that all nodes begin with."""
+    while len(nodes) > 1:
+        deepest = max(node.depth for node in nodes)
+        climbed = {
+            id(n): n for n in (node.parent if node.depth == deepest else node for node in nodes) if n is not None
+        }
+        nodes = list(climbed.values())
+    return nodes[0]

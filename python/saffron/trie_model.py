@@ -1,0 +1,216 @@
+"""TrieModel: a Hugging Face decoder that runs over the trie cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from saffron import attention
+from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
+from saffron.flops import ModelFlops
+from saffron_kernels import Beams, TreeStep
+
+Index = NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class Rows:
+    """Sequences in the caller's order, on beams that the trie numbers depth first. `TrieModel.step` moves them on.
+
+    Attributes:
+        beams: the state of the cache.
+        beam_of_row: `[rows]` the beam of each row; before the first step several rows may stand on one beam.
+    """
+
+    beams: Beams
+    beam_of_row: Index
+
+
+class TrieModel:
+    """A decoder-only model whose K/V cache is a trie.
+
+    Args:
+        model: loaded with `attn_implementation="saffron"`.
+        tokenizer: its tokenizer, or None where only token ids are used.
+        capacity, grow: of the cache (see `KVTrie`).
+        keep_prefixes: leave prompts in the cache for later calls that begin alike. They then start faster, and
+            their results may differ from those of an empty cache in the last bits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        capacity: int = 256,
+        grow: bool = True,
+        keep_prefixes: bool = False,
+    ) -> None:
+        attention.check_supported(model.config, type(model))
+        if model.config._attn_implementation != attention.ATTENTION:
+            model.set_attn_implementation(attention.ATTENTION)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.keep_prefixes = keep_prefixes
+        self.kv = attention.new_cache(model.config, model.dtype, model.device, capacity=capacity, grow=grow)
+        self.flops = ModelFlops.of(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Loads a Hugging Face checkpoint, a folder or a hub name.
+
+        Args:
+            path: the checkpoint; its tokenizer is used if it holds one.
+            dtype: of weights and cache; None: fp32 on a CPU, the checkpoint's own elsewhere.
+            device: None: the GPU if there is one.
+            options: of the constructor.
+
+        Raises:
+            CheckpointError: nothing loadable there. UnsupportedModelError: a feature the trie cannot serve.
+        """
+        return cls(load_model(path, dtype, device), load_tokenizer(path), **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the unembedding: the token ids the model can score."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """The longest text the model was made for, None if its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{type(self).__name__}: text needs a tokenizer, and this checkpoint holds none; pass ids"
+            )
+        return self.tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text; special tokens written in it count, none are added."""
+        return self.require_tokenizer().encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return str(self.require_tokenizer().decode(list(tokens), skip_special_tokens=True))
+
+    def check_length(self, name: str, tokens: int, new_tokens: int = 0) -> None:
+        """Raises `PromptTooLongError` where `tokens + new_tokens` exceed the model's context."""
+        if self.context is not None and tokens + new_tokens > self.context:
+            raise PromptTooLongError(
+                f"{name}: {tokens} tokens and {new_tokens} new ones exceed the context of {self.context} of the "
+                f"{type(self).__name__}"
+            )
+
+    def check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+        """Raises `ConfigError` for token ids outside the vocabulary."""
+        size = int(self.model.get_input_embeddings().weight.shape[0])
+        if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= size:
+            given = f"ids from {min(tokens)} to {max(tokens)}" if tokens else "no tokens"
+            raise ConfigError(f"{name}: got {given}, expected at least one id from 0 to {size - 1}")
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Sequence[Sequence[int]]) -> tuple[Rows, Tensor]:
+        """Runs whatever is not cached of the sequences in one forward pass, every distinct prefix once.
+
+        Returns:
+            the rows, one a sequence, and the output `[sequences, ...]` at each last token. Give the rows back with
+            `release`, or hand them to `step`.
+        """
+        for i, sequence in enumerate(sequences):
+            self.check_tokens(f"sequences[{i}]", sequence)
+        fill = self.kv.insert(sequences)
+        try:
+            # Sequences that end in the same prefix share its output.
+            last, row_of_last = np.unique(fill.last, return_inverse=True)
+            output = self._forward(fill.tokens, fill.step, torch.from_numpy(last).long())
+            beams, beam_of_row = self.kv.beams(fill.leaves)
+        except BaseException:
+            self.kv.release(fill.leaves, discard=True)  # nodes without K and V must not be found again
+            raise
+        return Rows(beams, beam_of_row), output[torch.from_numpy(row_of_last).to(output.device)]
+
+    @torch.inference_mode()
+    def step(self, rows: Rows, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One token further: new row `j` continues row `parents[j]` with `tokens[j]`. Rows without children end.
+
+        Updates `rows`, which stay good for `release` whatever happens.
+
+        Returns:
+            the output `[new rows, ...]` at the new tokens.
+        """
+        beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
+        order = np.argsort(beam, kind="stable")  # the trie numbers new beams by parent
+        ids = np.asarray(tokens, dtype=np.int32)[order]
+        row = np.empty(len(order), dtype=np.int32)
+        row[order] = np.arange(len(order), dtype=np.int32)
+        rows.beams, plan = self.kv.advance(rows.beams, beam[order], ids)
+        rows.beam_of_row = row
+        output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
+        return output[torch.from_numpy(row).long().to(output.device)]
+
+    def release(self, rows: Rows) -> None:
+        """Ends the rows. Their tokens leave the cache unless `keep_prefixes` is set."""
+        self.kv.release(rows.beams.nodes, discard=not self.keep_prefixes)
+
+    def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor) -> Tensor:
+        """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
+        step = attention.TrieStep(self.kv, plan)
+        return self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+
+    def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
+        """Next-token logits `[keep, vocab]`; reward models return hidden states instead."""
+        result = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, trie_step=step
+        )
+        return result.logits[0]
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_first_line(error)})") from error
+    attention.check_supported(config)
+    wanted: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, attn_implementation=attention.ATTENTION)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, None if it holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

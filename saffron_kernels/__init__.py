@@ -1,0 +1,32 @@
+"""Kernels for safety inference scaling: tensors in, tensors out. Knows no model, no tokenizer, no search."""
+
+from saffron_kernels._native import CacheFullError
+from saffron_kernels.kv_trie import Beams, KVTrie, Prefill, TreeStep
+from saffron_kernels.ops import (
+    advance_tree,
+    append_kv,
+    gather_kv,
+    merge_attention,
+    multifurcate,
+    multifurcation_head,
+    nucleus,
+    select_beam,
+    tree_attention,
+)
+
+__all__ = [
+    "Beams",
+    "CacheFullError",
+    "KVTrie",
+    "Prefill",
+    "TreeStep",
+    "advance_tree",
+    "append_kv",
+    "gather_kv",
+    "merge_attention",
+    "multifurcate",
+    "multifurcation_head",
+    "nucleus",
+    "select_beam",
+    "tree_attention",
+]

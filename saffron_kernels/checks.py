@@ -1,0 +1,211 @@
+"""What ops require of their arguments, with one form of message: name, what was given, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saffron_kernels.reference import compute_dtype
+
+
+def expect(condition: bool, name: str, given: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {given}, expected {allowed}")
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """`expected` holds sizes, and names for the dimensions whose size is free."""
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = "[" + ", ".join(str(e) for e in expected) + "]"
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {wanted}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: got {tensor.dtype}, expected a floating-point tensor")
+
+
+def dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(a) for a in allowed)}")
+
+
+def index(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    dtype(name, tensor, torch.int32)
+    shape(name, tensor, expected)
+
+
+def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
+    for name, tensor in others:
+        if tensor is not None and tensor.device != first[1].device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {first[1].device} (as {first[0]})")
+
+
+def caches(k_cache: Tensor, v_cache: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    """K and V caches are `[slots, kv_heads, head_dim]`, of one dtype, on one device."""
+    shape("k_cache", k_cache, ["slots", "kv_heads", "head_dim"])
+    shape("v_cache", v_cache, list(k_cache.shape))
+    floating("k_cache", k_cache)
+    dtype("v_cache", v_cache, k_cache.dtype)
+    same_device(("k_cache", k_cache), ("v_cache", v_cache), *([like] if like else []))
+    if like:
+        dtype(like[0], like[1], k_cache.dtype)
+
+
+# One function an op, for everything but the content of its tensors. `check_<op>` takes the arguments of the op.
+
+
+def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    caches(k_cache, v_cache, ("k", k))
+    shape("k", k, ["tokens", *k_cache.shape[1:]])
+    shape("v", v, list(k.shape))
+    dtype("v", v, k.dtype)
+    index("slots", slots, [k.shape[0]])
+    same_device(("k_cache", k_cache), ("v", v), ("slots", slots))
+
+
+def check_tree_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+) -> None:
+    caches(k_cache, v_cache, ("q", q))
+    shape("q", q, ["queries", "heads", k_cache.shape[2]])
+    heads, kv_heads = q.shape[1], k_cache.shape[1]
+    expect(kv_heads > 0 and heads % kv_heads == 0, "q", f"{heads} heads", f"a multiple of {kv_heads} KV heads")
+    index("slot", slot, ["tokens"])
+    index("begin", begin, [slot.shape[0]])
+    index("end", end, [slot.shape[0]])
+    same_device(("q", q), ("slot", slot), ("begin", begin), ("end", end))
+
+
+def check_merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    floating("out_a", out_a)
+    shape("out_a", out_a, ["queries", "heads", "head_dim"])
+    shape("out_b", out_b, list(out_a.shape))
+    dtype("out_b", out_b, out_a.dtype)
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        shape(name, lse, list(out_a.shape[:2]))
+        dtype(name, lse, compute_dtype(out_a.dtype))
+    same_device(("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
+
+
+def check_gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    caches(k_cache, v_cache)
+    index("slots", slots, ["sequences", "length"])
+    same_device(("k_cache", k_cache), ("slots", slots))
+
+
+def check_top_p(top_p: float) -> None:
+    expect(0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1")
+
+
+def check_nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> None:
+    floating("logits", logits)
+    shape("logits", logits, ["rows", "vocab"])
+    expect(logits.shape[1] > 0, "logits", f"shape {list(logits.shape)}", "a vocabulary that is not empty")
+    check_top_p(top_p)
+    if banned is not None:
+        index("banned", banned, ["banned tokens"])
+        same_device(("logits", logits), ("banned", banned))
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tensor | None) -> None:
+    floating("hidden", hidden)
+    shape("hidden", hidden, ["rows", "hidden"])
+    shape("weight", weight, ["vocab", hidden.shape[1]])
+    dtype("weight", weight, hidden.dtype)
+    if bias is not None:
+        floating("bias", bias)
+        shape("bias", bias, [weight.shape[0]])
+    if unseen is not None:
+        dtype("unseen", unseen, torch.bool)
+        shape("unseen", unseen, [weight.shape[0]])
+    same_device(("hidden", hidden), ("weight", weight), ("bias", bias), ("unseen", unseen))
+
+
+def check_multifurcation_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unseen: Tensor | None,
+    unseen_reward: float,
+    tokens: Tensor,
+    offsets: Tensor,
+) -> None:
+    check_head(hidden, weight, bias, unseen)
+    index("tokens", tokens, ["candidates"])
+    index("offsets", offsets, [hidden.shape[0] + 1])
+    same_device(("hidden", hidden), ("tokens", tokens), ("offsets", offsets))
+
+
+def check_groups(groups: Tensor, rows: int, num_groups: int, width: int) -> None:
+    index("groups", groups, [rows])
+    expect(num_groups >= 0, "num_groups", num_groups, "at least 0")
+    expect(width >= 1, "width", width, "at least 1")
+
+
+def check_select_beam(
+    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+) -> None:
+    floating("rewards", rewards)
+    shape("rewards", rewards, ["candidates"])
+    index("tokens", tokens, [rewards.shape[0]])
+    index("offsets", offsets, ["rows + 1"])
+    expect(offsets.shape[0] > 0, "offsets", "an empty tensor", "[rows + 1] offsets")
+    check_groups(groups, offsets.shape[0] - 1, num_groups, width)
+    same_device(("rewards", rewards), ("tokens", tokens), ("offsets", offsets), ("groups", groups))
+
+
+def check_multifurcate(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unseen: Tensor | None,
+    unseen_reward: float,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    top_p: float,
+    banned: Tensor | None,
+    scores: Tensor | None,
+    end_tokens: Tensor | None,
+    carried_scores: Tensor | None,
+    carried_groups: Tensor | None,
+) -> None:
+    check_nucleus(logits, top_p, banned)
+    check_head(hidden, weight, bias, unseen)
+    rows = logits.shape[0]
+    shape("hidden", hidden, [rows, "hidden"])
+    expect(
+        logits.shape[1] <= weight.shape[0], "logits", f"a vocabulary of {logits.shape[1]}", f"at most {weight.shape[0]}"
+    )
+    check_groups(groups, rows, num_groups, width)
+    if scores is not None:
+        shape("scores", scores, [rows])
+    if end_tokens is not None:
+        index("end_tokens", end_tokens, ["end tokens"])
+    both = (carried_scores is None) == (carried_groups is None)
+    expect(both, "carried_groups", "one without the other", "carried_scores and carried_groups, or neither")
+    if carried_scores is not None and carried_groups is not None:
+        shape("carried_scores", carried_scores, ["carried"])
+        index("carried_groups", carried_groups, list(carried_scores.shape))
+    optional = (("end_tokens", end_tokens), ("carried_scores", carried_scores), ("carried_groups", carried_groups))
+    same_device(("logits", logits), ("hidden", hidden), ("groups", groups), ("scores", scores), *optional)
+
+
+def check_advance_tree(
+    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+) -> None:
+    index("slot", slot, ["tokens"])
+    index("begin", begin, [slot.shape[0]])
+    index("end", end, [slot.shape[0]])
+    index("parents", parents, ["new queries"])
+    index("new_slots", new_slots, [parents.shape[0]])
+    expect(queries >= 0, "queries", queries, "at least 0")
+    others = (("begin", begin), ("end", end), ("parents", parents), ("new_slots", new_slots))
+    same_device(("slot", slot), *others)

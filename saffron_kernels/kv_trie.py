@@ -1,0 +1,211 @@
+"""KVTrie: a forest of cached tokens (host index) and the K and V rows they own, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saffron_kernels import checks, ops
+from saffron_kernels._native import CacheFullError, Trie
+
+Index = NDArray[np.int32]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class TreeStep:
+    """What attention needs to know about one forward pass, the same for all layers.
+
+    Attributes:
+        positions: `[queries]` int64, the position of each query in its sequence (RoPE).
+        write_slots: `[queries]` int32, where the K and V of each query go; -1: they are cached already.
+        slot, begin, end: `[tokens]` int32, the flattened trie (see `ops.tree_attention`).
+        length: tokens in the longest sequence.
+    """
+
+    positions: Tensor
+    write_slots: Tensor
+    slot: Tensor
+    begin: Tensor
+    end: Tensor
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A forward pass over all tokens of some sequences that are not cached yet, each distinct prefix once.
+
+    Attributes:
+        leaves: `[sequences]` the node (= slot) of each sequence's last token, held once for each sequence.
+        last: `[sequences]` which query is the last token of each sequence.
+        tokens: `[queries]` int64, the queries' token ids, depth first.
+        cached: `[sequences]` tokens that were found in the trie.
+        step: the forward pass.
+    """
+
+    leaves: Index
+    last: Index
+    tokens: Tensor
+    cached: NDArray[np.int64]
+    step: TreeStep
+
+
+@dataclass(frozen=True, slots=True)
+class Beams:
+    """Sequences that grow one token a step. One query each, numbered depth first.
+
+    Attributes:
+        nodes: `[beams]` the node of each beam's last token, held.
+        positions: `[beams]` its position.
+        slot, begin, end: `[tokens]` int32, the flattened trie of all beams.
+    """
+
+    nodes: Index
+    positions: NDArray[np.int64]
+    slot: Tensor
+    begin: Tensor
+    end: Tensor
+
+
+class KVTrie:
+    """The K/V cache of one model as a trie: sequences with a common prefix share its rows.
+
+    A node is one token after one prefix; its id is the row of the caches that holds its K and V. What nobody holds
+    stays cached until its slots are needed, least recently used first. Not safe for use from several threads.
+
+    Args:
+        layers, kv_heads, head_dim: geometry of the model.
+        capacity: slots to begin with.
+        grow: double the capacity when held tokens fill it; otherwise raise `CacheFullError`, nothing changed.
+        dtype, device: of the caches.
+
+    Attributes:
+        k, v: `[layers, slots, kv_heads, head_dim]`.
+        index: the host trie (`saffron_kernels._native.Trie`).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        capacity: int = 256,
+        grow: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, size in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
+            checks.expect(size >= 1, name, size, "at least 1")
+        self.grow = grow
+        self.index = Trie(capacity)
+        self.k = torch.zeros(layers, capacity, kv_heads, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    @property
+    def capacity(self) -> int:
+        """Slots there are."""
+        return self.index.capacity
+
+    @property
+    def num_nodes(self) -> int:
+        """Slots in use: distinct cached prefixes."""
+        return self.index.num_nodes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        layers, _, kv_heads, head_dim = self.k.shape
+        return 2 * layers * kv_heads * head_dim * self.k.element_size()
+
+    def insert(self, sequences: Sequence[Sequence[int]]) -> Prefill:
+        """Makes room for the sequences and plans the one forward pass that fills it.
+
+        Every last token is among the queries, cached or not, so that its output can be had. If the forward pass
+        fails, call `release(leaves, discard=True)`: the new nodes have no K and V yet.
+
+        Raises:
+            ValueError: an empty sequence or a negative token.
+            CacheFullError: no room, and the trie does not grow.
+        """
+        for i, sequence in enumerate(sequences):
+            checks.expect(len(sequence) > 0, f"sequences[{i}]", "no tokens", "at least one")
+        offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+        tokens = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
+        leaves, cached, new = self._with_room(len(tokens), lambda: self.index.insert(tokens, offsets))
+
+        queries = np.union1d(new, leaves)
+        # Slots ascend along a fresh chain, but reused ones need not: number the queries depth first.
+        order, slot, begin, end, depth = self.index.plan(queries)
+        queries = queries[order]
+        writes = np.where(np.isin(queries, new), queries, -1)
+        number = np.empty(self.capacity, dtype=np.int32)
+        number[queries] = np.arange(len(queries), dtype=np.int32)
+        step = self._step(depth.astype(np.int64), writes, *map(self._to_device, (slot, begin, end)))
+        return Prefill(leaves, number[leaves], self._to_device(self.index.tokens(queries)).long(), cached, step)
+
+    def beams(self, leaves: Index) -> tuple[Beams, Index]:
+        """Beams that start at held leaves: the beams, and which beam each entry of `leaves` became.
+
+        Equal leaves become one beam and give up the holds they no longer need.
+        """
+        nodes, first = np.unique(leaves, return_index=True)
+        nodes = nodes[np.argsort(first)]  # in the order given, as far as depth-first order allows
+        self.index.release(np.delete(leaves, first))
+        order, slot, begin, end, depth = self.index.plan(nodes)
+        nodes = nodes[order]
+        number = np.empty(self.capacity, dtype=np.int32)
+        number[nodes] = np.arange(len(nodes), dtype=np.int32)
+        return Beams(nodes, depth.astype(np.int64), *map(self._to_device, (slot, begin, end))), number[leaves]
+
+    def advance(self, beams: Beams, parents: Index, tokens: Index) -> tuple[Beams, TreeStep]:
+        """One search step: beam `parents[j]` continues with `tokens[j]`; beams without children end here.
+
+        The slots of dead prefixes are free at once. `parents` ascends: new beam `j` is numbered by its parent.
+
+        Raises:
+            ValueError: parents that descend or do not exist.
+            CacheFullError: no room, and the trie does not grow.
+        """
+        nodes = self._with_room(len(tokens), lambda: self.index.advance(beams.nodes, parents, tokens))
+        slot, begin, end = ops.advance_tree(
+            beams.slot, beams.begin, beams.end, self._to_device(parents), self._to_device(nodes), len(beams.nodes)
+        )
+        alive = begin < end
+        slot, begin, end = slot[alive], begin[alive], end[alive]
+        positions = beams.positions[parents] + 1
+        # Two beams may be the same prefix (searches of the same text): it is written once.
+        writes = np.full_like(nodes, -1)
+        first = np.unique(nodes, return_index=True)[1]
+        writes[first] = nodes[first]
+        return Beams(nodes, positions, slot, begin, end), self._step(positions, writes, slot, begin, end)
+
+    def release(self, nodes: Index, *, discard: bool = False) -> None:
+        """Gives up one hold on each node. `discard` frees what nobody else holds or continues, at once."""
+        self.index.release(nodes, discard)
+
+    def _step(self, positions: NDArray[np.int64], writes: Index, slot: Tensor, begin: Tensor, end: Tensor) -> TreeStep:
+        length = int(positions.max(initial=-1)) + 1
+        return TreeStep(self._to_device(positions), self._to_device(writes), slot, begin, end, length)
+
+    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.k.device)
+
+    def _with_room(self, tokens: int, change: Callable[[], _T]) -> _T:
+        """Runs an all-or-nothing change of the index; grows once, by all it can need, where that is allowed."""
+        try:
+            return change()
+        except CacheFullError:
+            if not self.grow:
+                raise
+        capacity = max(2 * self.capacity, self.num_nodes + tokens)
+        extra = self.k.new_zeros(self.k.shape[0], capacity - self.capacity, *self.k.shape[2:])
+        self.k, self.v = torch.cat([self.k, extra], 1), torch.cat([self.v, extra], 1)
+        self.index.grow(capacity)
+        return change()

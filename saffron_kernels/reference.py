@@ -1,0 +1,221 @@
+"""The specification: every op in plain PyTorch, any floating dtype up to fp64, any device.
+
+Each function has the signature of its op in `saffron_kernels.ops`, which documents shapes and checks them before
+it calls a backend. What is checked here is the *content* of the tensors, which a backend has to look at anyway.
+Storage below fp32 is computed in fp32, fp64 in fp64. All index tensors are int32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Scores held at once by `tree_attention`: bounds its memory at 256 MiB in fp32, whatever the size of a prefill.
+_MAX_SCORES = 1 << 26
+
+
+def compute_dtype(storage: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 storage, else fp32."""
+    return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    _check_index("slots", slots, k_cache.shape[0], lowest=-1)
+    keep = slots >= 0
+    rows = slots[keep]
+    k_cache[rows] = k[keep].to(k_cache.dtype)
+    v_cache[rows] = v[keep].to(v_cache.dtype)
+
+
+def tree_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    queries, heads, head_dim = q.shape
+    kv_heads, tokens = k_cache.shape[1], slot.shape[0]
+    dtype = compute_dtype(q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(queries, heads, dtype=torch.float32 if dtype is torch.float32 else dtype, device=q.device)
+
+    visible = begin < end  # a token that no query sees is not read: its slot may be -1, or already someone else's
+    rows = torch.where(visible, slot, 0)
+    _check_index("slot", rows, k_cache.shape[0])
+    k = k_cache[rows].masked_fill(~visible[:, None, None], 0).to(dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
+    v = v_cache[rows].masked_fill(~visible[:, None, None], 0).to(dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
+
+    block = max(1, _MAX_SCORES // max(1, heads * tokens))
+    for first in range(0, queries, block):
+        index = torch.arange(first, min(first + block, queries), device=q.device)[:, None]
+        hidden = (index < begin) | (index >= end)  # [block, tokens]
+        # Query heads that share a KV head become rows of one matrix: [kv_heads, block * group, head_dim].
+        qb = q[first : first + block].to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1)
+        scores = torch.matmul(qb.flatten(1, 2) * scale, k).unflatten(1, qb.shape[1:3])
+        scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+        block_lse = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - block_lse.masked_fill(block_lse == -torch.inf, 0)).exp()
+        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3])
+        out[first : first + block] = attended.transpose(0, 1).reshape(-1, heads, head_dim)
+        lse[first : first + block] = block_lse.squeeze(-1).transpose(0, 1).reshape(-1, heads)
+    return out, lse
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(out_a.dtype)
+    lse = torch.logaddexp(lse_a, lse_b)
+    base = lse.masked_fill(lse == -torch.inf, 0)
+    weight_a, weight_b = (lse_a - base).exp().to(dtype), (lse_b - base).exp().to(dtype)
+    out = out_a.to(dtype) * weight_a[..., None] + out_b.to(dtype) * weight_b[..., None]
+    return out.to(out_a.dtype), lse
+
+
+def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    _check_index("slots", slots, k_cache.shape[0], lowest=-1)
+    present = slots >= 0
+
+    def gathered(cache: Tensor) -> Tensor:
+        rows = cache.new_zeros(*slots.shape, *cache.shape[1:])
+        rows[present] = cache[slots[present]]
+        return rows.transpose(1, 2).contiguous()
+
+    return gathered(k_cache), gathered(v_cache)
+
+
+def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.to(compute_dtype(logits.dtype))
+    if banned is not None:
+        logits = logits.index_fill(1, banned.long(), -torch.inf)
+    largest = logits.amax(1) if logits.numel() else logits.new_zeros(logits.shape[0])
+    if not bool(torch.isfinite(largest).all()):
+        row = int(torch.isfinite(largest).logical_not().nonzero()[0])
+        raise ValueError(
+            f"logits: row {row} has maximum {float(largest[row])}; every row needs finite logits (no NaN, no +inf) "
+            "and one token that is neither -inf nor banned"
+        )
+    ordered, token = logits.sort(dim=1, descending=True, stable=True)  # stable: equal logits by ascending token id
+    probability = ordered.softmax(1)
+    mass_before = probability.double().cumsum(1) - probability
+    keep = (mass_before < top_p) & (probability > 0)
+    offsets = _offsets(keep.sum(1))
+    return token[keep].int(), probability[keep], offsets
+
+
+def multifurcation_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unseen: Tensor | None,
+    unseen_reward: float,
+    tokens: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    _check_index("tokens", tokens, weight.shape[0])
+    dtype = compute_dtype(hidden.dtype)
+    named, column = tokens.unique(return_inverse=True)  # each named weight row is read once for all rows
+    scores = hidden.to(dtype) @ weight[named].to(dtype).T
+    rewards = scores[_rows(offsets, tokens.shape[0]), column]
+    if bias is not None:
+        rewards = rewards + bias[tokens].to(dtype)
+    if unseen is not None:
+        rewards = rewards.masked_fill(unseen[tokens], unseen_reward)
+    return rewards
+
+
+def select_beam(
+    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if bool(rewards.isnan().any()):
+        raise ValueError(f"rewards: candidate {int(rewards.isnan().nonzero()[0])} is NaN; rewards must be numbers")
+    rows, count = groups.shape[0], rewards.shape[0]
+    row = _rows(offsets, count)
+    # Stable sorts, the last key first: group ascending, reward descending, and equal rewards in candidate order.
+    order = rewards.argsort(descending=True, stable=True)
+    order = order[groups[row[order]].argsort(stable=True)]
+    group = groups[row[order]].long()
+    first = torch.searchsorted(group, group)  # where the group of each candidate begins
+    order = order[torch.arange(count, device=order.device) - first < width]
+    order = order[row[order].argsort(stable=True)]  # ordered by parent; siblings by reward
+
+    chosen = order.shape[0]
+    parent = tokens.new_full((num_groups * width,), rows)
+    token = tokens.new_full((num_groups * width,), -1)
+    reward = rewards.new_full((num_groups * width,), -torch.inf)
+    parent[:chosen], token[:chosen], reward[:chosen] = row[order].int(), tokens[order], rewards[order]
+    return parent, token, reward
+
+
+def multifurcate(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unseen: Tensor | None,
+    unseen_reward: float,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    top_p: float,
+    banned: Tensor | None,
+    scores: Tensor | None,
+    end_tokens: Tensor | None,
+    carried_scores: Tensor | None,
+    carried_groups: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, _, offsets = nucleus(logits, top_p, banned)
+    rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
+    row = _rows(offsets, tokens.shape[0])
+    ends = torch.zeros_like(tokens, dtype=torch.bool)
+    if end_tokens is not None:
+        ends = torch.isin(tokens, end_tokens)
+
+    # A group is blind when the reward model has seen none of its candidates: it then keeps the policy's own order,
+    # which is the candidate order that decides between equal rewards.
+    seen = torch.ones_like(ends) if unseen is None else ~unseen[tokens]
+    blind = torch.zeros(num_groups, dtype=torch.bool, device=logits.device)
+    blind[groups[row[~seen & ~ends]].long()] = True
+    blind[groups[row[seen & ~ends]].long()] = False
+    if scores is not None:
+        inherits = ends | blind[groups[row].long()]
+        rewards = torch.where(inherits, scores[row].to(rewards.dtype), rewards)
+
+    counts = offsets.diff()
+    if carried_scores is not None and carried_groups is not None:
+        tokens = torch.cat([tokens, tokens.new_full(carried_scores.shape, -1)])
+        rewards = torch.cat([rewards, carried_scores.to(rewards.dtype)])
+        groups = torch.cat([groups, carried_groups])
+        offsets = _offsets(torch.cat([counts, counts.new_ones(carried_scores.shape)]))
+    parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width)
+    return parent, token, reward, counts, blind
+
+
+def advance_tree(
+    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if bool((parents.diff() < 0).any()):
+        raise ValueError("parents: must be ascending (the new queries are numbered by parent)")
+    # children_before[i] = children of the queries before i: the exclusive prefix sum of the child counts.
+    old = torch.arange(queries + 1, device=parents.device, dtype=torch.int32)
+    children_before = torch.searchsorted(parents, old, out_int32=True)
+    new = torch.arange(parents.shape[0], device=parents.device, dtype=torch.int32)
+    return (
+        torch.cat([slot, new_slots]),
+        torch.cat([children_before[begin], new]),
+        torch.cat([children_before[end], new + (parents < queries)]),
+    )
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Exclusive prefix sum with the total at its end, int32."""
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _rows(offsets: Tensor, count: int) -> Tensor:
+    """The row each of `count` candidates belongs to."""
+    rows = torch.arange(offsets.shape[0] - 1, device=offsets.device, dtype=torch.int32)
+    return rows.repeat_interleave(offsets.diff(), output_size=count)
+
+
+def _check_index(name: str, index: Tensor, size: int, lowest: int = 0) -> None:
+    """PyTorch lets negative indices wrap around; here they are errors (or, where `lowest` is -1, padding)."""
+    if index.numel():
+        smallest, largest = (int(x) for x in index.aminmax())
+        if smallest < lowest or largest >= size:
+            raise ValueError(f"{name}: holds values from {smallest} to {largest}, allowed are {lowest} to {size - 1}")
