@@ -1,6 +1,7 @@
 """Kernels for safety inference scaling: tensors in, tensors out. Knows no model, no tokenizer, no search."""
 
 from saffron_kernels._native import CacheFullError
+from saffron_kernels.backends import BackendError, backend
 from saffron_kernels.kv_trie import Beams, KVTrie, Prefill, TreeStep
 from saffron_kernels.ops import (
     advance_tree,
@@ -15,6 +16,7 @@ from saffron_kernels.ops import (
 )
 
 __all__ = [
+    "BackendError",
     "Beams",
     "CacheFullError",
     "KVTrie",
@@ -22,6 +24,7 @@ __all__ = [
     "TreeStep",
     "advance_tree",
     "append_kv",
+    "backend",
     "gather_kv",
     "merge_attention",
     "multifurcate",

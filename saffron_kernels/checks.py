@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saffron_kernels.reference import compute_dtype
+
+def compute_dtype(storage: torch.dtype) -> torch.dtype:
+    """What results are computed in: fp64 for fp64 storage, else fp32."""
+    return torch.float64 if storage == torch.float64 else torch.float32
 
 
 def expect(condition: bool, name: str, given: object, allowed: str) -> None:

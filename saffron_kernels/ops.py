@@ -10,11 +10,14 @@ Index tensors (`slot`, `begin`, `end`, `tokens`, `offsets`, `parents`, `groups`,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saffron_kernels import checks, reference
+from saffron_kernels import checks
+from saffron_kernels.backends import implementation
+from saffron_kernels.checks import compute_dtype
 
 _library = torch.library.Library("saffron_kernels", "DEF")
 
@@ -25,11 +28,11 @@ def _register(schema: str, fake: Callable[..., object]) -> Callable[..., object]
     check: Callable[..., None] = getattr(checks, f"check_{name}")
     _library.define(schema)
 
-    def run(*args: object) -> object:
+    def run(*args: Any) -> object:
         check(*args)
-        return getattr(reference, name)(*args)
+        return implementation(name, args[0].device, args[0].dtype)(*args)
 
-    def trace(*args: object) -> object:
+    def trace(*args: Any) -> object:
         check(*args)
         return fake(*args)
 
@@ -67,7 +70,7 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Ten
 
 
 def _fake_tree_attention(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse = torch.empty(q.shape[:2], dtype=reference.compute_dtype(q.dtype), device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=compute_dtype(q.dtype), device=q.device)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
@@ -179,7 +182,7 @@ def _fake_nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[
     kept = torch.library.get_ctx().new_dynamic_size()
     return (
         logits.new_empty(kept, dtype=torch.int32),
-        logits.new_empty(kept, dtype=reference.compute_dtype(logits.dtype)),
+        logits.new_empty(kept, dtype=compute_dtype(logits.dtype)),
         logits.new_empty(logits.shape[0] + 1, dtype=torch.int32),
     )
 
@@ -224,7 +227,7 @@ _multifurcation_head = _register(
     "multifurcation_head(Tensor hidden, Tensor weight, Tensor? bias, Tensor? unseen, float unseen_reward,"
     " Tensor tokens, Tensor offsets) -> Tensor",
     lambda hidden, weight, bias, unseen, unseen_reward, tokens, offsets: hidden.new_empty(
-        tokens.shape, dtype=reference.compute_dtype(hidden.dtype)
+        tokens.shape, dtype=compute_dtype(hidden.dtype)
     ),
 )
 
@@ -321,7 +324,7 @@ def _fake_multifurcate(
     width: int,
     *_: object,
 ) -> tuple[Tensor, ...]:
-    parent, token, reward = _fake_beam(logits, num_groups, width, reference.compute_dtype(hidden.dtype))
+    parent, token, reward = _fake_beam(logits, num_groups, width, compute_dtype(hidden.dtype))
     return parent, token, reward, torch.empty_like(groups), logits.new_empty(num_groups, dtype=torch.bool)
 
 

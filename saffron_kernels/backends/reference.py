@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saffron_kernels.checks import compute_dtype
+
 # Scores held at once by `tree_attention`: bounds its memory at 256 MiB in fp32, whatever the size of a prefill.
 _MAX_SCORES = 1 << 26
 
 
-def compute_dtype(storage: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 storage, else fp32."""
-    return torch.float64 if storage == torch.float64 else torch.float32
+def why_not(device: torch.device, dtype: torch.dtype) -> None:
+    """It runs everywhere."""
 
 
 def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
