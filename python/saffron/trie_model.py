@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,7 +166,12 @@ class TrieModel:
         row[order] = np.arange(len(order), dtype=np.int32)
         rows.beams, plan = self.kv.advance(rows.beams, beam[order], ids)
         rows.beam_of_row = row
-        output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
+        try:
+            output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
+        except BaseException:
+            self.kv.release(rows.beams.nodes, discard=True)  # as in `prefill`
+            rows.beams = replace(rows.beams, nodes=rows.beams.nodes[:0])
+            raise
         return output[torch.from_numpy(row).long().to(output.device)]
 
     def release(self, rows: Rows) -> None:
@@ -198,18 +203,25 @@ def load_model(
     attention.check_supported(config)
     wanted: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, attn_implementation=attention.ATTENTION)
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, attn_implementation=attention.ATTENTION, output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise types of their own
         raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
-    return model.to(device)  # type: ignore[arg-type]
+    model, info = loaded
+    if info["missing_keys"]:  # transformers fills what is missing with random numbers
+        raise CheckpointError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys']))}")
+    return model.to(device)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint, None if it holds none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*tokenizer*")):
+        return None
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
