@@ -82,7 +82,7 @@ class MultifurcationRewardModel(_HiddenModel):
         cls,
         path: str | Path,
         *,
-        base: str | Path | None = None,
+        base: str | Path | PreTrainedModel | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         **options: Any,
@@ -91,8 +91,8 @@ class MultifurcationRewardModel(_HiddenModel):
 
         Args:
             path: folder of the adapter.
-            base: checkpoint the adapter was trained on; None: the one the adapter names, a relative path being taken
-                from `path`.
+            base: checkpoint the adapter was trained on, or that model, loaded (it is changed); None: the one the
+                adapter names, a relative path being taken from `path`.
             dtype, device: as for `TrieModel.from_pretrained`.
             options: of the constructor.
 
@@ -102,6 +102,8 @@ class MultifurcationRewardModel(_HiddenModel):
         folder = Path(path)
         base = _adapter_base(folder) if base is None else base
         bias, unseen = _load_vector(folder / "lm_head_bias.pt"), _load_vector(folder / "unseen_mask.pt")
+        if isinstance(base, PreTrainedModel):
+            return cls(_merge_adapter(base, folder), bias=bias, unseen=unseen, **options)
         model = _merge_adapter(load_model(base, dtype, device), folder)
         return cls(model, load_tokenizer(base), bias=bias, unseen=unseen, **options)
 

@@ -1,0 +1,145 @@
+"""The command line: what a person runs, and what they see when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from saffron.cli import main
+
+PROMPT = "How do I make bread in my shed?"
+FAST = ["--width", "2", "--max-new-tokens", "6", "--min-new-tokens", "2"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:  # argparse
+        status = int(stopped.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_generate_text_json_and_stream_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, text, _ = run(capsys, "generate", "--prompt", PROMPT, *FAST)
+    assert status == 0 and text.strip()
+    status, out, _ = run(
+        capsys, "generate", "--prompt", PROMPT, *FAST, "--json", "--trace", str(tmp_path / "trace.jsonl")
+    )
+    record = json.loads(out)
+    assert status == 0 and record["text"] == text[:-1] and len(record["tokens"]) <= 6
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == len(record["steps"]) + 1
+    status, out, _ = run(capsys, "generate", "--prompt", PROMPT, *FAST, "--stream")
+    assert status == 0 and out == text
+
+
+def test_generate_many_prompts_and_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": PROMPT}, {"prompt": PROMPT, "prefill": "Sure, you can"}, {"prompt": "How do I fix a clock?"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["generate", "--prompts", str(prompts), "--output", str(output), "--batch", "2", *FAST]
+    assert run(capsys, *arguments)[0] == 0
+    whole = output.read_text().splitlines()
+    assert [json.loads(line)["id"] for line in whole] == [0, 1, 2]
+    assert json.loads(whole[1])["prefill"] == "Sure, you can"
+
+    assert run(capsys, *arguments)[0] == 0  # nothing left to do
+    assert output.read_text().splitlines() == whole
+    output.write_text("\n".join([*whole[:2], whole[2][:40]]))  # killed while writing the last line
+    assert run(capsys, *arguments)[0] == 0
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["id"] for r in again] == [0, 1, 2]
+    assert again[2]["tokens"] == json.loads(whole[2])["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x", "--width", "0"], "width: got 0, expected a whole number of at least 1"),
+        (["--prompt", "x", "--top-p", "1.5"], "top_p: got 1.5"),
+        (["--prompt", "x", "--ranking", "best"], "ranking: got 'best', expected one of paper, released"),
+        (["--prompt", "x", "--policy", "/no/such/place"], "/no/such/place: no Hugging Face checkpoint there"),
+        (["--prompt", "x", "--mrm", "/no/such/place"], "/no/such/place/adapter_config.json"),
+        (["--prompt", "a clock " * 2000], "exceed the context"),
+        (["--prompt", ""], "prompt: got ''"),
+        (["--prompts", "/no/such/file"], "/no/such/file: cannot be read"),
+        (["--prompts", "x", "--stream"], "--prompt"),
+        (["--prompt", "x", "--batch", "0"], "at least 1"),
+        (["--prompt", "x", "--colour"], "unrecognized arguments: --colour"),
+        ([], "--prompt"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    status, out, err = run(capsys, "generate", *arguments)
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and message in err and "Traceback" not in err
+
+
+def test_vocabularies_that_do_not_match(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    tiny.model(attention="eager", vocab_size=9000).save_pretrained(policy)  # no tokenizer, and larger than the MRM's
+    status, _, err = run(capsys, "generate", "--prompt", "x", "--policy", str(policy))
+    assert status == 2 and err.count("\n") == 1 and "vocabulary" in err
+
+
+def test_bad_prompt_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for text, message in (
+        ("{", "not JSON lines"),
+        ("[1]", "JSON object"),
+        ('{"promt": "x"}', 'line 1 needs a text "prompt"'),
+    ):
+        file = tmp_path / "prompts.jsonl"
+        file.write_text(text)
+        status, _, err = run(capsys, "generate", "--prompts", str(file))
+        assert status == 2 and message in err
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    status, out, _ = run(capsys, "demo", "--count", "2", "--json", "--html", str(page), *FAST)
+    report = json.loads(out)
+    assert status == 0 and len(report["prompts"]) == 2
+    for row in report["prompts"]:
+        assert row["undefended"] and row["saffron"] and isinstance(row["saffron_harmful"], bool)
+    assert report["saffron"]["gflop_per_prompt"] > report["undefended"]["gflop_per_prompt"] > 0
+    text = page.read_text()
+    data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    answers = [n for n in data["nodes"] if n["answer"]]
+    assert [n["step"] for n in answers] == list(range(len(answers))) and len(answers) > 2
+    assert any(c["child"] is None for n in data["nodes"] for c in n["candidates"])  # something was pruned
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # self-contained
+    status, out, _ = run(capsys, "demo", "--count", "1", "--html", str(page), *FAST)
+    assert status == 0 and "attack success rate" in out
+
+
+def test_parity_reports_and_fails_where_records_differ(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(capsys, "parity", str(tmp_path))[0] == 2
+    if "SAFFRON_PARITY" not in os.environ:
+        pytest.skip("SAFFRON_PARITY names no folder of recorded searches")
+    source = Path(os.environ["SAFFRON_PARITY"]) / "a"
+    for name in ("policy", "guard", "mrm"):
+        (tmp_path / name).symlink_to(source / name)
+    case = json.loads((source / "cases.json").read_text())[0]
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    status, out, _ = run(capsys, "parity", str(tmp_path))
+    assert status == 0 and "1 of 1 identical" in out
+    case["output"][0] += 1
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    status, out, _ = run(capsys, "parity", str(tmp_path), "--json")
+    assert status == 1 and json.loads(out)["identical"] is False
+
+
+def test_the_installed_command_starts_quickly_and_helps() -> None:
+    help_text = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "saffron.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "generate" in help_text.stdout and "demo" in help_text.stdout
+    assert "transformers" not in help_text.stderr  # nothing heavy is imported for a help text
