@@ -80,7 +80,7 @@ class Trie:
 
         Nodes without a child in this step are released with `discard` first, so that their slots serve the children at
         once; then the children are made as by `extend`; then the other old nodes lose their hold. At no time are there
-        more nodes than different live prefixes. A child that is cached already is kept, also if it is in `nodes` itself.
+        more nodes than different live prefixes. A child that is cached already is kept, even if `nodes` names it.
 
         Args:
             nodes: int32 [N], the old beams, each held once for every time it is named.

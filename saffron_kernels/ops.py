@@ -196,8 +196,8 @@ _nucleus = _register(
 def nucleus(logits: Tensor, top_p: float, banned: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The exact top-p set of every row: the tokens before which less than `top_p` of the probability mass lies.
 
-    Order: probability descending, then token id ascending. The most probable token is always in; a token of
-    probability 0 never is. (SAFFRON-1, section 4: `N_p(s)`.) Equivalent, for one row, to::
+    Order: probability descending (by the logits, before exp rounds), then token id ascending. The most probable token
+    is always in; a token of probability 0 never is. (SAFFRON-1, section 4: `N_p(s)`.) Equivalent, for one row, to::
 
         logits[banned] = -torch.inf
         p, token = logits.float().sort(descending=True, stable=True)

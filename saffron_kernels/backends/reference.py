@@ -32,30 +32,33 @@ def tree_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     queries, heads, head_dim = q.shape
-    kv_heads, tokens = k_cache.shape[1], slot.shape[0]
+    kv_heads = k_cache.shape[1]
     dtype = compute_dtype(q.dtype)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(queries, heads, dtype=torch.float32 if dtype is torch.float32 else dtype, device=q.device)
+    lse = torch.empty(queries, heads, dtype=dtype, device=q.device)
 
     visible = begin < end  # a token that no query sees is not read: its slot may be -1, or already someone else's
-    rows = torch.where(visible, slot, 0)
-    _check_index("slot", rows, k_cache.shape[0])
-    k = k_cache[rows].masked_fill(~visible[:, None, None], 0).to(dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
-    v = v_cache[rows].masked_fill(~visible[:, None, None], 0).to(dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
+    slot, begin, end = slot[visible], begin[visible], end[visible]
+    _check_index("slot", slot, k_cache.shape[0])
+    k = k_cache[slot].to(dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
+    v = v_cache[slot].to(dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
 
-    block = max(1, _MAX_SCORES // max(1, heads * tokens))
+    block = max(1, _MAX_SCORES // max(1, heads * slot.shape[0]))
     for first in range(0, queries, block):
         index = torch.arange(first, min(first + block, queries), device=q.device)[:, None]
         hidden = (index < begin) | (index >= end)  # [block, tokens]
         # Query heads that share a KV head become rows of one matrix: [kv_heads, block * group, head_dim].
         qb = q[first : first + block].to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1)
         scores = torch.matmul(qb.flatten(1, 2) * scale, k).unflatten(1, qb.shape[1:3])
-        scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
-        block_lse = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - block_lse.masked_fill(block_lse == -torch.inf, 0)).exp()
-        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3])
+        scores.masked_fill_(hidden[:, None, :], -torch.inf)
+        # An empty block of tokens has no maximum; a query that sees nothing has -inf, which must not make NaN.
+        largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+        weights = scores.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3]) / total.masked_fill(total == 0, 1)
         out[first : first + block] = attended.transpose(0, 1).reshape(-1, heads, head_dim)
-        lse[first : first + block] = block_lse.squeeze(-1).transpose(0, 1).reshape(-1, heads)
+        block_lse = (largest + total.log()).squeeze(-1)
+        lse[first : first + block] = block_lse.transpose(0, 1).reshape(-1, heads)
     return out, lse
 
 
@@ -65,7 +68,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     base = lse.masked_fill(lse == -torch.inf, 0)
     weight_a, weight_b = (lse_a - base).exp().to(dtype), (lse_b - base).exp().to(dtype)
     out = out_a.to(dtype) * weight_a[..., None] + out_b.to(dtype) * weight_b[..., None]
-    return out.to(out_a.dtype), lse
+    return out.to(out_a.dtype).contiguous(), lse.contiguous()
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +86,7 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
 def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.to(compute_dtype(logits.dtype))
     if banned is not None:
+        _check_index("banned", banned, logits.shape[1])
         logits = logits.index_fill(1, banned.long(), -torch.inf)
     largest = logits.amax(1) if logits.numel() else logits.new_zeros(logits.shape[0])
     if not bool(torch.isfinite(largest).all()):
@@ -91,12 +95,32 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
             f"logits: row {row} has maximum {float(largest[row])}; every row needs finite logits (no NaN, no +inf) "
             "and one token that is neither -inf nor banned"
         )
-    ordered, token = logits.sort(dim=1, descending=True, stable=True)  # stable: equal logits by ascending token id
-    probability = ordered.softmax(1)
-    mass_before = probability.double().cumsum(1) - probability
-    keep = (mass_before < top_p) & (probability > 0)
-    offsets = _offsets(keep.sum(1))
-    return token[keep].int(), probability[keep], offsets
+    probability = logits.softmax(1)
+    row, token = ((probability > 0) & (probability >= _lowest_in_nucleus(probability, top_p))).nonzero(as_tuple=True)
+    # By logits, which tell apart what exp rounds to one probability; stable: equal logits by ascending token id.
+    order = logits[row, token].argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row, token = row[order], token[order]
+    chance = probability[row, token]
+    mass_before = chance.double().cumsum(0) - chance
+    first = torch.searchsorted(row, torch.arange(logits.shape[0], device=row.device))  # each row's most probable token
+    keep = mass_before - mass_before[first][row] < top_p
+    counts = torch.bincount(row[keep], minlength=logits.shape[0])
+    return token[keep].int(), chance[keep], _offsets(counts)
+
+
+def _lowest_in_nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """`[rows, 1]`: no token less probable than this is in the nucleus. Saves sorting the vocabulary.
+
+    If the tokens of probability `p` and more hold `top_p` of the mass, all others are out. Bisection finds such a `p`.
+    """
+    low, high = probability.new_zeros(probability.shape[0], 1), probability.amax(1, keepdim=True)
+    for _ in range(12):
+        middle = (low + high) / 2
+        mass = torch.where(probability >= middle, probability, 0).sum(1, keepdim=True, dtype=torch.float64)
+        enough = mass > top_p + 1e-9  # the margin covers the order of summation
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low
 
 
 def multifurcation_head(
@@ -109,6 +133,7 @@ def multifurcation_head(
     offsets: Tensor,
 ) -> Tensor:
     _check_index("tokens", tokens, weight.shape[0])
+    _check_offsets(offsets, tokens.shape[0])
     dtype = compute_dtype(hidden.dtype)
     named, column = tokens.unique(return_inverse=True)  # each named weight row is read once for all rows
     scores = hidden.to(dtype) @ weight[named].to(dtype).T
@@ -126,6 +151,8 @@ def select_beam(
     if bool(rewards.isnan().any()):
         raise ValueError(f"rewards: candidate {int(rewards.isnan().nonzero()[0])} is NaN; rewards must be numbers")
     rows, count = groups.shape[0], rewards.shape[0]
+    _check_index("groups", groups, num_groups)
+    _check_offsets(offsets, count)
     row = _rows(offsets, count)
     # Stable sorts, the last key first: group ascending, reward descending, and equal rewards in candidate order.
     order = rewards.argsort(descending=True, stable=True)
@@ -160,6 +187,9 @@ def multifurcate(
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_index("groups", groups, num_groups)
+    if carried_groups is not None:
+        _check_index("carried_groups", carried_groups, num_groups)
     tokens, _, offsets = nucleus(logits, top_p, banned)
     rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
     row = _rows(offsets, tokens.shape[0])
@@ -192,9 +222,12 @@ def advance_tree(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if bool((parents.diff() < 0).any()):
         raise ValueError("parents: must be ascending (the new queries are numbered by parent)")
+    _check_index("parents", parents, 1 << 31)  # not negative; `queries` and above is no parent
+    _check_index("begin", begin, queries + 1)
+    _check_index("end", end, queries + 1)
     # children_before[i] = children of the queries before i: the exclusive prefix sum of the child counts.
     old = torch.arange(queries + 1, device=parents.device, dtype=torch.int32)
-    children_before = torch.searchsorted(parents, old, out_int32=True)
+    children_before = torch.searchsorted(parents.contiguous(), old, out_int32=True)
     new = torch.arange(parents.shape[0], device=parents.device, dtype=torch.int32)
     return (
         torch.cat([slot, new_slots]),
@@ -220,3 +253,9 @@ def _check_index(name: str, index: Tensor, size: int, lowest: int = 0) -> None:
         smallest, largest = (int(x) for x in index.aminmax())
         if smallest < lowest or largest >= size:
             raise ValueError(f"{name}: holds values from {smallest} to {largest}, allowed are {lowest} to {size - 1}")
+
+
+def _check_offsets(offsets: Tensor, count: int) -> None:
+    """Row after row owns the next candidates, and all of them have a row."""
+    if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets: must ascend from 0 to {count}, the number of candidates")
