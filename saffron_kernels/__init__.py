@@ -2,6 +2,7 @@
 
 from saffron_kernels._native import CacheFullError
 from saffron_kernels.backends import BackendError, backend
+from saffron_kernels.describe import describe
 from saffron_kernels.kv_trie import Beams, KVTrie, Prefill, TreeStep
 from saffron_kernels.ops import (
     advance_tree,
@@ -25,6 +26,7 @@ __all__ = [
     "advance_tree",
     "append_kv",
     "backend",
+    "describe",
     "gather_kv",
     "merge_attention",
     "multifurcate",

@@ -21,10 +21,13 @@ from saffron_kernels.checks import compute_dtype
 
 _library = torch.library.Library("saffron_kernels", "DEF")
 
+NAMES: list[str] = []  # of all ops, in the order of this file
+
 
 def _register(schema: str, fake: Callable[..., object]) -> Callable[..., object]:
     """Defines one op and returns its handle. `checks.check_<op>` sees the arguments of every call, real or fake."""
     name = schema.split("(")[0]
+    NAMES.append(name)
     check: Callable[..., None] = getattr(checks, f"check_{name}")
     _library.define(schema)
 

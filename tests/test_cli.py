@@ -137,6 +137,21 @@ def test_parity_reports_and_fails_where_records_differ(capsys: pytest.CaptureFix
     assert status == 1 and json.loads(out)["identical"] is False
 
 
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    import saffron_kernels
+    from saffron_kernels import backends, ops
+
+    status, out, _ = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    assert status == 0 and report == saffron_kernels.describe()
+    for choices in report["backends"]["cpu"].values():
+        assert list(choices) == ops.NAMES
+        for choice in choices.values():
+            assert {choice["used"], *choice["not"]} == set(backends.MODULES) and all(choice["not"].values())
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0 and report["native"] in out and "reference" in out
+
+
 def test_the_installed_command_starts_quickly_and_helps() -> None:
     help_text = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "saffron.cli", "--help"], capture_output=True, text=True, check=True

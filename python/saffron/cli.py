@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="holds policy/ guard/ mrm/ cases.json")
     parity.add_argument("--json", action="store_true", help="print one JSON line a case")
     parity.set_defaults(run=_parity)
+
+    doctor = commands.add_parser("doctor", help="say what was built, what was found and which kernels will run")
+    doctor.add_argument("--json", action="store_true", help="all of it, as JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -214,6 +218,36 @@ def _parity(options: argparse.Namespace) -> int:
     if not options.json:
         print(f"{identical} of {total} identical in every step and in the answer")
     return 0 if total and identical == total else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from saffron_kernels import describe
+
+    report = describe()
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for name, version in {"python": report["python"], **report["versions"]}.items():
+        print(f"{name:16} {version or 'not installed'}")
+    print(f"{'native module':16} {report['native']} ({report['instruction_set']})")
+    for device in ("cpu", "cuda"):
+        print(f"\n{device}: {report['devices'].get(device, 'not found')}")
+        for dtype, choices in report["backends"][device].items():
+            _print_choices(dtype, choices)
+    return 0
+
+
+def _print_choices(dtype: str, choices: dict[str, dict[str, Any]]) -> None:
+    """One line for the ops that share a choice, one for each backend that was not chosen."""
+    kinds: dict[str, list[str]] = {}
+    for op, choice in choices.items():
+        kinds.setdefault(json.dumps(choice), []).append(op)
+    for kind, ops in kinds.items():
+        choice = json.loads(kind)
+        which = "all ops" if len(kinds) == 1 else ", ".join(ops)
+        print(f"  {dtype:9} {choice['used']}: {which}")
+        for name, reason in choice["not"].items():
+            print(f"            not {name}: {reason}")
 
 
 @contextmanager
