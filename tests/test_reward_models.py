@@ -39,6 +39,11 @@ def test_score_is_the_logit_difference_after_the_template() -> None:
     assert prm.score([]).shape == (0,) and prm.kv.num_nodes == 0
 
 
+def test_templates_may_want_content_in_parts() -> None:
+    in_parts = TEMPLATE.replace("['content']", "['content'][0]['text']")
+    assert guard(in_parts).sequence("hello", "there") == guard().sequence("hello", "there")
+
+
 def test_guards_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(CheckpointError, match="'hello world' must be one token"):
         guard(safe="hello world")

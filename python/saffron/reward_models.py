@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -170,14 +171,25 @@ class ProcessRewardModel(_HiddenModel):
     def _template(self) -> tuple[str, str, str]:
         """The rendered template, cut around prompt and response."""
         marks = ("<<prompt>>", "<<response>>")
-        roles = ("user", "assistant")
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        text = self.require_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, found, rest = str(text).partition(marks[0])
-        between, found_too, after = rest.partition(marks[1])
-        if not found or not found_too:
-            raise CheckpointError("guard: its chat template does not show both the prompt and the response")
-        return before, between, after
+        for parts in (False, True):  # some templates want content in typed parts (Llama-Guard-3-1B's does)
+            messages = [
+                {"role": role, "content": [{"type": "text", "text": mark}] if parts else mark}
+                for role, mark in zip(("user", "assistant"), marks, strict=True)
+            ]
+            text = self._render(messages)
+            before, found, rest = text.partition(marks[0])
+            between, found_too, after = rest.partition(marks[1])
+            if found and found_too:
+                return before, between, after
+        raise CheckpointError("guard: its chat template does not show both the prompt and the response")
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        """The chat template's text; empty where the template cannot take messages of this form."""
+        try:
+            text = self.require_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError):
+            return ""
+        return str(text)
 
 
 def _adapter_base(folder: Path) -> str | Path:
