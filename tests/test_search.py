@@ -172,7 +172,8 @@ def test_analytic_flops_are_what_torch_counts() -> None:
     flops = policy.flops
     causal = flops.prompt(len(tokens)) + flops.per_head_row * policy.vocab_size
     square = causal + flops.per_pair * (len(tokens) ** 2 - len(tokens) * (len(tokens) + 1) // 2)
-    assert counter.get_total_flops() == square  # dense attention computes the masked half as well
+    rotary = 2 * len(tokens) * 4  # some versions of transformers make the RoPE angles by a matrix product
+    assert counter.get_total_flops() - square in (0, rotary)  # dense attention computes the masked half as well
 
 
 def test_blind_steps_keep_the_policys_order() -> None:
