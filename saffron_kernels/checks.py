@@ -189,12 +189,14 @@ def check_multifurcate(
     )
     check_groups(groups, rows, num_groups, width)
     if scores is not None:
+        floating("scores", scores)
         shape("scores", scores, [rows])
     if end_tokens is not None:
         index("end_tokens", end_tokens, ["end tokens"])
     both = (carried_scores is None) == (carried_groups is None)
     expect(both, "carried_groups", "one without the other", "carried_scores and carried_groups, or neither")
     if carried_scores is not None and carried_groups is not None:
+        floating("carried_scores", carried_scores)
         shape("carried_scores", carried_scores, ["carried"])
         index("carried_groups", carried_groups, list(carried_scores.shape))
     optional = (("end_tokens", end_tokens), ("carried_scores", carried_scores), ("carried_groups", carried_groups))

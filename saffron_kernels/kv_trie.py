@@ -131,13 +131,16 @@ class KVTrie:
         fails, call `release(leaves, discard=True)`: the new nodes have no K and V yet.
 
         Raises:
-            ValueError: an empty sequence or a negative token.
+            ValueError: an empty sequence, or a token that is negative or beyond int32.
             CacheFullError: no room, and the trie does not grow.
         """
         for i, sequence in enumerate(sequences):
             checks.expect(len(sequence) > 0, f"sequences[{i}]", "no tokens", "at least one")
         offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-        tokens = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
+        ids = np.fromiter((t for s in sequences for t in s), dtype=np.int64, count=int(offsets[-1]))
+        low, high = ids.min(initial=0), ids.max(initial=0)
+        checks.expect(low >= 0 and high < 1 << 31, "sequences", f"tokens from {low} to {high}", "0 to 2**31 - 1")
+        tokens = ids.astype(np.int32)
         leaves, cached, new = self._with_room(len(tokens), lambda: self.index.insert(tokens, offsets))
 
         queries = np.union1d(new, leaves)

@@ -33,13 +33,15 @@ def _register(schema: str, fake: Callable[..., object]) -> Callable[..., object]
 
     def run(*args: Any) -> object:
         check(*args)
-        return implementation(name, args[0].device, args[0].dtype)(*args)
+        with torch.no_grad():
+            return implementation(name, args[0].device, args[0].dtype)(*args)
 
     def trace(*args: Any) -> object:
         check(*args)
         return fake(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # no gradient, and no warning about one
     torch.library.register_fake(f"saffron_kernels::{name}", trace, lib=_library)
     return getattr(torch.ops.saffron_kernels, name).default
 

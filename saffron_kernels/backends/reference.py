@@ -90,9 +90,9 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
         logits = logits.index_fill(1, banned.long(), -torch.inf)
     largest = logits.amax(1) if logits.numel() else logits.new_zeros(logits.shape[0])
     if not bool(torch.isfinite(largest).all()):
-        row = int(torch.isfinite(largest).logical_not().nonzero()[0])
+        bad = int(torch.isfinite(largest).logical_not().nonzero()[0])
         raise ValueError(
-            f"logits: row {row} has maximum {float(largest[row])}; every row needs finite logits (no NaN, no +inf) "
+            f"logits: row {bad} has maximum {float(largest[bad])}; every row needs finite logits (no NaN, no +inf) "
             "and one token that is neither -inf nor banned"
         )
     probability = logits.softmax(1)
@@ -102,9 +102,13 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
     order = order[row[order].argsort(stable=True)]
     row, token = row[order], token[order]
     chance = probability[row, token]
-    mass_before = chance.double().cumsum(0) - chance
+    # Each row is summed by itself: what stands before it must not change how its sums are rounded.
     first = torch.searchsorted(row, torch.arange(logits.shape[0], device=row.device))  # each row's most probable token
-    keep = mass_before - mass_before[first][row] < top_p
+    place = torch.arange(row.shape[0], device=row.device) - first[row]
+    longest = int(place.max()) + 1 if row.numel() else 0
+    mass = torch.zeros(logits.shape[0], longest, dtype=torch.float64, device=row.device)
+    mass[row, place] = chance.double()
+    keep = (mass.cumsum(1) - mass)[row, place] < top_p
     counts = torch.bincount(row[keep], minlength=logits.shape[0])
     return token[keep].int(), chance[keep], _offsets(counts)
 

@@ -1,0 +1,79 @@
+"""What every test of an op is run over: devices, dtypes, backends; and how large a case a backend is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from saffron_kernels import backends
+
+DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# The most work (queries x heads x tokens, rows x vocabulary, ...) in a case for a backend that is slow on a device.
+INTERPRETED = 20_000  # Triton on CPU tensors: its interpreter runs the kernels in Python
+UNLIMITED = 1 << 40
+
+# Fixtures that choose a backend hold for all examples of a test, which is what the suppressed check warns of.
+settings.register_profile("saffron", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("saffron")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The storage dtype that the backend must serve."""
+    return request.param
+
+
+@pytest.fixture(params=list(backends.MODULES))
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """Runs the test on one backend by name, or skips it where the backend says that it cannot.
+
+    The op is the one that the test is parametrized with, or `OP` of its file; the dtype is that of the `dtype` fixture.
+    """
+    name = request.param
+    op = request.node.callspec.params.get("op") or request.module.OP
+    storage = request.getfixturevalue("dtype") if "dtype" in request.fixturenames else torch.float32
+    reason = backends.why_not(name, op, device, storage)
+    if reason is not None:
+        pytest.skip(f"{name}: {op} on {device} in {storage}: {reason}")
+    with backends.backend(name):
+        yield name
+
+
+@pytest.fixture
+def limit(backend: str, device: torch.device) -> int:
+    """The most work that a case may hold for this backend here."""
+    return INTERPRETED if backend == "triton" and device.type == "cpu" else UNLIMITED
+
+
+@pytest.fixture
+def examples(limit: int) -> settings:
+    """How many random inputs hypothesis tries on this backend."""
+    return settings(max_examples=40 if limit == UNLIMITED else 5)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a backend asks for uninitialised holds NaN (or nonsense indices): reading it before writing shows."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max - 7)
+
+    def wrap(allocate):
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, wrap(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, wrap(getattr(torch.Tensor, name)))

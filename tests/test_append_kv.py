@@ -1,0 +1,85 @@
+"""New K and V rows land in their slots and nowhere else."""
+
+from __future__ import annotations
+
+import random
+
+import hypothesis.strategies as st
+import oracle
+import pytest
+import torch
+from cases import LAYOUTS, NONSENSE, i32, randn
+from hypothesis import given
+
+from saffron_kernels import append_kv
+
+OP = "append_kv"
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, but any NaN equals any NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.5), b.nan_to_num(0.5))
+
+
+def check(seed: int, tokens: int, slots: list[int], capacity: int, kv_heads: int, head_dim: int, layout, dtype, device):
+    k, v = (layout(randn(seed + i, tokens, kv_heads, head_dim, dtype=dtype, device=device)) for i in range(2))
+    caches = [randn(seed + 2 + i, capacity, kv_heads, head_dim, dtype=dtype, device=device) for i in range(2)]
+    caches[0][::3], caches[1][::2] = torch.nan, torch.inf  # free slots hold anything
+    k_cache, v_cache = (layout(c.clone()) for c in caches)
+    index = layout(i32(slots, device))
+    expected = oracle.append_kv(k, v, index, *caches)
+    assert append_kv(k, v, index, k_cache, v_cache) is None
+    assert same(k_cache, expected[0]) and same(v_cache, expected[1])
+    return k_cache, v_cache
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens, kv_heads, head_dim", [(1, 1, 1), (5, 3, 7), (33, 2, 64), (7, 8, 128)])
+def test_against_oracle(tokens, kv_heads, head_dim, layout, backend, device, dtype) -> None:
+    slots = random.Random(tokens).sample(range(50), tokens)
+    slots[::4] = [-1] * len(slots[::4])
+    check(1, tokens, slots, 50, kv_heads, head_dim, LAYOUTS[layout], dtype, device)
+
+
+def test_random(backend, examples, device, dtype) -> None:
+    @examples
+    @given(st.lists(st.integers(0, 12), unique=True), st.sets(st.integers(0, 12)), st.sampled_from(sorted(LAYOUTS)))
+    def run(slots: list[int], skipped: set[int], layout: str) -> None:
+        slots = [-1 if s in skipped else s for s in slots]
+        check(2, len(slots), slots, 13, 2, 3, LAYOUTS[layout], dtype, device)
+
+    run()
+
+
+def test_storage_around_a_strided_cache_is_untouched(backend, device, dtype) -> None:
+    k_cache, _ = check(3, 4, [0, 8, -1, 3], 9, 2, 5, LAYOUTS["gaps"], dtype, device)
+    storage = torch.tensor([], dtype=dtype, device=device).set_(k_cache.untyped_storage())
+    whole = storage.view(2 * 9 + 1, 2 * 2 + 1, 2 * 5 + 1).clone()
+    whole[1::2, 1::2, 1::2] = torch.nan
+    assert bool(whole.isnan().all())
+
+
+def test_one_layer_of_a_cache(backend, device, dtype) -> None:
+    layers = torch.zeros(3, 6, 2, 4, dtype=dtype, device=device)
+    k, v = (randn(4 + i, 2, 2, 4, dtype=dtype, device=device) for i in range(2))
+    append_kv(k, v, i32([5, 2], device), layers[1], layers.clone()[1])
+    assert torch.equal(layers[1, [5, 2]], k)
+    assert not layers[0].any() and not layers[2].any() and not layers[1, [0, 1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("tokens, capacity", [(0, 0), (0, 4), (3, 0)])
+def test_empty(tokens, capacity, backend, device, dtype) -> None:
+    check(5, tokens, [-1] * tokens, capacity, 1, 2, LAYOUTS["contiguous"], dtype, device)
+
+
+@pytest.mark.parametrize("bad", [-2, 4, NONSENSE, -NONSENSE])
+def test_bad_slot_changes_nothing(bad, backend, device, dtype) -> None:
+    k = randn(6, 2, 1, 3, dtype=dtype, device=device)
+    k_cache, v_cache = (
+        torch.zeros(4, 1, 3, dtype=dtype, device=device),
+        torch.zeros(4, 1, 3, dtype=dtype, device=device),
+    )
+    with pytest.raises(ValueError, match="slots"):
+        append_kv(k, k, i32([1, bad], device), k_cache, v_cache)
+    assert not k_cache.any() and not v_cache.any()

@@ -1,0 +1,184 @@
+"""What holds for every op alike: registration, compilation, fake tensors, inference only, errors before effects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import example, gaps
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import saffron_kernels
+from saffron_kernels import ops
+
+NAMES = [
+    "append_kv",
+    "tree_attention",
+    "merge_attention",
+    "gather_kv",
+    "nucleus",
+    "multifurcation_head",
+    "select_beam",
+    "multifurcate",
+    "advance_tree",
+]
+INDICES_ONLY = {"advance_tree"}
+IN_PLACE = {"append_kv": ("k_cache", "v_cache")}
+Arguments = dict[str, Any]
+
+
+@pytest.fixture(params=NAMES)
+def op(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def arguments(op: str, dtype: torch.dtype, device: torch.device) -> Arguments:
+    if op in INDICES_ONLY and dtype != torch.float32:
+        pytest.skip("indices only: once is enough")
+    return example(op, dtype, device)
+
+
+def registered(op: str) -> Callable[..., Any]:
+    return getattr(torch.ops.saffron_kernels, op).default
+
+
+def clone(arguments: Arguments) -> Arguments:
+    return tree_map_only(Tensor, torch.clone, arguments)
+
+
+def same(a: object, b: object) -> bool:
+    """Tensors bit for bit, but any NaN equals any NaN."""
+    one, other = tree_leaves(a), tree_leaves(b)
+    return len(one) == len(other) and all(
+        torch.equal(torch.nan_to_num(x, 0.5), torch.nan_to_num(y, 0.5)) and torch.equal(x.isnan(), y.isnan())
+        if isinstance(x, Tensor) and isinstance(y, Tensor)
+        else x == y
+        for x, y in zip(one, other, strict=True)
+    )
+
+
+def outputs(op: str, arguments: Arguments, result: object) -> list[Tensor]:
+    return [arguments[name] for name in IN_PLACE.get(op, ())] or tree_leaves(result)
+
+
+def test_every_op_is_here() -> None:
+    assert set(NAMES) <= set(saffron_kernels.__all__)
+    defined = {name for name, f in vars(ops).items() if inspect.isfunction(f) and f.__module__ == ops.__name__}
+    assert {name for name in defined if not name.startswith("_")} == set(NAMES)
+
+
+def test_example_has_the_arguments_of_the_schema(op) -> None:
+    schema = [a.name for a in registered(op)._schema.arguments]
+    assert list(example(op, torch.float32)) == schema == list(inspect.signature(getattr(ops, op)).parameters)
+
+
+def test_opcheck(op, arguments, backend) -> None:
+    torch.library.opcheck(registered(op), tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(op, arguments, backend, dtype, dynamic) -> None:
+    if dynamic and dtype != torch.float32:
+        pytest.skip("once is enough")
+    function = getattr(ops, op)
+    compiled_arguments = clone(arguments)
+    expected = function(**arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    result = compiled(**compiled_arguments)
+    assert same(outputs(op, compiled_arguments, result), outputs(op, arguments, expected))
+
+
+def test_fake_agrees_with_real(op, arguments, backend) -> None:
+    with FakeTensorMode(
+        allow_non_fake_inputs=False, shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    ) as mode:
+        fake = registered(op)(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments.values()))
+    real = registered(op)(*arguments.values())
+    fake, real = tree_leaves(fake), tree_leaves(real)
+    assert len(fake) == len(real)
+    for f, r in zip(fake, real, strict=True):
+        assert f is r is None or (f.dtype, f.device, f.dim()) == (r.dtype, r.device, r.dim())
+        for i in range(0 if r is None else r.dim()):
+            assert not isinstance(f.shape[i], int) or f.shape[i] == r.shape[i]
+            assert not isinstance(f.stride(i), int) or f.stride(i) == r.stride(i)
+
+
+def test_meta_tensors(op, arguments) -> None:
+    if op in ("nucleus",):
+        pytest.skip("its output size is only known to the kernel")
+    result = registered(op)(*tree_map_only(Tensor, lambda x: x.to("meta"), list(arguments.values())))
+    real = registered(op)(*arguments.values())
+    for m, r in zip(tree_leaves(result), tree_leaves(real), strict=True):
+        assert m is r is None or (m.shape, m.dtype) == (r.shape, r.dtype)
+
+
+def test_inputs_are_left_alone(op, arguments, backend) -> None:
+    before = clone(arguments)
+    getattr(ops, op)(**arguments)
+    for name in set(arguments) - set(IN_PLACE.get(op, ())):
+        assert same(arguments[name], before[name]), name
+
+
+def test_strides_do_not_matter(op, arguments, backend) -> None:
+    spread = tree_map_only(Tensor, gaps, arguments)
+    expected, result = getattr(ops, op)(**arguments), getattr(ops, op)(**spread)
+    pairs = zip(outputs(op, arguments, expected), outputs(op, spread, result), strict=True)
+    for x, y in pairs:
+        eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0
+        assert torch.allclose(x.double(), y.double(), rtol=8 * eps, atol=8 * eps, equal_nan=True)
+        assert op in IN_PLACE or x.stride() == y.stride()
+
+
+def test_inference_only(op, arguments, backend) -> None:
+    """No output remembers how it was made, whatever the inputs ask for."""
+    caches = IN_PLACE.get(op, ())
+    wanting = {
+        name: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and name not in caches else x
+        for name, x in arguments.items()
+    }
+    result = getattr(ops, op)(**wanting)
+    for output in outputs(op, wanting, result):
+        assert not output.requires_grad and output.grad_fn is None
+
+
+def wrong_ways(name: str, x: Tensor) -> list[tuple[str, Tensor]]:
+    other_device = "meta" if x.device.type == "cpu" else "cpu"
+    integer = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    ways = [
+        ("shape", x[None]),
+        ("shape", x.flatten()[:0].reshape(0, 0, 0, 0)),
+        ("dtype", integer),
+        ("device", x.to(other_device)),
+    ]
+    if not x.is_floating_point():
+        ways.append(("dtype", x.float()))
+    return ways
+
+
+def test_wrong_tensors_are_named(op, arguments, device) -> None:
+    """Every tensor in turn gets a wrong shape, dtype or device: the error names it, and nothing was written."""
+    before = clone(arguments)
+    missed = []
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            continue
+        for what, wrong in wrong_ways(name, x):
+            try:
+                registered(op)(*(arguments | {name: wrong}).values())
+            except (ValueError, TypeError) as error:
+                # Of two tensors on different devices either may be the wrong one.
+                if name not in str(error) and what != "device":
+                    missed.append(f"{name}, wrong {what}: does not say so: {error}")
+            except Exception as error:  # noqa: BLE001
+                missed.append(f"{name}, wrong {what}: {type(error).__name__}: {error}")
+            else:
+                missed.append(f"{name}, wrong {what} ({wrong.dtype}, {list(wrong.shape)}): accepted")
+        assert same(arguments, before), f"{name}: something was written before the error"
+    assert not missed, "\n".join(missed)

@@ -1,0 +1,230 @@
+"""One whole search step: the three ops it joins, and the rules of who inherits, who is blind and who is carried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import LAYOUTS, i32, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saffron_kernels import multifurcate, multifurcation_head, nucleus
+from saffron_kernels.checks import compute_dtype
+
+OP = "multifurcate"
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def step(
+    groups: list[int], num_groups: int, width: int, vocab: int, dtype, device, seed: int = 1, **more: Any
+) -> dict[str, Any]:
+    """Arguments of one step; `more` replaces or adds."""
+    rows, dev = len(groups), device
+    arguments: dict[str, Any] = {
+        "logits": 2 * randn(seed, rows, vocab, dtype=dtype, device=dev),
+        "hidden": randn(seed + 1, rows, 6, dtype=dtype, device=dev),
+        "weight": randn(seed + 2, vocab, 6, dtype=dtype, device=dev),
+        "bias": None,
+        "unseen": None,
+        "unseen_reward": -torch.inf,
+        "groups": i32(groups, dev),
+        "num_groups": num_groups,
+        "width": width,
+        "top_p": 0.8,
+    }
+    return arguments | more
+
+
+def as_list(tensor: Tensor | None) -> list:
+    return [] if tensor is None else tensor.tolist()
+
+
+def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The nucleus and its rewards come from their own ops on the same backend, which their own tests hold to fp64."""
+    result = multifurcate(**arguments)
+    head = [arguments[name] for name in ("hidden", "weight", "bias", "unseen", "unseen_reward")]
+    tokens, _, offsets = nucleus(arguments["logits"], arguments["top_p"], arguments.get("banned"))
+    rewards = multifurcation_head(*head, tokens, offsets)
+    scores, carried = arguments.get("scores"), arguments.get("carried_scores")
+    parent, token, reward, blind = oracle.multifurcate(
+        tokens.tolist(),
+        rewards.tolist(),
+        oracle.rows_of(offsets),
+        None if arguments["unseen"] is None else arguments["unseen"].tolist(),
+        arguments["groups"].tolist(),
+        arguments["num_groups"],
+        arguments["width"],
+        None if scores is None else scores.to(rewards.dtype).tolist(),
+        as_list(arguments.get("end_tokens")),
+        [] if carried is None else carried.to(rewards.dtype).tolist(),
+        as_list(arguments.get("carried_groups")),
+    )
+    dtypes = [torch.int32, torch.int32, compute_dtype(arguments["hidden"].dtype), torch.int32, torch.bool]
+    assert [x.dtype for x in result] == dtypes
+    assert result[0].tolist() == parent and result[1].tolist() == token
+    assert torch.allclose(result[2], torch.tensor(reward, dtype=result[2].dtype, device=result[2].device), 1e-5, 1e-6)
+    assert result[3].tolist() == offsets.diff().tolist() and result[4].tolist() == blind
+    return result
+
+
+GROUPS = {
+    "one_beam": ([0], 1, 1),
+    "one_search": ([0, 0, 0, 0, 0], 1, 7),
+    "forest": ([0, 0, 2, 2, 2, 3], 4, 3),
+    "no_rows": ([], 2, 3),
+    "nothing": ([], 0, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("extras", ["plain", "released", "everything"])
+@pytest.mark.parametrize("case", GROUPS)
+def test_against_oracle(case, extras, layout, backend, device, dtype) -> None:
+    groups, num_groups, width = GROUPS[case]
+    vocab, rows = 29, len(groups)
+    more: dict[str, Any] = {}
+    if extras != "plain":
+        unseen = torch.arange(vocab, device=device) % 3 == 0
+        more = {"unseen": unseen, "bias": randn(9, vocab, dtype=dtype, device=device), "unseen_reward": -7.0}
+    if extras == "everything":
+        more["scores"] = randn(10, rows, dtype=compute_dtype(dtype), device=device)
+        more["end_tokens"], more["banned"] = i32([5, 6, 28], device), i32([0, 7], device)
+        if num_groups:
+            more["carried_scores"] = randn(11, 3, dtype=compute_dtype(dtype), device=device)
+            more["carried_groups"] = i32([num_groups - 1, 0, 0], device)
+    arguments = step(groups, num_groups, width, vocab, dtype, device, **more)
+    lay = LAYOUTS[layout]
+    check({name: lay(x) if isinstance(x, Tensor) else x for name, x in arguments.items()})
+
+
+def test_random(backend, examples, device, dtype) -> None:
+    @examples
+    @given(st.data(), st.lists(st.integers(0, 2), max_size=5), st.integers(1, 6), st.integers(0, 2**20))
+    def run(data: st.DataObject, groups: list[int], width: int, seed: int) -> None:
+        vocab, wide = 9, compute_dtype(dtype)
+        few = st.lists(st.integers(0, vocab - 1), max_size=4)
+        more: dict[str, Any] = {"top_p": data.draw(st.sampled_from([0.1, 0.8, 0.99]))}
+        if data.draw(st.booleans()):
+            seen = data.draw(few)
+            more["unseen"] = torch.ones(vocab, dtype=torch.bool, device=device).index_fill(
+                0, i32(seen, device).long(), False
+            )
+        if data.draw(st.booleans()):
+            more["scores"] = randn(seed + 5, len(groups), dtype=wide, device=device).round(decimals=1)
+        if data.draw(st.booleans()):
+            more["end_tokens"] = i32(data.draw(few), device)
+        if data.draw(st.booleans()):
+            more["banned"] = i32(data.draw(few), device)
+        if data.draw(st.booleans()):
+            carried = data.draw(st.lists(st.integers(0, 2), max_size=4))
+            more["carried_scores"] = randn(seed + 6, len(carried), dtype=wide, device=device)
+            more["carried_groups"] = i32(carried, device)
+        check(step(sorted(groups), 3, width, vocab, dtype, device, seed, **more))
+
+    run()
+
+
+def test_blind_group_keeps_the_order_of_the_policy(backend, device, dtype) -> None:
+    logits = torch.tensor([[0, 5, 4, 3.0], [1, 2, 3, 4]], dtype=dtype, device=device)
+    unseen = torch.ones(4, dtype=torch.bool, device=device)
+    scores = torch.tensor([1.0, 1.0], device=device, dtype=compute_dtype(dtype))
+    arguments = step([0, 0], 1, 3, 4, dtype, device, logits=logits, unseen=unseen, scores=scores, top_p=1.0)
+    parent, token, reward, counts, blind = check(arguments)
+    assert parent.tolist() == [0, 0, 0] and token.tolist() == [1, 2, 3]
+    assert reward.tolist() == [1, 1, 1] and counts.tolist() == [4, 4] and blind.tolist() == [True]
+
+
+def test_one_seen_candidate_gives_the_group_its_sight_back(backend, device, dtype) -> None:
+    logits = torch.tensor([[3, 2, 1.0], [3, 2, 1]], dtype=dtype, device=device)
+    unseen = torch.tensor([True, True, False], device=device)
+    scores = torch.zeros(2, device=device, dtype=compute_dtype(dtype))
+    one = step(
+        [0, 1], 2, 2, 3, dtype, device, logits=logits, unseen=unseen, scores=scores, unseen_reward=-9.0, top_p=1.0
+    )
+    _, token, _, _, blind = check(one)
+    assert blind.tolist() == [False, False] and token.tolist()[0] == 2
+    # End tokens aside: as an end token the seen one counts for nothing.
+    _, _, reward, _, blind = check(one | {"end_tokens": i32([2], device)})
+    assert blind.tolist() == [True, True] and reward.tolist() == [0, 0, 0, 0]
+
+
+def test_blindness_is_told_without_scores(backend, device, dtype) -> None:
+    unseen = torch.ones(5, dtype=torch.bool, device=device)
+    arguments = step([0, 1], 3, 2, 5, dtype, device, unseen=unseen, unseen_reward=-4.0)
+    _, _, reward, _, blind = check(arguments)
+    assert blind.tolist() == [True, True, False]  # the third group has no candidates at all
+    assert set(reward.tolist()) <= {-4.0, -torch.inf}
+
+
+def test_carried_nodes_compete(backend, device, dtype) -> None:
+    """They stand after all rows, win where they score higher, and give way to equal candidates."""
+    wide = compute_dtype(dtype)
+    head = {"weight": torch.zeros(4, 6, dtype=dtype, device=device), "top_p": 1.0}
+    carried = {
+        "carried_scores": torch.tensor([0.0, 1.0, -1.0], device=device, dtype=wide),
+        "carried_groups": i32([0, 1, 1], device),
+    }
+    parent, token, reward, _, _ = check(step([0, 1], 2, 3, 4, dtype, device, **head, **carried))
+    assert parent.tolist() == [0, 0, 0, 1, 1, 3] and token.tolist()[-1] == -1 and reward.tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_only_carried_nodes(backend, device, dtype) -> None:
+    carried = {"carried_scores": torch.tensor([2.0, 3.0], device=device), "carried_groups": i32([1, 0], device)}
+    parent, token, reward, counts, blind = check(step([], 2, 2, 4, dtype, device, **carried))
+    assert parent.tolist() == [0, 1, 2, 2] and token.tolist() == [-1] * 4 and reward.tolist()[:2] == [2, 3]
+    assert counts.numel() == 0 and blind.tolist() == [False, False]
+
+
+def test_head_with_more_rows_than_the_policy_has_tokens(backend, device, dtype) -> None:
+    """Embedding matrices are padded."""
+    weight = randn(3, 40, 6, dtype=dtype, device=device)
+    weight[29:] = torch.nan
+    check(step([0, 0], 1, 4, 29, dtype, device, weight=weight))
+
+
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+def test_policy_and_reward_model_in_different_dtypes(hidden, backend, device) -> None:
+    arguments = step([0, 0, 1], 2, 3, 29, torch.float32, device)
+    check(arguments | {name: arguments[name].to(hidden) for name in ("hidden", "weight")})
+
+
+def test_searching_together_or_alone(backend, device, dtype) -> None:
+    together = step([0, 0, 1, 1, 1], 2, 3, 29, dtype, device)
+    parent, token, reward, counts, _ = check(together)
+    again = multifurcate(**together)
+    assert torch.equal(again[0], parent) and torch.equal(again[1], token) and torch.equal(again[2], reward)
+    for group, rows in ((0, slice(0, 2)), (1, slice(2, 5))):
+        own = {name: together[name][rows] for name in ("logits", "hidden")}
+        groups = torch.zeros(rows.stop - rows.start, dtype=torch.int32, device=device)
+        alone = check(together | own | {"groups": groups, "num_groups": 1})
+        mine = slice(3 * group, 3 * group + 3)
+        assert torch.equal(alone[0] + rows.start, parent[mine]) and torch.equal(alone[1], token[mine])
+        assert torch.equal(alone[3], counts[rows])
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("logits", torch.tensor([[0, torch.nan, 0, 0, 0], [0.0, 0, 0, 0, 0]])),
+        ("logits", torch.zeros(2, 7)),  # tokens that the head does not have
+        ("hidden", torch.zeros(3, 6)),
+        ("groups", i32([0, 5])),
+        ("groups", i32([0])),
+        ("banned", i32([5])),
+        ("scores", torch.zeros(3)),
+        ("carried_groups", i32([0])),
+        ("carried_groups", i32([1])),
+        ("carried_scores", torch.zeros(2)),
+        ("rewards", torch.full((2, 6), torch.nan)),  # as `hidden`: what the head makes of it cannot be ranked
+    ],
+)
+def test_errors(name, value, backend, device) -> None:
+    arguments = step([0, 0], 1, 2, 5, torch.float32, device)
+    if name == "carried_groups" and value.tolist() == [1]:
+        arguments["carried_scores"] = torch.zeros(1, device=device)  # a group that does not exist
+    with pytest.raises(ValueError, match=name if name != "carried_scores" else "carried"):
+        multifurcate(**arguments | {"hidden" if name == "rewards" else name: value.to(device)})
