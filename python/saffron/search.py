@@ -160,18 +160,20 @@ class SaffronSearch:
         """One step: replaces every tree's beam; returns parent row, search and node of each live child."""
         carried = [[n for n in tree.beam if n.finished] for tree in trees]
         choices, counts, blind = self._choose(step, trees, at, carried)
+        rows_of: dict[int, list[int]] = {}
+        for row, g in enumerate(at.groups):
+            rows_of.setdefault(g, []).append(row)
         parents, groups, nodes = [], [], []
-        for g, (tree, choice) in enumerate(zip(trees, choices, strict=True)):
-            mine = [row for row, group in enumerate(at.groups) if group == g]
-            if not mine:
-                continue  # finished: the rest of the steps change nothing
+        for g, mine in rows_of.items():  # searches that have finished have no rows: the rest changes nothing
+            tree, choice = trees[g], choices[g]
             expanded = [at.nodes[row] for row in mine]
             children = {
                 tree.child(at.nodes[row], token, score, token in self.end_tokens): row
                 for row, token, score in choice.children
             }
             tree.beam = self._rank(list(children), choice.kept)
-            live = [node for node in children if not node.finished and node in tree.beam]  # still ordered by parent
+            in_beam = set(tree.beam)
+            live = [node for node in children if node in in_beam and not node.finished]  # still ordered by parent
             tree.update_cached(expanded, live)
             sizes = [counts[row] for row in mine]
             tree.steps.append(self._statistics(step, requests[g], tree, expanded, sizes, blind[g]))
