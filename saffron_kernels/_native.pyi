@@ -4,13 +4,15 @@ Arrays are 1-D numpy arrays of exactly the dtype that is named; any other argume
 of its work or raises and changes nothing.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Int32 = NDArray[np.int32]
 _Int64 = NDArray[np.int64]
+
+cpu: Any  # the ops in C++, as saffron_kernels/backends/cpu.py calls them
 
 class CacheFullError(RuntimeError):
     """More slots are needed than are free or can be evicted; the message has all the numbers."""
@@ -35,7 +37,10 @@ class Trie:
     """
 
     def __init__(self, capacity: int) -> None:
-        """A forest of at most `capacity` nodes (0 to 2**31 - 1); 36 bytes are reserved for each."""
+        """A forest of at most `capacity` nodes (0 to 2**31 - 1).
+
+        36 bytes are reserved for each; `plan` keeps 24 more for each node that there was.
+        """
 
     @property
     def capacity(self) -> int: ...

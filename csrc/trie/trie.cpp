@@ -3,17 +3,13 @@
 #include <algorithm>
 #include <limits>
 
+#include "trie/errors.h"
+
 namespace saffron {
 namespace {
 
 uint64_t sibling_key(int32_t parent, int32_t token) {
   return uint64_t{static_cast<uint32_t>(parent)} << 32 | static_cast<uint32_t>(token);
-}
-
-[[noreturn]] void invalid(const std::string& message) { throw std::invalid_argument(message); }
-
-std::string item(const char* name, int64_t index, int64_t value) {
-  return std::string(name) + "[" + std::to_string(index) + "] = " + std::to_string(value);
 }
 
 void check_tokens(Span<int32_t> tokens) {
@@ -362,69 +358,7 @@ Ints Trie::advance(Span<int32_t> nodes, Span<int32_t> parents, Span<int32_t> tok
   return children;
 }
 
-// ---- Plans and views ----
-
-Trie::Plan Trie::plan(Span<int32_t> queries) {
-  check_nodes(queries, "queries");
-  // Entry 0 is the virtual node above the roots; the others follow their parent, and those of their
-  // siblings that come first in the plan.
-  auto& [node_of, up, query, nodes_below, queries_below, depth] = entries_;
-  for (auto* column : {&node_of, &up, &query, &nodes_below, &queries_below, &depth}) {
-    if (static_cast<int64_t>(column->size()) <= num_nodes()) column->resize(num_nodes() + 1);
-  }
-  nodes_below[0] = queries_below[0] = 0;
-  depth[0] = -1;
-  local_[kNone] = 0;
-  int32_t total = 1;
-  int64_t twice = -1;
-  for (int64_t i = 0; i < queries.size; ++i) {
-    path_.clear();
-    int32_t node = queries[i];
-    for (; local_[node] == kNone; node = parent_[node]) path_.push_back(node);
-    int32_t last = local_[node];
-    for (size_t k = path_.size(); k-- > 0; last = total++) {
-      local_[path_[k]] = total;
-      node_of[total] = path_[k];
-      up[total] = last;
-      query[total] = kNone;
-      nodes_below[total] = 1;
-      queries_below[total] = 0;
-      depth[total] = depth[last] + 1;
-    }
-    if (query[last] != kNone) twice = i;
-    query[last] = static_cast<int32_t>(i);
-  }
-  for (int32_t k = 1; k < total; ++k) local_[node_of[k]] = kNone;
-  if (twice >= 0) invalid(item("queries", twice, queries[twice]) + ": is there twice");
-
-  for (int32_t k = total; --k > 0;) {
-    queries_below[k] += query[k] != kNone;
-    nodes_below[up[k]] += nodes_below[k];
-    queries_below[up[k]] += queries_below[k];
-  }
-  Plan plan;
-  for (Ints* column : {&plan.order, &plan.depth}) column->resize(queries.size);
-  for (Ints* column : {&plan.slot, &plan.begin, &plan.end}) column->resize(total - 1);
-  // From here on the two counts of an entry turn into the next position and query number below it
-  // to give away.
-  nodes_below[0] = queries_below[0] = 0;
-  for (int32_t k = 1; k < total; ++k) {
-    const int32_t above = up[k], position = nodes_below[above], begin = queries_below[above];
-    const int32_t end = begin + queries_below[k];
-    nodes_below[above] += nodes_below[k];
-    queries_below[above] = end;
-    plan.slot[position] = node_of[k];
-    plan.begin[position] = begin;
-    plan.end[position] = end;
-    nodes_below[k] = position + 1;
-    queries_below[k] = begin;
-    if (query[k] == kNone) continue;
-    plan.order[begin] = query[k];
-    plan.depth[begin] = depth[k];
-    ++queries_below[k];
-  }
-  return plan;
-}
+// ---- Views ----
 
 Ints Trie::path(int32_t node) const {
   check_nodes({&node, 1}, "node");

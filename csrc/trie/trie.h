@@ -98,14 +98,14 @@ class Trie {
   static constexpr int32_t kNone = -1;    // above the roots; no child
   static constexpr int32_t kUnused = -2;  // parent of a slot that is no node
 
-  /// The nodes at or above a query, while plan() works: a column a property (a struct a node is
-  /// twice as slow).
+  /// The nodes at or above a query while plan() works, one column per property: one struct per node
+  /// is twice as slow.
   struct Entries {
     Ints node;
     Ints up;              // entry of the parent
     Ints query;           // index into the input, or kNone
     Ints nodes, queries;  // at or below this one
-    Ints depth;
+    Ints path;            // up from one query
   };
 
   bool is_node(int64_t node) const {
@@ -130,6 +130,7 @@ class Trie {
 
   int64_t count_missing(Span<int32_t> tokens, Span<int64_t> offsets, const Inserted& found) const;
   void lock_if_room(Span<int32_t> kept, Span<int32_t> dropped, int64_t needed);
+  int32_t collect(Span<int32_t> queries);
   Ints extend_pruning(Span<int32_t> parents, Span<int32_t> tokens, Span<int32_t> dead);
 
   int64_t capacity_ = 0;
@@ -153,7 +154,6 @@ class Trie {
   // Scratch of plan(), kept because fresh memory costs more than the work on it.
   Column<int32_t> local_{kNone};  // node -> entry, kNone outside of plan()
   Entries entries_;
-  Ints path_;
 };
 
 }  // namespace saffron
