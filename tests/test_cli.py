@@ -104,7 +104,7 @@ def test_bad_prompt_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 
 def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    status, out, _ = run(capsys, "demo", "--count", "2", "--json", "--html", str(page), *FAST)
+    status, out, _ = run(capsys, "demo", "--count", "2", "--width", "4", "--json", "--html", str(page))
     report = json.loads(out)
     assert status == 0 and len(report["prompts"]) == 2
     for row in report["prompts"]:
