@@ -1,0 +1,45 @@
+"""K and V rows of new tokens, written into their slots."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saffron_kernels.backends.triton import faults
+from saffron_kernels.backends.triton.launch import cdiv, launch, next_power_of_2
+
+MAX_BLOCK = 2048  # elements of a row that one program copies
+
+
+@triton.jit(do_not_specialize=["slots", "row_size"])
+def _append_kernel(
+    k_ptr, v_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, fault_ptr, slots, row_size,
+    k_stride_t, k_stride_h, k_stride_d, v_stride_t, v_stride_h, v_stride_d,
+    kc_stride_s, kc_stride_h, kc_stride_d, vc_stride_s, vc_stride_h, vc_stride_d,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    if (slot < -1) | (slot >= slots):
+        tl.atomic_or(fault_ptr, faults.SLOT)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    head, dim = element // D, element % D
+    mask = element < tl.where((slot >= 0) & (slot < slots), row_size, 0)
+    slot = slot.to(tl.int64)
+    k = tl.load(k_ptr + token * k_stride_t + head * k_stride_h + dim * k_stride_d, mask)
+    v = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + dim * v_stride_d, mask)
+    tl.store(k_cache_ptr + slot * kc_stride_s + head * kc_stride_h + dim * kc_stride_d, k, mask)
+    tl.store(v_cache_ptr + slot * vc_stride_s + head * vc_stride_h + dim * vc_stride_d, v, mask)
+
+
+def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    tokens, kv_heads, head_dim = k.shape
+    faults.check_index("slots", slots, k_cache.shape[0], lowest=-1)
+    row_size = kv_heads * head_dim
+    block = min(MAX_BLOCK, next_power_of_2(row_size))
+    launch(
+        _append_kernel, (tokens, cdiv(row_size, block)),
+        k, v, slots.contiguous(), k_cache, v_cache, faults.word(k.device), k_cache.shape[0], row_size,
+        *k.stride(), *v.stride(), *k_cache.stride(), *v_cache.stride(), D=head_dim, BLOCK=block,
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Bad content of tensors: checked before a launch where that costs no synchronisation, else found by the kernels.
+
+Shapes, dtypes and devices are checked by `saffron_kernels.ops`. What only the content shows (a slot that does not
+exist, a row of logits that is NaN) is checked here before anything is written, on the CPU (interpreter), and on a GPU
+if the environment variable `SAFFRON_EAGER_CHECKS` is 1, at the price of waiting for the device.
+
+Otherwise a GPU kernel leaves out what it cannot serve, touches nothing outside its tensors, and sets a bit of one word
+per device, which `raise_faults` reads when the caller decides. `nucleus`, which synchronises anyway, raises at once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from saffron_kernels.checks import expect
+
+SLOT = tl.constexpr(1)
+LOGITS = tl.constexpr(2)
+CANDIDATE = tl.constexpr(4)
+REWARD = tl.constexpr(8)
+GROUP = tl.constexpr(16)
+PLAN = tl.constexpr(32)
+
+_MESSAGES = {
+    SLOT.value: "slots: an op was given a slot that does not exist",
+    LOGITS.value: (
+        "logits: a row has no finite maximum; every row needs finite logits (no NaN, no +inf) and one token that is "
+        "neither -inf nor banned"
+    ),
+    CANDIDATE.value: "tokens, offsets: an op was given a token outside the vocabulary of the head, or bad offsets",
+    REWARD.value: "rewards: a candidate is NaN; rewards must be numbers",
+    GROUP.value: "groups: a row or a carried node belongs to a group that does not exist",
+    PLAN.value: "parents, begin, end: parents must ascend from 0, intervals lie within the old queries",
+}
+_EAGER = os.environ.get("SAFFRON_EAGER_CHECKS", "0") == "1"
+
+_words: dict[torch.device, Tensor] = {}
+
+
+def word(device: torch.device) -> Tensor:
+    """The word `[1]` int32 in which kernels on `device` set bits. Its address never changes (CUDA graphs).
+
+    It is made by the first op on a device, which therefore must not be inside a graph capture: warm up before.
+    """
+    if device not in _words:
+        _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _words[device]
+
+
+def raise_faults(device: torch.device | str) -> None:
+    """Raises what kernels on `device` found since the last call, if anything; waits for the device.
+
+    Raises:
+        ValueError: the content of an argument of an earlier op was bad; its results are not to be used.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    recorded = word(device)
+    bits = int(recorded.item())
+    if bits:
+        recorded.zero_()
+        raise ValueError("; ".join(message for bit, message in _MESSAGES.items() if bits & bit))
+
+
+def clear(device: torch.device) -> None:
+    """Forgets what was recorded: for an op that says more about it than the record does."""
+    word(device).zero_()
+
+
+def eager(tensor: Tensor) -> bool:
+    """Whether content is checked before the launch."""
+    return tensor.device.type == "cpu" or _EAGER
+
+
+def settle(tensor: Tensor) -> None:
+    """The end of an op whose faults only its kernels can see."""
+    if eager(tensor):
+        raise_faults(tensor.device)
+
+
+def check_index(name: str, index: Tensor | None, size: int, lowest: int = 0) -> None:
+    """Where content is checked eagerly: every index is from `lowest` to `size - 1`.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if index is not None and eager(index) and index.numel():
+        smallest, largest = (int(x) for x in index.aminmax())
+        allowed = f"{lowest} to {size - 1}"
+        expect(smallest >= lowest and largest < size, name, f"values from {smallest} to {largest}", allowed)
+
+
+def check_ascending(name: str, index: Tensor, first: int | None = None, last: int | None = None) -> None:
+    """Where content is checked eagerly: `index` ascends, from `first` to `last` if those are given.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if eager(index) and index.numel():
+        ends = (first is None or int(index[0]) == first) and (last is None or int(index[-1]) == last)
+        allowed = "ascending values" + (f" from {first} to {last}" if last is not None else "")
+        expect(ends and not bool((index.diff() < 0).any()), name, "something else", allowed)
+
+
+def check_numbers(name: str, values: Tensor) -> None:
+    """Where content is checked eagerly: no value is NaN.
+
+    Raises:
+        ValueError: one is.
+    """
+    if eager(values) and bool(values.isnan().any()):
+        raise ValueError(f"{name} {int(values.isnan().nonzero()[0])} is NaN; rewards must be numbers")

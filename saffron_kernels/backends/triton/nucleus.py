@@ -1,0 +1,200 @@
+"""The exact top-p set of every row without sorting the vocabulary.
+
+One program a row: (1) the largest logit; (2) the softmax denominator, while tokens too improbable to matter are left
+behind; (3) on what is left, the logit at which the mass above reaches `top_p`, four bits of its order-preserving
+integer at a time; (4) the members, in token order, among equal logits only those that still fit. `ordering.py` then
+sorts the members alone.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saffron_kernels.backends.triton import faults
+from saffron_kernels.backends.triton.launch import launch, next_power_of_2
+from saffron_kernels.backends.triton.numerics import exp, order_key
+from saffron_kernels.backends.triton.ordering import Lists, emit_in_order, sort_blocks
+
+
+@triton.jit
+def _load_logits(row_ptr, stride, banned_ptr, token, vocab, HAS_BANNED: tl.constexpr):
+    """fp32 logits; -inf where there is no token or it is banned, +inf for NaN (either is an error as the maximum)."""
+    x = tl.load(row_ptr + token.to(tl.int64) * stride, token < vocab, float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("inf"))
+    if HAS_BANNED:
+        x = tl.where(tl.load(banned_ptr + token, token < vocab, 0) != 0, float("-inf"), x)
+    return x
+
+
+@triton.jit
+def _load_listed(values_ptr, first, count, largest, total, BLOCK: tl.constexpr):
+    """Order-preserving keys (0 to 2^32 - 1, as int64) and probabilities (fp64; 0 beyond the list) of listed logits."""
+    i = first + tl.arange(0, BLOCK)
+    x = tl.load(values_ptr + i, i < count, float("-inf"))
+    p = tl.div_rn(exp(x - largest), total)
+    return order_key(x).to(tl.int64) + 2147483648, p.to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["top_p_bits"])
+def _nucleus_kernel(
+    logits_ptr, banned_ptr,
+    values_ptr, tokens_ptr,  # [rows, vocab] the lists
+    counts_ptr,  # [rows] int32
+    stats_ptr,  # [rows, 2] fp32: largest logit, softmax denominator relative to it
+    fault_ptr, vocab, stride_row, stride_token,
+    top_p_bits: tl.int64,  # a float argument would be rounded to fp32
+    log_least,  # ln of a probability below which no token can be in the set (-inf: none such)
+    HAS_BANNED: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    values_ptr += row * vocab
+    tokens_ptr += row * vocab
+    top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    lane = tl.arange(0, BLOCK)
+
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, vocab, BLOCK):
+        x = _load_logits(row_ptr, stride_token, banned_ptr, first + lane, vocab, HAS_BANNED)
+        highest = tl.maximum(highest, x)
+    largest = tl.max(highest)
+    bad = (largest == float("inf")) | (largest == float("-inf"))
+    if bad:
+        tl.atomic_or(fault_ptr, faults.LOGITS)
+    scan = tl.where(bad, 0, vocab)
+
+    # A token's mass before it is at least that of all tokens above `least`: the rest weigh less than 1 - top_p. The
+    # denominator is at least 1 (the largest logit's own term), so this bound in logits needs the maximum only.
+    cut = largest + log_least
+    masses = tl.zeros([BLOCK], tl.float64)
+    listed = 0
+    for first in range(0, scan, BLOCK):
+        token = first + lane
+        x = _load_logits(row_ptr, stride_token, banned_ptr, token, vocab, HAS_BANNED)
+        masses += exp(x - largest).to(tl.float64)
+        keep = ((x >= cut) & (x > float("-inf"))).to(tl.int32)
+        kept = tl.sum(keep)
+        if kept > 0:
+            place = listed + tl.cumsum(keep, 0) - 1
+            tl.store(values_ptr + place, x, keep > 0)
+            tl.store(tokens_ptr + place, token, keep > 0)
+        listed += kept
+    total = tl.sum(masses).to(tl.float32)
+    tl.debug_barrier()  # the lists are read by other threads than wrote them
+
+    # The lowest key above which less than top_p of the mass lies, digit by digit: with the higher digits known, the
+    # digit is the number of candidates whose largest continuation still has top_p or more above it.
+    edge = tl.zeros([], tl.int64)
+    unit = tl.zeros([], tl.int64) + 268435456  # 2^28: what the highest digit counts
+    digits = tl.arange(0, 16).to(tl.int64)
+    key, p = _load_listed(values_ptr, 0, listed, largest, total, SEARCH)
+    for _ in range(8):
+        bound = edge + digits * unit + unit - 1  # [16]
+        above = tl.zeros([16], tl.float64)
+        for first in range(0, listed, SEARCH):
+            if listed > SEARCH:  # otherwise the whole list is at hand
+                key, p = _load_listed(values_ptr, first, listed, largest, total, SEARCH)
+            above += tl.sum(tl.where(key[:, None] > bound[None, :], p[:, None], 0.0), 0)
+        edge += tl.sum((above >= top_p).to(tl.int64)) * unit
+        unit = unit // 16
+
+    before_edge = tl.zeros([], tl.float64)
+    for first in range(0, listed, SEARCH):
+        if listed > SEARCH:
+            key, p = _load_listed(values_ptr, first, listed, largest, total, SEARCH)
+        before_edge += tl.sum(tl.where(key > edge, p, 0.0))
+
+    # Members move to the front of their list. Tokens with the edge's own logit follow each other by token id.
+    members = 0
+    ties = 0
+    for first in range(0, listed, SEARCH):
+        if listed > SEARCH:
+            key, p = _load_listed(values_ptr, first, listed, largest, total, SEARCH)
+        i = first + tl.arange(0, SEARCH)
+        x = tl.load(values_ptr + i, i < listed, 0.0)
+        token = tl.load(tokens_ptr + i, i < listed, 0)
+        tie = ((key == edge) & (i < listed)).to(tl.int32)
+        ties_before = ties + tl.cumsum(tie, 0) - tie
+        fits = (tie > 0) & (before_edge + ties_before.to(tl.float64) * p < top_p)
+        member = (((key > edge) | fits) & (p > 0)).to(tl.int32)
+        place = members + tl.cumsum(member, 0) - 1
+        tl.debug_barrier()  # every thread has read its part before another overwrites it
+        tl.store(values_ptr + place, x, member > 0)
+        tl.store(tokens_ptr + place, token, member > 0)
+        members += tl.sum(member)
+        ties += tl.sum(tie)
+
+    tl.store(counts_ptr + row, members)
+    tl.store(stats_ptr + 2 * row, largest)
+    tl.store(stats_ptr + 2 * row + 1, total)
+
+
+class Members(NamedTuple):
+    """The nuclei of all rows, in a workspace that holds whole rows: its size does not depend on the content.
+
+    Attributes:
+        values, tokens: `[rows, vocab]` logits (fp32) and token ids of the members, in token order.
+        counts: `[rows]` int32, members of each row; 0 for a row of bad logits.
+        stats: `[rows, 2]` fp32, largest logit and softmax denominator.
+    """
+
+    values: Tensor
+    tokens: Tensor
+    counts: Tensor
+    stats: Tensor
+
+    def lists(self) -> Lists:
+        rows, vocab = self.values.shape
+        return Lists(self.counts.new_zeros(rows), self.counts, stride=vocab, capacity=vocab)
+
+
+def find_members(logits: Tensor, top_p: float, banned: Tensor | None) -> Members:
+    """The members of every row's nucleus, found without a synchronisation."""
+    rows, vocab = logits.shape
+    faults.check_index("banned", banned, vocab)
+    device = logits.device
+    mask = None
+    if banned is not None:
+        mask = torch.zeros(vocab, dtype=torch.uint8, device=device).index_fill_(0, banned.long(), 1)
+    members = Members(
+        torch.empty(rows, vocab, dtype=torch.float32, device=device),
+        torch.empty(rows, vocab, dtype=torch.int32, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+        torch.empty(rows, 2, dtype=torch.float32, device=device),
+    )
+    # Half of the bound, and nothing near top_p = 1: rounding must not decide.
+    least = 0.5 * max(0.0, 1 - top_p - 1e-4) / vocab
+    launch(
+        _nucleus_kernel, (rows,),
+        logits, mask, *members, faults.word(device), vocab, *logits.stride(),
+        struct.unpack("<q", struct.pack("<d", top_p))[0], math.log(least) if least > 0 else -math.inf,
+        HAS_BANNED=banned is not None, BLOCK=min(2048, max(128, next_power_of_2(vocab))),
+        SEARCH=min(256, max(32, next_power_of_2(vocab))), num_warps=8,
+    )  # fmt: skip
+    return members
+
+
+def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    members = find_members(logits, top_p, banned)
+    offsets = torch.nn.functional.pad(members.counts.cumsum(0, dtype=torch.int32), (1, 0))
+    counts = members.counts.tolist()  # the one synchronisation: how large the result is
+    if 0 in counts:
+        faults.clear(logits.device)
+        raise ValueError(
+            f"logits: row {counts.index(0)} has no finite maximum; every row needs finite logits (no NaN, no +inf) and "
+            "one token that is neither -inf nor banned"
+        )
+    size = sum(counts)
+    tokens = torch.empty(size, dtype=torch.int32, device=logits.device)
+    probability = torch.empty(size, dtype=torch.float32, device=logits.device)
+    lists = members.lists()
+    composites = sort_blocks(members.values, lists)
+    emit_in_order(composites, lists, members.tokens, members.values, offsets, tokens, probability, stats=members.stats)
+    return tokens, probability, offsets

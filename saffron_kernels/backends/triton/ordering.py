@@ -1,0 +1,161 @@
+"""Many lists at once in order: value descending, then place in the list ascending.
+
+Blocks of a list are sorted in registers; an element's place in the whole list is its place in its block plus, for each
+other block, the number of elements before it there (binary search). Value and place are one integer, so no two
+elements are equal and the result does not depend on how the work is divided.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saffron_kernels.backends.triton import faults
+from saffron_kernels.backends.triton.launch import INTERPRETED, cdiv, launch, next_power_of_2
+from saffron_kernels.backends.triton.numerics import exp, order_key
+
+# Elements that are sorted together. Up to _PAIRS a sort compares all pairs, which the interpreter does faster.
+_PAIRS = tl.constexpr(256 if INTERPRETED else 64)
+_BLOCK = 256 if INTERPRETED else 512
+
+
+class Lists(NamedTuple):
+    """Where lists lie in flat storage: list `r` from `r * stride + start[r]` on, `stop[r] - start[r]` elements.
+
+    Attributes:
+        start, stop: `[rows]` int32; padded lists start at 0 and have a stride, ragged lists have offsets and stride 0.
+        stride: elements from one list to the next.
+        capacity: the most elements a list can have.
+    """
+
+    start: Tensor
+    stop: Tensor
+    stride: int
+    capacity: int
+
+    @classmethod
+    def ragged(cls, offsets: Tensor, size: int) -> Lists:
+        """Lists by their offsets `[rows + 1]`, together `size` elements."""
+        offsets = offsets.contiguous()
+        return cls(offsets[:-1], offsets[1:], stride=0, capacity=size)
+
+
+@triton.jit
+def list_bounds(start_ptr, stop_ptr, row, stride, capacity):
+    """First element (int64) and length of a list; offsets that do not fit are cut to what exists."""
+    start = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), capacity)
+    stop = tl.minimum(tl.load(stop_ptr + row), capacity)
+    return row.to(tl.int64) * stride + start, tl.maximum(stop - start, 0)
+
+
+@triton.jit(do_not_specialize=["stride", "capacity"])
+def _sort_blocks_kernel(
+    values_ptr, composites_ptr, start_ptr, stop_ptr, fault_ptr, stride, capacity, BLOCK: tl.constexpr
+):
+    first, size = list_bounds(start_ptr, stop_ptr, tl.program_id(0), stride, capacity)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) * BLOCK < size:
+        value = tl.load(values_ptr + first + i, i < size, 0.0).to(tl.float32)
+        if tl.max((value != value).to(tl.int32)) > 0:
+            tl.atomic_or(fault_ptr, faults.REWARD)
+        composite = (order_key(value).to(tl.int64) << 32) | (2147483647 - i).to(tl.int64)
+        composite = tl.where(i < size, composite, -9223372036854775808)  # last
+        if BLOCK <= _PAIRS:
+            rank = tl.sum((composite[None, :] > composite[:, None]).to(tl.int32), 1)
+            place = tl.program_id(1) * BLOCK + rank
+        else:
+            composite = tl.sort(composite, descending=True)
+            place = i
+        tl.store(composites_ptr + first + place, composite, place < size)
+
+
+@triton.jit(do_not_specialize=["stride", "capacity", "out_stride", "limit"])
+def _emit_kernel(
+    composites_ptr, start_ptr, stop_ptr, tokens_ptr, values_ptr, stats_ptr,
+    out_start_ptr, out_tokens_ptr, out_values_ptr,
+    stride, capacity, out_stride, limit,
+    PROBABILITY: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0), tl.program_id(1)
+    first, size = list_bounds(start_ptr, stop_ptr, row, stride, capacity)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    if block * BLOCK < size:
+        composite = tl.load(composites_ptr + first + i, i < size, 0)
+        rank = tl.arange(0, BLOCK)
+        for other in range(0, tl.cdiv(size, BLOCK)):
+            if other != block:
+                # How many of the other block, which descends, are above this element.
+                low = tl.zeros([BLOCK], tl.int32)
+                high = low + tl.minimum(size - other * BLOCK, BLOCK)
+                for _ in range(STEPS):
+                    middle = (low + high) // 2
+                    theirs = tl.load(composites_ptr + first + other * BLOCK + middle, low < high, 0)
+                    above = theirs > composite
+                    low, high = (
+                        tl.where((low < high) & above, middle + 1, low),
+                        tl.where((low < high) & (above == 0), middle, high),
+                    )
+                rank += low
+        place = 2147483647 - (composite & 2147483647)
+        written = (i < size) & (rank < limit)
+        out = row.to(tl.int64) * out_stride + tl.load(out_start_ptr + row) + rank
+        tl.store(out_tokens_ptr + out, tl.load(tokens_ptr + first + place, written, 0), written)
+        if VALUES:
+            value = tl.load(values_ptr + first + place, written, 0.0)
+            if PROBABILITY:
+                largest, total = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+                value = tl.div_rn(exp(value - largest), total)
+            tl.store(out_values_ptr + out, value, written)
+
+
+def sort_blocks(values: Tensor, lists: Lists) -> Tensor:
+    """Value and place of every element as one int64, each block of each list descending. NaN is recorded as a fault."""
+    composites = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+    rows, block = lists.stop.shape[0], block_size(lists.capacity)
+    launch(
+        _sort_blocks_kernel, (rows, cdiv(lists.capacity, block)),
+        values, composites, lists.start, lists.stop, faults.word(values.device), lists.stride, lists.capacity,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return composites
+
+
+def emit_in_order(
+    composites: Tensor,
+    lists: Lists,
+    tokens: Tensor,
+    values: Tensor,
+    out_start: Tensor,
+    out_tokens: Tensor,
+    out_values: Tensor | None,
+    *,
+    out_stride: int = 0,
+    limit: int | None = None,
+    stats: Tensor | None = None,
+) -> None:
+    """Writes the elements of every list in order, the first `limit` of each.
+
+    Args:
+        composites: what `sort_blocks` made of `values`.
+        tokens, values: of the elements, in the storage of the lists.
+        out_start, out_stride: list `r` goes to `r * out_stride + out_start[r]` on.
+        out_tokens, out_values: written; `out_values` None: tokens only.
+        stats: if given, values are logits and go out as probabilities.
+    """
+    rows, block = lists.stop.shape[0], block_size(lists.capacity)
+    launch(
+        _emit_kernel, (rows, cdiv(lists.capacity, block)),
+        composites, lists.start, lists.stop, tokens, values, stats, out_start, out_tokens, out_values,
+        lists.stride, lists.capacity, out_stride, lists.capacity if limit is None else limit,
+        PROBABILITY=stats is not None, VALUES=out_values is not None, BLOCK=block, STEPS=block.bit_length(),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def block_size(capacity: int) -> int:
+    """Elements that are sorted together."""
+    return min(_BLOCK, max(32, next_power_of_2(capacity)))

@@ -1,0 +1,211 @@
+"""Attention over a flattened trie. Rows of a tile are (query, query head) pairs that share a KV head (GQA packed).
+
+The cached tokens are split over programs; each leaves a partial result in fp32, which a second kernel joins in a fixed
+order, so results are the same from run to run. Within a split a program first finds the tiles of tokens whose
+intervals meet its queries, then loops over those alone: tiles that do not meet cost neither a load nor a branch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saffron_kernels.backends.triton import faults
+from saffron_kernels.backends.triton.launch import Chip, cdiv, chip, launch, next_power_of_2
+from saffron_kernels.backends.triton.numerics import dot, narrow
+
+_TILES = 16  # tiles that are inspected together for whether they meet the queries
+_PROGRAMS_PER_PROCESSOR = 2  # enough of them to hide each other's latency; more splits only add partials
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch options of the attention kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
+    """The configuration for `rows` (queries x group) of one KV head.
+
+    Chosen so that nothing spills and a program's shared memory fits the architecture (`aot.py` verifies both).
+    """
+    dim = max(64, next_power_of_2(head_dim))
+    if element_size > 2:  # fp32 products run on the ordinary cores: small tiles
+        if dim == 64 or (dim == 128 and arch < 90):
+            return Config(16, 32 if dim == 64 else 16, num_warps=4, num_stages=2)
+        return Config(16, 32, num_warps=8, num_stages=2)
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if rows >= 1024 and dim <= 128 and 90 <= arch < 100:
+        block_m = 128
+    block_n = 32 if dim > 128 else 64
+    stages = 3 if arch >= 90 and dim <= 128 else 2
+    return Config(block_m, block_n, num_warps=8 if block_m >= 64 else 4, num_stages=stages)
+
+
+@triton.jit(do_not_specialize=["queries", "group", "slots", "tokens", "tokens_per_split"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr,
+    part_ptr,  # [splits, queries, heads, D] fp32
+    lse_ptr,  # [splits, queries, heads] fp32, base 2
+    fault_ptr,
+    scale_log2, queries, group, slots, tokens, tokens_per_split,
+    q_stride_n, q_stride_h, q_stride_d,
+    k_stride_s, k_stride_h, k_stride_d,
+    v_stride_s, v_stride_h, v_stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+    first_row = tl.program_id(0) * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M] (query, head of the group) pairs
+    query = row // group
+    head = (kv_head * group + row % group).to(tl.int64)
+    present = query < queries
+    first_query = first_row // group
+    last_query = tl.minimum((first_row + BLOCK_M - 1) // group, queries - 1)
+
+    dim = tl.arange(0, BLOCK_D)
+    in_dim = dim < D
+    q_row = query.to(tl.int64) * q_stride_n + head * q_stride_h
+    q = tl.load(q_ptr + q_row[:, None] + dim[None, :] * q_stride_d, present[:, None] & in_dim[None, :], 0.0)
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    first_token = split * tokens_per_split
+    last_token = tl.minimum(first_token + tokens_per_split, tokens)
+    tile = tl.arange(0, TILES)
+    lane = tl.arange(0, BLOCK_N)
+    for chunk in range(first_token, last_token, TILES * BLOCK_N):
+        token = chunk + tile[:, None] * BLOCK_N + lane[None, :]  # [TILES, BLOCK_N]
+        exists = token < last_token
+        begin = tl.load(begin_ptr + token, exists, 0)
+        end = tl.load(end_ptr + token, exists, 0)
+        meets = (begin < end) & (begin <= last_query) & (end > first_query)
+        if kv_head == 0:
+            slot = tl.load(slot_ptr + token, begin < end, 0)
+            if tl.max(((slot < 0) | (slot >= slots)).to(tl.int32)) > 0:
+                tl.atomic_or(fault_ptr, faults.SLOT)
+        live = tl.max(meets.to(tl.int32), 1)  # [TILES]
+        position = tl.cumsum(live, 0) - 1  # of each live tile among the live ones
+
+        for i in range(tl.sum(live)):
+            this = tl.sum(tl.where((position == i) & (live > 0), tile, 0))
+            token_n = chunk + this * BLOCK_N + lane  # [BLOCK_N]
+            exists_n = token_n < last_token
+            begin_n = tl.load(begin_ptr + token_n, exists_n, 0)
+            end_n = tl.load(end_ptr + token_n, exists_n, 0)
+            needed = (begin_n < end_n) & (begin_n <= last_query) & (end_n > first_query)
+            slot_n = tl.load(slot_ptr + token_n, needed, -1)
+            needed = needed & (slot_n >= 0) & (slot_n < slots)
+            slot_n = slot_n.to(tl.int64)
+            read = needed[:, None] & in_dim[None, :]  # rows that no query of this tile sees stay unread
+
+            k_row = slot_n * k_stride_s + kv_head * k_stride_h
+            k = tl.load(k_ptr + k_row[:, None] + dim[None, :] * k_stride_d, read, 0.0)  # [BLOCK_N, BLOCK_D]
+            scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+            seen = (begin_n[None, :] <= query[:, None]) & (query[:, None] < end_n[None, :]) & needed[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # no -inf - -inf
+            weight = tl.exp2(scores - base[:, None])
+            decay = tl.exp2(largest - base)
+            total = total * decay + tl.sum(weight, 1)
+            v_row = slot_n * v_stride_s + kv_head * v_stride_h
+            v = tl.load(v_ptr + v_row[:, None] + dim[None, :] * v_stride_d, read, 0.0)
+            acc = dot(narrow(weight, v.dtype), v, acc * decay[:, None])
+            largest = new_largest
+
+    mass = tl.where(total == 0, 1.0, total)
+    out = acc / mass[:, None]
+    lse = tl.where(total == 0, float("-inf"), largest + tl.log2(mass))
+    place = (split.to(tl.int64) * queries + query) * kv_heads * group + head
+    tl.store(lse_ptr + place, lse, present)
+    # A partial that saw nothing is not written: its lse says so, and the join does not read it.
+    written = present & (total > 0)
+    tl.store(part_ptr + place[:, None] * D + dim[None, :], out, written[:, None] & in_dim[None, :])
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def _join_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # (query, head)
+    some = tl.arange(0, BLOCK_S)
+    largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + some
+        lse = tl.load(part_lse_ptr + split.to(tl.int64) * rows + row, split < splits, float("-inf"))
+        largest = tl.maximum(largest, lse)
+    top = tl.max(largest)
+    base = tl.where(top == float("-inf"), 0.0, top)
+
+    dim = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_S], tl.float32)
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + some
+        place = split.to(tl.int64) * rows + row
+        lse = tl.load(part_lse_ptr + place, split < splits, float("-inf"))
+        weight = tl.exp2(lse - base)
+        total += weight
+        read = (weight > 0)[:, None] & (dim < D)[None, :]
+        acc += weight[:, None] * tl.load(part_ptr + place[:, None] * D + dim[None, :], read, 0.0)
+    mass = tl.sum(total)
+    nothing = mass == 0
+    mass = tl.where(nothing, 1.0, mass)
+    out = tl.sum(acc, 0) / mass
+    tl.store(out_ptr + row * D + dim, narrow(out, out_ptr.dtype.element_ty), dim < D)
+    tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (base + tl.log2(mass)) * 0.6931471805599453))
+
+
+def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: Chip) -> tuple[int, int]:
+    """Splits of the tokens, and tokens in each (a multiple of `block_n`): enough programs to fill the chip."""
+    wanted = cdiv(_PROGRAMS_PER_PROCESSOR * on.processors, row_tiles * kv_heads)
+    tiles = cdiv(tokens, block_n)
+    tiles_per_split = max(1, cdiv(tiles, wanted))
+    return max(1, cdiv(tiles, tiles_per_split)), tiles_per_split * block_n
+
+
+def tree_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    (queries, heads, head_dim), (slots, kv_heads, _), tokens = q.shape, k_cache.shape, slot.shape[0]
+    slot, begin, end = slot.contiguous(), begin.contiguous(), end.contiguous()
+    if faults.eager(slot):
+        faults.check_index("slot", slot[begin < end], slots)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
+    if not queries:
+        return out, lse
+    rows = queries * heads // kv_heads
+    on = chip(q.device)
+    block_m, block_n, num_warps, num_stages = config(head_dim, rows, q.element_size(), on.arch)
+    row_tiles = cdiv(rows, block_m)
+    splits, tokens_per_split = num_splits(tokens, row_tiles, kv_heads, block_n, on)
+    part = torch.empty(splits, queries, heads, head_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(splits, queries, heads, dtype=torch.float32, device=q.device)
+    block_d = next_power_of_2(max(16, head_dim))
+    launch(
+        _attention_kernel, (row_tiles, kv_heads, splits),
+        q, k_cache, v_cache, slot, begin, end, part, part_lse, faults.word(q.device),
+        scale * 1.4426950408889634, queries, heads // kv_heads, slots, tokens, tokens_per_split,
+        *q.stride(), *k_cache.stride(), *v_cache.stride(),
+        D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES,
+        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    launch(
+        _join_kernel, (queries * heads,), part, part_lse, out, lse, splits, queries * heads,
+        D=head_dim, BLOCK_D=block_d, BLOCK_S=16, num_warps=4,
+    )  # fmt: skip
+    return out, lse

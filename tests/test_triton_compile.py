@@ -1,0 +1,72 @@
+"""Every Triton kernel in every configuration, compiled for GPUs that are not here: nothing spills, everything fits."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from saffron_kernels.backends.triton.launch import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled", allow_module_level=True)
+
+from saffron_kernels.backends.triton import aot
+
+CASES = dict(aot.cases())
+
+
+@pytest.mark.parametrize("arch", sorted(aot.CHIPS))
+@pytest.mark.parametrize("case", CASES)
+def test_fits_the_chip(case: str, arch: int) -> None:
+    usages = aot.compile_case(arch, case, CASES[case])
+    assert usages
+    assert [usage._replace(ptx="") for usage in usages if not usage.fits] == []
+
+
+def test_no_kernel_is_left_out() -> None:
+    compiled = {usage.kernel for case, run in CASES.items() for usage in aot.compile_case(90, case, run)}
+    sources = "".join(file.read_text() for file in Path(aot.__file__).parent.glob("*.py"))
+    assert compiled == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
+
+
+@pytest.mark.parametrize("arch", sorted(aot.CHIPS))
+def test_attention_streams_whole_rows(arch: int) -> None:
+    """K and V go to shared memory 16 bytes at a time while earlier ones are used; Hopper's matrix units are fed."""
+    case = "tree_attention bf16 d128 n32"
+    ptx = next(u.ptx for u in aot.compile_case(arch, case, CASES[case]) if u.kernel == "_attention_kernel")
+    assert len(re.findall(r"cp\.async\.cg\.shared\.global.*, 0x10", ptx)) >= 16
+    assert "wgmma.mma_async" in ptx or arch != 90
+
+
+@pytest.mark.parametrize("arch", sorted(aot.CHIPS))
+def test_logits_are_read_in_wide_loads(arch: int) -> None:
+    case = "nucleus bf16"
+    ptx = next(u.ptx for u in aot.compile_case(arch, case, CASES[case]) if u.kernel == "_nucleus_kernel")
+    assert re.search(r"ld\.global\.v4\.b32", ptx) and not re.search(r"ld\.global\.b16", ptx)
+
+
+def test_what_does_not_fit() -> None:
+    usage = aot.Usage(80, "case", "kernel", "options", registers=255, local_bytes=0, shared_bytes=163 * 1024)
+    assert usage.fits
+    assert not usage._replace(local_bytes=8).fits
+    assert not usage._replace(shared_bytes=163 * 1024 + 1).fits
+
+
+def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile that the threads cannot hold in their registers is reported."""
+    module = importlib.import_module("saffron_kernels.backends.triton.tree_attention")
+    monkeypatch.setattr(module, "config", lambda *_: module.Config(64, 32, num_warps=2, num_stages=1))
+    case = "tree_attention fp16 d128 n32"
+    assert any(usage.local_bytes > 0 for usage in aot.compile_case(90, case, CASES[case]))
+
+
+def test_report_has_a_row_for_every_kernel_and_a_cell_for_every_chip() -> None:
+    usages = [aot.Usage(arch, "case", "k", "BLOCK=8", 30, 0, 2048) for arch in aot.CHIPS]
+    usages.append(aot.Usage(90, "other dtype", "k", "BLOCK=8", 40, 0, 1024))
+    report = aot.markdown(usages)
+    assert "| `k` | BLOCK=8 | 30 / 0 / 2.0 | 40 / 0 / 2.0 | 30 / 0 / 2.0 |" in report

@@ -1,0 +1,167 @@
+"""What only the Triton backend has, interpreted: lists longer than a block, many splits, faults that kernels record."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import i32, randn
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton.language as tl
+
+from saffron_kernels import backends
+from saffron_kernels.backends import reference
+from saffron_kernels.backends.triton import (
+    advance_tree,
+    append_kv,
+    faults,
+    gather_kv,
+    launch,
+    multifurcate,
+    multifurcation_head,
+    nucleus,
+    ordering,
+    raise_faults,
+    select_beam,
+    tree_attention,
+)
+from saffron_kernels.backends.triton.launch import INTERPRETED
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def deferred(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Content is not looked at before a launch, as on a GPU: what is wrong with it the kernels have to find."""
+    monkeypatch.setattr(faults, "eager", lambda tensor: False)
+    faults.clear(CPU)
+    yield
+    faults.clear(CPU)
+
+
+def test_interpreted_only_where_asked_for() -> None:
+    reason = backends.why_not("triton", "nucleus", CPU, torch.float32)
+    assert reason is None if INTERPRETED else "TRITON_INTERPRET" in str(reason)
+    assert "torch.float64" in str(backends.why_not("triton", "nucleus", CPU, torch.float64))
+    assert "CUDA" in str(backends.why_not("triton", "nucleus", torch.device("meta"), torch.float32))
+
+
+def test_package_imports_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import saffron_kernels as s, torch; "
+        "assert s.nucleus(torch.zeros(1, 4), 0.5)[0].tolist() == [0, 1]; "
+        "print(s.backends.why_not('triton', 'nucleus', torch.device('cpu'), torch.float32))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "cannot be imported" in result.stdout, result.stderr
+
+
+@interpreted
+@pytest.mark.parametrize("pairs", [16, 64])
+def test_lists_of_many_blocks(pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks sorted by a sorting network (16) and by comparing all pairs (64), then ranked across blocks."""
+    monkeypatch.setattr(ordering, "_PAIRS", tl.constexpr(pairs))
+    monkeypatch.setattr(ordering, "_BLOCK", 32)
+    logits = (2 * randn(1, 2, 150)).round()  # ties everywhere
+    logits[1, 40:90] = -torch.inf
+    for result, expected in zip(nucleus(logits, 0.95, None), reference.nucleus(logits, 0.95, None), strict=True):
+        assert torch.equal(result, expected) if result.dtype == torch.int32 else torch.allclose(result, expected)
+
+
+@interpreted
+def test_search_over_a_list_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threshold is found over several loads of the list, with ties across them."""
+    logits = randn(2, 1, 700).round()
+    tokens, _, _ = nucleus(logits, 0.9, i32([3, 4]))
+    assert torch.equal(tokens, reference.nucleus(logits, 0.9, i32([3, 4]))[0])
+
+
+@interpreted
+@pytest.mark.parametrize("processors", [1, 64])
+def test_any_number_of_splits(processors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also such that see nothing, and whose partial results are not written."""
+    monkeypatch.setattr(launch, "_INTERPRETER", launch.Chip(90, processors))
+    tokens, queries = 700, 3
+    slot = torch.randperm(800, generator=torch.Generator().manual_seed(3))[:tokens].int()
+    begin, end = torch.zeros(tokens, dtype=torch.int32), torch.full((tokens,), 2, dtype=torch.int32)
+    begin[100:400], end[100:400] = 5, 5  # dead
+    begin[400:500], end[400:500] = 2, 3
+    q, cache = randn(4, queries, 2, 16), randn(5, 800, 1, 16)
+    out, lse = tree_attention(q, cache, cache, slot, begin, end, 0.25)
+    exact = reference.tree_attention(q.double(), cache.double(), cache.double(), slot, begin, end, 0.25)
+    assert torch.allclose(out.double(), exact[0], atol=1e-5) and torch.allclose(lse.double(), exact[1], atol=1e-5)
+
+
+@interpreted
+def test_dead_entries_at_the_end_of_a_plan() -> None:
+    """As plans of fixed capacity have them."""
+    slot, begin, end = i32(range(64)), i32([0] * 64), i32([2] * 64)
+    q, cache = randn(6, 2, 2, 16), randn(7, 64, 1, 16)
+    dead = i32([-7] * 40)
+    padded = torch.cat([slot, dead]), torch.cat([begin, dead]), torch.cat([end, dead])
+    short = tree_attention(q, cache, cache, slot, begin, end, 0.25)
+    long = tree_attention(q, cache, cache, *padded, 0.25)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(short, long, strict=True))
+
+
+@interpreted
+@pytest.mark.usefixtures("deferred")
+class TestFaults:
+    """Kernels skip what they cannot serve, write nothing outside, and leave a word about it."""
+
+    def recorded(self, name: str) -> None:
+        with pytest.raises(ValueError, match=name):
+            raise_faults("cpu")
+        raise_faults("cpu")  # once
+
+    def test_append_kv(self) -> None:
+        k, storage = randn(1, 3, 1, 4), torch.zeros(6, 1, 4)
+        append_kv(k, k, i32([1, 2, -2]), storage[2:4], storage[2:4].clone())
+        assert torch.equal(storage[3], k[0]) and not storage[[0, 1, 2, 4, 5]].any()
+        self.recorded("slots")
+
+    def test_gather_kv(self) -> None:
+        cache = randn(2, 4, 1, 4)
+        k, _ = gather_kv(cache[1:3], cache[1:3], i32([[0, 2, -2, -1]]).view(1, 4))
+        assert torch.equal(k[0, 0, 0], cache[1, 0]) and not k[0, 0, 1:].any()
+        self.recorded("slots")
+
+    def test_tree_attention(self) -> None:
+        cache, q = randn(3, 2, 1, 4), randn(4, 1, 1, 4)
+        good = tree_attention(q, cache, cache, i32([1]), i32([0]), i32([1]), 1.0)
+        bad = tree_attention(q, cache, cache, i32([1, 9, -1]), i32([0, 0, 0]), i32([1, 1, 1]), 1.0)
+        assert torch.equal(good[0], bad[0]) and torch.equal(good[1], bad[1])
+        self.recorded("slot")
+
+    def test_multifurcation_head(self) -> None:
+        hidden, weight = randn(5, 2, 4), randn(6, 3, 4)
+        rewards = multifurcation_head(hidden, weight, None, None, 0.0, i32([2, 3, -1]), i32([0, 2, 9]))
+        assert torch.allclose(rewards, torch.stack([hidden[0] @ weight[2], *torch.zeros(2)]))
+        self.recorded("tokens")
+
+    @pytest.mark.parametrize("rewards, groups, name", [([0, 1], [0, 5], "groups"), ([torch.nan, 1], [0, 1], "rewards")])
+    def test_select_beam(self, rewards, groups, name) -> None:
+        parent, token, _ = select_beam(torch.tensor(rewards).float(), i32([7, 8]), i32([0, 1, 2]), i32(groups), 2, 1)
+        assert set(parent.tolist()) <= {0, 1, 2} and set(token.tolist()) <= {7, 8, -1}
+        self.recorded(name)
+
+    def test_multifurcate(self) -> None:
+        logits = torch.tensor([[0.0, 1, 2], [0, torch.nan, 0]])
+        head = (randn(7, 2, 4), randn(8, 3, 4), None, None, 0.0)
+        none = (None,) * 5
+        parent, _, _, sizes, _ = multifurcate(logits, *head, i32([0, 0]), 1, 5, 1.0, *none)
+        assert sizes.tolist() == [3, 0] and parent.tolist() == [0, 0, 0, 2, 2]
+        self.recorded("logits")
+
+    @pytest.mark.parametrize("begin, parents", [(0, [1, 0]), (0, [-1, 0]), (7, [0, 0]), (-1, [0, 0])])
+    def test_advance_tree(self, begin, parents) -> None:
+        one = i32([0])
+        _, start, stop = advance_tree(one, i32([begin]), one + 1, i32(parents), i32([5, 6]), 2)
+        assert int(start.min()) >= 0 and int(stop.max()) <= 2
+        self.recorded("parents")
