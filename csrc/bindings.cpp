@@ -1,8 +1,8 @@
-// The whole native surface: saffron_kernels._native. Arrays are numpy's, 1-D; _native.pyi documents
-// every name.
+// saffron_kernels._native: the host trie; cpu/bindings.cpp adds the ops. Arrays are numpy's, 1-D;
+// _native.pyi documents every name.
 //
-// Calls keep the GIL: they last milliseconds at most, and the GIL is what makes a Trie safe to
-// share between threads.
+// The trie's calls keep the GIL: they last milliseconds at most, and the GIL is what makes a Trie
+// safe to share between threads.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -14,6 +14,11 @@
 #include "trie/trie.h"
 
 namespace py = pybind11;
+
+namespace saffron::cpu {
+void bind(py::module_& native);  // cpu/bindings.cpp
+}
+
 using saffron::Ints;
 using saffron::Span;
 using saffron::Trie;
@@ -148,4 +153,6 @@ PYBIND11_MODULE(_native, m) {
           },
           py::arg("nodes"))
       .def("snapshot", &snapshot);
+
+  saffron::cpu::bind(m);
 }

@@ -34,7 +34,7 @@ def _register(schema: str, fake: Callable[..., object]) -> Callable[..., object]
     def run(*args: Any) -> object:
         check(*args)
         with torch.no_grad():
-            return implementation(name, args[0].device, args[0].dtype)(*args)
+            return implementation(name, args[0].device, *_storage(args))(*args)
 
     def trace(*args: Any) -> object:
         check(*args)
@@ -44,6 +44,11 @@ def _register(schema: str, fake: Callable[..., object]) -> Callable[..., object]
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # no gradient, and no warning about one
     torch.library.register_fake(f"saffron_kernels::{name}", trace, lib=_library)
     return getattr(torch.ops.saffron_kernels, name).default
+
+
+def _storage(args: tuple[Any, ...]) -> set[torch.dtype]:
+    """The dtypes a backend has to serve: those of all floating-point arguments, or else of the first."""
+    return {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()} or {args[0].dtype}
 
 
 # --- append_kv -------------------------------------------------------------------------------------------------------

@@ -148,3 +148,15 @@ def test_threads_choose_for_themselves(added) -> None:
         thread.start()
         thread.join()
     assert added.calls == 0
+
+
+def test_every_storage_dtype_counts() -> None:
+    """A backend that serves the first argument but not the third is not chosen, and fails where it is forced."""
+    rows = torch.arange(2, dtype=torch.int32)
+    logits, hidden = torch.randn(2, 5), torch.randn(2, 3, dtype=torch.float64)
+    arguments = (logits, hidden, torch.randn(5, 3, dtype=torch.float64), None, None, 0.0, rows, 2, 1, 0.5)
+    expected = saffron_kernels.multifurcate(logits.double(), *arguments[1:])
+    for ours, theirs in zip(saffron_kernels.multifurcate(*arguments), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with backends.backend("cpu"), pytest.raises(backends.BackendError, match="float64"):
+        saffron_kernels.multifurcate(*arguments)

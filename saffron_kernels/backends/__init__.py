@@ -6,6 +6,7 @@ it) and `why_not(device, dtype)`: None if it can run there, else the reason.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -18,10 +19,14 @@ import torch
 from saffron_kernels.checks import expect
 
 # Modules by name, imported when first considered: importing the package needs no compiler and no GPU.
-MODULES = {"reference": "saffron_kernels.backends.reference"}
+MODULES = {
+    "triton": "saffron_kernels.backends.triton",
+    "cpu": "saffron_kernels.backends.cpu",
+    "reference": "saffron_kernels.backends.reference",
+}
 
 # The order of choice for tensors on a device. A backend asked for by name need not stand here.
-PREFERENCE = {"cuda": ("reference",), "cpu": ("reference",)}
+PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 FALLBACK = ("reference",)  # on any other device
 
 _forced: ContextVar[str | None] = ContextVar("saffron_backend", default=None)
@@ -45,34 +50,37 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., object]:
-    """The function that runs `op` on tensors of this device and storage dtype.
+def implementation(op: str, device: torch.device, *dtypes: torch.dtype) -> Callable[..., object]:
+    """The function that runs `op` on tensors of this device and these storage dtypes.
 
     Raises:
         BackendError: a backend was asked for by name and cannot.
     """
     forced = _forced.get() or os.environ.get("SAFFRON_BACKEND")
     if forced is None:
-        name = next(n for n in PREFERENCE.get(device.type, FALLBACK) if why_not(n, op, device, dtype) is None)
+        name = next(n for n in PREFERENCE.get(device.type, FALLBACK) if why_not(n, op, device, *dtypes) is None)
         return getattr(_module(name), op)
     expect(forced in MODULES, "SAFFRON_BACKEND", repr(forced), f"one of {', '.join(MODULES)}")
-    reason = why_not(forced, op, device, dtype)
+    reason = why_not(forced, op, device, *dtypes)
     if reason is not None:
-        raise BackendError(f"backend {forced!r} cannot run {op} on {device.type} in {dtype}: {reason}")
+        stored = " and ".join(map(str, dtypes))
+        raise BackendError(f"backend {forced!r} cannot run {op} on {device.type} in {stored}: {reason}")
     return getattr(_module(forced), op)
 
 
-def why_not(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(name: str, op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Why backend `name` cannot run `op` there; None if it can."""
     try:
         module = _module(name)
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    reason: str | None = module.why_not(device, dtype)
-    if reason is None and not hasattr(module, op):
-        return "it does not serve this op"
-    return reason
+    for dtype in dtypes:
+        reason: str | None = module.why_not(device, dtype)
+        if reason is not None:
+            return reason
+    return None if hasattr(module, op) else "it does not serve this op"
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name])

@@ -1,0 +1,45 @@
+"""Fixture and report of the benchmarks: `pytest benchmarks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from harness import RESULTS, Case, append, rows, time_in_turn
+
+_finished = pytest.StashKey[list[dict[str, object]]]()
+_COLUMNS = ("op", "shape", "dtype", "competitor", "median_us", "p20_us", "p80_us", "gb_per_s", "gflop_per_s")
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Times a case against its contenders, and appends the result to the CSV."""
+    done = request.config.stash.setdefault(_finished, [])
+
+    def run(case: Case, seconds: float = 2.0) -> None:
+        times = time_in_turn({"": case.ours, **case.contenders}, seconds)
+        new = rows(case, times)
+        append(new)
+        done.extend(new)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    done = config.stash.get(_finished, [])
+    if not done:
+        return
+    rates = {(row["dtype"], row["copy_gb_per_s"], row["matmul_gflop_per_s"]) for row in done}
+    terminalreporter.section("benchmarks")
+    for dtype, copy, matmul in sorted(map(lambda r: tuple(map(str, r)), rates)):
+        terminalreporter.line(f"this machine, {dtype}: copy {copy} GB/s, matrix product {matmul} GFLOP/s")
+    for row in done:
+        peaks = (
+            100 * float(str(row["gb_per_s"])) / float(str(row["copy_gb_per_s"])),
+            100 * float(str(row["gflop_per_s"])) / float(str(row["matmul_gflop_per_s"])),
+        )
+        text = "  ".join(f"{key.removesuffix('_us')} {row[key]}" for key in _COLUMNS if row[key])
+        floor = f"{row['times_floor']} x floor" if row["times_floor"] else ""
+        against = f"ratio {row['ratio']}" if row["competitor"] else floor
+        terminalreporter.line(f"{text}  ({peaks[0]:.0f}% copy, {peaks[1]:.0f}% matmul)  {against}")
+    terminalreporter.line(f"times in us; appended to {RESULTS}")

@@ -1,0 +1,83 @@
+#include <algorithm>
+
+#include "cpu/ops.h"
+
+namespace saffron::cpu {
+namespace {
+
+/// Which groups have unseen candidates and none, end tokens aside, that is not.
+std::vector<uint8_t> find_blind(const Tensor& unseen, const std::vector<int32_t>& row,
+                                const std::vector<int32_t>& tokens,
+                                const std::vector<uint8_t>& ends, const std::vector<int32_t>& group,
+                                int64_t num_groups) {
+  std::vector<uint8_t> seen(static_cast<size_t>(num_groups)), blind(seen.size());
+  for (size_t i = 0; unseen.given() && i < tokens.size(); ++i) {
+    if (ends[i]) continue;
+    const auto g = static_cast<size_t>(group[static_cast<size_t>(row[i])]);
+    (*unseen.at(tokens[i]) ? blind : seen)[g] = 1;
+  }
+  for (size_t g = 0; g < blind.size(); ++g) blind[g] = blind[g] && !seen[g];
+  return blind;
+}
+
+std::vector<int32_t> copy(const IntView& ints) {
+  std::vector<int32_t> values(static_cast<size_t>(ints.size));
+  for (int64_t i = 0; i < ints.size; ++i) values[static_cast<size_t>(i)] = ints[i];
+  return values;
+}
+
+}  // namespace
+
+void multifurcate(const Tensor& logits, const Head& head, const Search& search, const Beam& beam,
+                  const Tensor& counts, const Tensor& blind, int threads) {
+  check_index("groups", search.groups, search.num_groups);
+  if (search.carried_groups.given()) {
+    check_index("carried_groups", search.carried_groups, search.num_groups);
+  }
+  std::vector<int32_t> group = copy(search.groups);
+  Candidates found = nucleus(logits, search.top_p, search.banned, threads);
+  std::vector<int32_t>& tokens = found.tokens;
+  const Tensor offsets{reinterpret_cast<char*>(found.offsets.data()),
+                       DType::kInt32,
+                       1,
+                       {static_cast<int64_t>(found.offsets.size())},
+                       {1}};
+  std::vector<int32_t> row = rows_of(offsets, static_cast<int64_t>(tokens.size()));
+
+  std::vector<uint8_t> inherits(tokens.size(), 0);
+  if (search.end_tokens.given()) {
+    std::vector<int32_t> ends = copy(search.end_tokens);
+    std::sort(ends.begin(), ends.end());
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      inherits[i] = std::binary_search(ends.begin(), ends.end(), tokens[i]);
+    }
+  }
+  const std::vector<uint8_t> is_blind =
+      find_blind(head.unseen, row, tokens, inherits, group, search.num_groups);
+
+  std::vector<float> rewards(tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const auto r = static_cast<size_t>(row[i]);
+    inherits[i] = search.scores.given() && (inherits[i] || is_blind[static_cast<size_t>(group[r])]);
+    if (inherits[i]) rewards[i] = load_float(search.scores, row[i]);
+  }
+  reward_candidates(head, row, tokens.data(), inherits, rewards.data(), threads);
+
+  if (search.carried_scores.given()) {
+    const IntView carried(search.carried_groups);
+    for (int64_t i = 0; i < carried.size; ++i) {
+      row.push_back(static_cast<int32_t>(group.size()));
+      group.push_back(carried[i]);
+      tokens.push_back(-1);
+      rewards.push_back(load_float(search.carried_scores, i));
+    }
+  }
+  choose(rewards.data(), row, tokens.data(), group, search.num_groups, search.width, beam);
+  for (int64_t r = 0; r < logits.shape[0]; ++r) {
+    counts.as<int32_t>()[r] =
+        found.offsets[static_cast<size_t>(r + 1)] - found.offsets[static_cast<size_t>(r)];
+  }
+  std::copy(is_blind.begin(), is_blind.end(), blind.as<uint8_t>());
+}
+
+}  // namespace saffron::cpu

@@ -1,0 +1,117 @@
+// Compiled once for each instruction set, with SAFFRON_ISA as its name.
+
+#include "cpu/simd/kernels.h"
+
+#include <type_traits>
+
+#include "cpu/simd/attention.h"
+#include "cpu/simd/attention_float.h"
+#include "cpu/simd/rows.h"
+#ifdef __AMX_BF16__
+#include "cpu/simd/attention_amx.h"
+#endif
+
+namespace saffron::cpu::SAFFRON_ISA {
+namespace {
+
+/// Calls f with a null pointer to the Math for a dtype and head size.
+template <class F>
+inline auto with_math(DType dtype, int64_t head_dim, F&& f) {
+#ifdef __AMX_BF16__
+  if (dtype == DType::kBFloat16) return f(static_cast<AmxMath*>(nullptr));
+#else
+  if (dtype == DType::kBFloat16) {
+    if (head_dim <= 64) return f(static_cast<FloatMath<uint16_t, 64>*>(nullptr));
+    if (head_dim <= 128) return f(static_cast<FloatMath<uint16_t, 128>*>(nullptr));
+    return f(static_cast<FloatMath<uint16_t, kMaxHeadDim>*>(nullptr));
+  }
+#endif
+  if (head_dim <= 64) return f(static_cast<FloatMath<float, 64>*>(nullptr));
+  if (head_dim <= 128) return f(static_cast<FloatMath<float, 128>*>(nullptr));
+  return f(static_cast<FloatMath<float, kMaxHeadDim>*>(nullptr));
+}
+
+/// Calls f with a pointer of the storage type.
+template <class F>
+inline auto with_type(DType dtype, const char* data, F&& f) {
+  return dtype == DType::kBFloat16 ? f(reinterpret_cast<const uint16_t*>(data))
+                                   : f(reinterpret_cast<const float*>(data));
+}
+
+int64_t tile_tokens(DType dtype, int64_t head_dim) {
+  return with_math(dtype, head_dim,
+                   [](auto* math) { return std::remove_pointer_t<decltype(math)>::kTileTokens; });
+}
+
+int64_t attend_scratch(DType dtype, int64_t rows, int64_t head_dim) {
+  return with_math(dtype, head_dim, [&](auto* math) {
+    Carver carver{nullptr};
+    std::remove_pointer_t<decltype(math)>(carver, ceil_div(rows, kPanel), head_dim);
+    return carver.used;
+  });
+}
+
+void attend_any(const AttentionTask& task) {
+  with_math(task.q.dtype, task.q.shape[2], [&](auto* math) {
+    using Math = std::remove_pointer_t<decltype(math)>;
+    attend<Math, typename Math::Storage>(task);
+  });
+}
+
+void finish_any(const FinishTask& task) {
+  task.out.dtype == DType::kBFloat16 ? finish<uint16_t>(task) : finish<float>(task);
+}
+
+void blend_any(const char* a, const char* b, float weight_a, float weight_b, DType dtype,
+               int64_t count, char* to) {
+  with_type(dtype, a, [&](auto* first) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(first)>>;
+    blend(first, reinterpret_cast<const T*>(b), weight_a, weight_b, count,
+          reinterpret_cast<T*>(to));
+  });
+}
+
+float largest_any(const char* logits, DType dtype, int64_t count) {
+  return with_type(dtype, logits, [&](auto* x) { return largest(x, count); });
+}
+
+void exponentials_any(const char* logits, DType dtype, int64_t count, float shift, float* e) {
+  with_type(dtype, logits, [&](auto* x) { exponentials(x, count, shift, e); });
+}
+
+int64_t collect_any(const char* logits, DType dtype, const float* e, int64_t count, float threshold,
+                    uint64_t* keys) {
+  return with_type(dtype, logits, [&](auto* x) { return collect(x, e, count, threshold, keys); });
+}
+
+void dots_any(const char* weight, DType dtype, const float* hidden, int64_t hidden_stride,
+              int64_t size, const int32_t* rows, int64_t count, float* out) {
+  with_type(dtype, weight,
+            [&](auto* w) { dots(w, hidden, hidden_stride, size, rows, count, out); });
+}
+
+void widen_any(const char* from, DType dtype, int64_t count, float* to) {
+  with_type(dtype, from, [&](auto* x) { widen(x, count, to); });
+}
+
+}  // namespace
+
+#define SAFFRON_TEXT(x) #x
+#define SAFFRON_NAME(x) SAFFRON_TEXT(x)
+extern const Kernels table;
+const Kernels table = {SAFFRON_NAME(SAFFRON_ISA),
+                       &tile_tokens,
+                       &partial_size,
+                       &attend_scratch,
+                       &attend_any,
+                       &finish_any,
+                       &blend_any,
+                       &largest_any,
+                       &exponentials_any,
+                       &masses_above,
+                       &collect_any,
+                       &probabilities,
+                       &dots_any,
+                       &widen_any};
+
+}  // namespace saffron::cpu::SAFFRON_ISA

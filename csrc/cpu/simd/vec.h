@@ -1,0 +1,181 @@
+#pragma once
+
+// Vectors of the width that the file is compiled for. Everything in simd/ is compiled once for each
+// instruction set (see CMakeLists.txt), inside a namespace of its own, and uses nothing of the
+// standard library that is not inlined: the linker keeps one copy of a template function, and a
+// copy built for AVX-512 would crash older machines.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/tensor.h"
+
+#ifndef SAFFRON_ISA
+#define SAFFRON_ISA generic
+#endif
+
+namespace saffron::cpu::SAFFRON_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+
+inline Vec splat(float x) { return x - Vec{}; }  // unlike `x + 0`, the same as x even for -0: free
+inline VecI splat_int(int32_t x) { return x - VecI{}; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec load(const uint16_t* p) {  // bf16
+  VecH h;
+  std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)  // GCC splits the conversion in two otherwise
+  return (Vec)((VecU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+#elif defined(__AVX2__)
+  return (Vec)((VecU)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+#endif
+}
+
+inline float as_float(float x) { return x; }
+inline float as_float(uint16_t x) {  // bf16
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+/// fp32 to bf16, rounded to nearest even; NaN stays NaN.
+inline VecU round_bf16(Vec v) {
+  const VecU bits = (VecU)v;
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (VecU)((v == v) ? (VecI)rounded : (VecI)((bits >> 16) | 0x40));
+}
+inline void store(uint16_t* p, Vec v) {
+  const VecH h = __builtin_convertvector(round_bf16(v), VecH);
+  std::memcpy(p, &h, sizeof h);
+}
+
+/// The larger; `a` if either is NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);  // GCC warns of the plain one
+#elif defined(__AVX__)
+  return (Vec)_mm256_max_ps((__m256)b, (__m256)a);
+#else
+  return (a < b) ? b : a;
+#endif
+}
+
+inline VecI lane_numbers() {
+  VecI v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+/// One bit for each lane of a comparison's result.
+inline uint32_t bits(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t set = 0;
+  for (int i = 0; i < kLanes; ++i) set |= (mask[i] != 0) << i;
+  return set;
+#endif
+}
+
+inline float reduce_add(Vec v) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+}
+
+inline float reduce_max(Vec v) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] = v[i] < v[i + width] ? v[i + width] : v[i];
+  }
+  return v[0];
+}
+
+/// 2^f for -0.5 <= f <= 0.5: the Taylor series, or a shorter polynomial that is right to 2e-7.
+template <bool kShort>
+inline Vec exp2_fraction(Vec f) {
+  if constexpr (kShort) {
+    Vec y = splat(0.00132669704f);
+    y = y * f + 0.00967545975f;
+    y = y * f + 0.0555074262f;
+    y = y * f + 0.240221218f;
+    y = y * f + 0.693146949f;
+    return y * f + 1.f;
+  }
+  Vec y = splat(1.5403530393381609954e-4f);
+  y = y * f + 1.3333558146428443423e-3f;
+  y = y * f + 9.6181291076284771619e-3f;
+  y = y * f + 5.5504108664821579953e-2f;
+  y = y * f + 2.4022650695910071233e-1f;
+  y = y * f + 6.9314718055994530942e-1f;
+  return y * f + 1.f;
+}
+
+/// 2^x for x <= 127, within 2 units in the last place (kShort: 2e-7); 0 below the normal numbers,
+/// NaN for NaN.
+template <bool kShort = false>
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const __m512 floor = _mm512_set1_ps(-126.f);
+  const __m512 clamped = _mm512_maskz_max_ps(0xffff, floor, (__m512)x);  // NaN stays
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, clamped, 8);  // to nearest, no exceptions
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, floor, _CMP_NLT_UQ);
+  const Vec fraction = exp2_fraction<kShort>((Vec)clamped - (Vec)whole);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)fraction, whole);
+#else
+  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec clamped = (x < splat(-126.f)) ? splat(-126.f) : x;
+  const Vec shifted = clamped + magic;
+  const VecU power = ((VecU)shifted + 127) << 23;  // the low bits of `shifted` hold the integer
+  const Vec result = exp2_fraction<kShort>(clamped - (shifted - magic)) * (Vec)power;
+  return (x < splat(-126.f)) ? Vec{} : result;
+#endif
+}
+
+/// Transposes kLanes vectors in place. `Step` exchanges blocks of 1, 2, 4, ... lanes.
+template <int kStep>
+inline void transpose(Vec (&rows)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+    VecI low{}, high{};
+    for (int j = 0; j < kLanes; ++j) {
+      low[j] = (j & kStep) ? j - kStep + kLanes : j;
+      high[j] = (j & kStep) ? j + kLanes : j + kStep;
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & kStep) continue;
+      const Vec a = rows[i], b = rows[i + kStep];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + kStep] = __builtin_shuffle(a, b, high);
+    }
+    transpose<2 * kStep>(rows);
+  }
+}
+
+}  // namespace saffron::cpu::SAFFRON_ISA

@@ -1,0 +1,169 @@
+"""The ops in C++ (`csrc/cpu`): fp32 and bf16 storage, fp32 arithmetic, PyTorch's number of threads.
+
+The native functions take a tensor as (address, dtype code, shape, strides); outputs are allocated here, and what the
+native loops assume of a layout is seen to here. They check the contents of tensors and raise ValueError.
+
+The same input gives the same bits, however many threads there are. The instruction set is chosen at run time:
+`SAFFRON_CPU_ISA=generic|avx2|avx512|amx` asks for a lesser one. Head sizes up to 512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saffron_kernels._native import cpu as _native
+from saffron_kernels.backends import BackendError
+
+_View = tuple[int, int, Sequence[int], Sequence[int]]
+_FLOATS = (torch.float32, torch.bfloat16)
+_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3}
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "it runs on the CPU only"
+    if dtype not in (*_FLOATS, torch.int32):
+        return "it serves fp32 and bf16 only"
+    return None
+
+
+def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
+
+
+def tree_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    k_cache, v_cache = _rows(k_cache), _rows(v_cache)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    plan = _view(slot), _view(begin), _view(end)
+    inputs = _view(q), _view(k_cache), _view(v_cache)
+    _native.tree_attention(*inputs, *plan, scale, _view(out), _view(lse), torch.get_num_threads())
+    return out, lse
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    out_a, out_b = _rows(out_a), _rows(out_b)
+    out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    pairs = _view(out_a), _view(lse_a), _view(out_b), _view(lse_b)
+    _native.merge_attention(*pairs, _view(out), _view(lse), torch.get_num_threads())
+    return out, lse
+
+
+def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
+    k = k_cache.new_empty(sequences, kv_heads, length, head_dim)
+    v = torch.empty_like(k)
+    caches = _view(k_cache), _view(v_cache)
+    _native.gather_kv(*caches, _view(slots), _view(k), _view(v), torch.get_num_threads())
+    return k, v
+
+
+def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities are right to 1e-6; the sum is taken in fp64, where softmax in fp32 was 2e-5 off.
+
+    So membership differs from the reference's for tokens alone before which the mass lies that near to `top_p`.
+    """
+    logits = _rows(logits)
+    found = _native.nucleus(_view(logits), top_p, _optional(banned), torch.get_num_threads())
+    tokens, probabilities, offsets = map(torch.from_numpy, found)
+    return tokens, probabilities, offsets
+
+
+def multifurcation_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unseen: Tensor | None,
+    unseen_reward: float,
+    tokens: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    hidden, weight, bias = _rows(hidden), _rows(weight), _served(bias)
+    rewards = torch.empty(tokens.shape, dtype=torch.float32)
+    head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
+    _native.multifurcation_head(*head, _view(tokens), _view(offsets), _view(rewards), torch.get_num_threads())
+    return rewards
+
+
+def select_beam(
+    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    beam = _new_beam(num_groups * width)
+    candidates = _view(rewards), _view(tokens), _view(offsets)
+    _native.select_beam(*candidates, _view(groups), num_groups, width, *map(_view, beam))
+    return beam[0], beam[1], beam[2].to(rewards.dtype)
+
+
+def multifurcate(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    unseen: Tensor | None,
+    unseen_reward: float,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    top_p: float,
+    banned: Tensor | None,
+    scores: Tensor | None,
+    end_tokens: Tensor | None,
+    carried_scores: Tensor | None,
+    carried_groups: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if hidden.dtype == torch.float64:  # the table of backends goes by the dtype of the logits
+        raise BackendError(f"backend 'cpu' cannot run multifurcate on hidden states in {hidden.dtype}: use 'reference'")
+    logits, hidden, weight = _rows(logits), _rows(_fp32_or_bf16(hidden)), _rows(_fp32_or_bf16(weight))
+    bias, scores, carried_scores = _served(bias), _served(scores), _served(carried_scores)
+    beam = _new_beam(num_groups * width)
+    counts = torch.empty(logits.shape[0], dtype=torch.int32)
+    blind = torch.empty(num_groups, dtype=torch.bool)
+    head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
+    search = _view(groups), num_groups, width, top_p, *map(_optional, (banned, scores, end_tokens))
+    carried = _optional(carried_scores), _optional(carried_groups)
+    outputs = *map(_view, beam), _view(counts), _view(blind)
+    _native.multifurcate(_view(logits), *head, *search, *carried, *outputs, torch.get_num_threads())
+    return *beam, counts, blind
+
+
+def advance_tree(
+    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = slot.shape[0] + parents.shape[0]
+    plan = slot.new_empty(size), slot.new_empty(size), slot.new_empty(size)
+    old = map(_view, (slot, begin, end, parents, new_slots))
+    _native.advance_tree(*old, queries, *map(_view, plan))
+    return plan
+
+
+def _view(tensor: Tensor) -> _View:
+    return tensor.data_ptr(), _CODE[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _optional(tensor: Tensor | None) -> _View | None:
+    return None if tensor is None else _view(tensor)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With the elements of the last dimension side by side, as the native loops read them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _fp32_or_bf16(tensor: Tensor) -> Tensor:
+    """In a dtype that the native code reads; results are fp32 in any case."""
+    return tensor if tensor.dtype in _FLOATS else tensor.float()
+
+
+def _served(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _fp32_or_bf16(tensor)
+
+
+def _new_beam(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    parent = torch.empty(size, dtype=torch.int32)
+    return parent, torch.empty_like(parent), torch.empty(size, dtype=torch.float32)
