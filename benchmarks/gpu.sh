@@ -30,7 +30,7 @@ part() {
 
 part build 120 python3 -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 part doctor 60 python3 -m saffron.cli doctor
-part tests 180 python3 -m pytest -q -m gpu --benchmark-disable -p no:cacheprovider
+part tests 180 env SAFFRON_EAGER_CHECKS=1 python3 -m pytest -q -m gpu --benchmark-disable -p no:cacheprovider
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer || true)
 for tool in memcheck racecheck synccheck; do
   [ -n "$sanitizer" ] || { echo "compute-sanitizer is not installed"; break; }

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saffron_kernels import backends
+
 FOLDER = Path(__file__).resolve().parent
 RESULTS = Path(os.environ.get("SAFFRON_RESULTS", FOLDER / "results" / "results.csv"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,6 +31,7 @@ COLUMNS = (
     "median_us", "p20_us", "p80_us", "best_us", "gb_per_s", "gflop_per_s",
     "copy_gb_per_s", "matmul_gflop_per_s", "floor_us", "times_floor", "ratio",
 )  # fmt: skip
+BACKEND = backends.PREFERENCE[DEVICE.type][0]  # that the ops choose by themselves
 MAX_ROUNDS = 200
 
 
@@ -65,7 +68,7 @@ class Case:
     ours: Callable[[], object]
     contenders: Mapping[str, Callable[[], object]]
     part: Mapping[str, float] = field(default_factory=dict)
-    backend: str = "cpu"
+    backend: str = BACKEND
 
 
 def synchronize() -> None:
