@@ -47,6 +47,29 @@ def test_small_recorded_searches_are_reproduced(tmp_path: Path) -> None:
 
 
 @needs_parity
+def test_memory_on_recorded_searches_is_that_of_proposition_2() -> None:
+    """The trie holds one node a distinct prefix of the recorded live beams: `sum LCP` less than a cache a sequence."""
+    source = Path(str(PARITY)) / "b"
+    case = json.loads((source / "cases.json").read_text())[3]
+    policy = Policy.from_pretrained(source / "policy")
+    mrm = MultifurcationRewardModel.from_pretrained(source / "mrm", base=source / "guard")
+    config = SearchConfig(
+        width=case["width"], top_p=case["top_p"], max_new_tokens=case["max_new_tokens"],
+        min_new_tokens=case["min_new_tokens"], ranking="released", eos_score="mrm",
+    )  # fmt: skip
+    prompt = (case["policy"]["bos"], *case["prompt"], *case["policy"]["infix"])
+    request = Request(prompt, (*case["mrm"]["prefix"], *case["prompt"], *case["mrm"]["infix"]))
+    held = [len(prompt)]
+    search = SaffronSearch(policy, mrm, config, end_tokens=[case["policy"]["eos"]])
+    for step, _ in enumerate(search.steps([request])):
+        assert policy.kv.num_nodes == held[-1]  # what was chosen in a step is run, and cached, in the next
+        live = sorted(sequence for sequence, finished in case["steps"][step] if not finished)
+        shared = sum(tiny.common_prefix(a, b) for a, b in zip(live, live[1:], strict=False))
+        held.append(len(prompt) + sum(map(len, live)) - shared)
+    assert len(held) > 10 and max(held) < len(prompt) * case["width"]
+
+
+@needs_parity
 def test_a_changed_record_is_noticed(tmp_path: Path) -> None:
     source = Path(str(PARITY)) / "a"
     for name in ("policy", "guard", "mrm"):

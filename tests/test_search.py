@@ -139,13 +139,9 @@ def test_proposition_2_memory_held_is_distinct_live_prefixes(width: int) -> None
         before = held - prompt
         # Lexicographic order: summed lengths, less what each sequence shares with the one before it.
         texts = sorted(node.tokens() for node in live)
-        shared = sum(_common(a, b) for a, b in zip(texts, texts[1:], strict=False))
+        shared = sum(tiny.common_prefix(a, b) for a, b in zip(texts, texts[1:], strict=False))
         assert before == sum(map(len, texts)) - shared
     assert policy.kv.num_nodes == mrm.kv.num_nodes == 0
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def test_statistics() -> None:

@@ -110,3 +110,8 @@ def save_mrm(folder: Path, base: Path, seed: int = 0) -> Path:
     torch.save(torch.randn(vocab) * 0.1, folder / "lm_head_bias.pt")
     torch.save(torch.rand(vocab) < 0.3, folder / "unseen_mask.pt")
     return folder
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """LCP in Proposition 2: how many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
