@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from saffron_kernels._native import cpu as _native
-from saffron_kernels.backends import BackendError
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
-_FLOATS = (torch.float32, torch.bfloat16)
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "it runs on the CPU only"
-    if dtype not in (*_FLOATS, torch.int32):
+    if dtype not in (torch.float32, torch.bfloat16, torch.int32):
         return "it serves fp32 and bf16 only"
     return None
 
@@ -84,7 +82,7 @@ def multifurcation_head(
     tokens: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    hidden, weight, bias = _rows(hidden), _rows(weight), _served(bias)
+    hidden, weight = _rows(hidden), _rows(weight)
     rewards = torch.empty(tokens.shape, dtype=torch.float32)
     head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
     _native.multifurcation_head(*head, _view(tokens), _view(offsets), _view(rewards), torch.get_num_threads())
@@ -117,10 +115,7 @@ def multifurcate(
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if hidden.dtype == torch.float64:  # the table of backends goes by the dtype of the logits
-        raise BackendError(f"backend 'cpu' cannot run multifurcate on hidden states in {hidden.dtype}: use 'reference'")
-    logits, hidden, weight = _rows(logits), _rows(_fp32_or_bf16(hidden)), _rows(_fp32_or_bf16(weight))
-    bias, scores, carried_scores = _served(bias), _served(scores), _served(carried_scores)
+    logits, hidden, weight = _rows(logits), _rows(hidden), _rows(weight)
     beam = _new_beam(num_groups * width)
     counts = torch.empty(logits.shape[0], dtype=torch.int32)
     blind = torch.empty(num_groups, dtype=torch.bool)
@@ -153,15 +148,6 @@ def _optional(tensor: Tensor | None) -> _View | None:
 def _rows(tensor: Tensor) -> Tensor:
     """With the elements of the last dimension side by side, as the native loops read them."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _fp32_or_bf16(tensor: Tensor) -> Tensor:
-    """In a dtype that the native code reads; results are fp32 in any case."""
-    return tensor if tensor.dtype in _FLOATS else tensor.float()
-
-
-def _served(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _fp32_or_bf16(tensor)
 
 
 def _new_beam(size: int) -> tuple[Tensor, Tensor, Tensor]:
