@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn  # the narrowest dtype that K and V are stored in
+
 
 def compute_dtype(storage: torch.dtype) -> torch.dtype:
     """What results are computed in: fp64 for fp64 storage, else fp32."""
@@ -49,33 +51,84 @@ def same_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {first[1].device} (as {first[0]})")
 
 
-def caches(k_cache: Tensor, v_cache: Tensor, like: tuple[str, Tensor] | None = None) -> None:
-    """K and V caches are `[slots, kv_heads, head_dim]`, of one dtype, on one device."""
+def caches(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    like: tuple[str, Tensor] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """K and V caches are `[slots, kv_heads, head_dim]`, of one dtype, on one device.
+
+    `like` has the dtype that they hold: theirs, or, where they are fp8, any that K and V may be computed in.
+    """
     shape("k_cache", k_cache, ["slots", "kv_heads", "head_dim"])
     shape("v_cache", v_cache, list(k_cache.shape))
     floating("k_cache", k_cache)
     dtype("v_cache", v_cache, k_cache.dtype)
     same_device(("k_cache", k_cache), ("v_cache", v_cache), *([like] if like else []))
+    fp8 = k_cache.dtype == FP8
     if like:
-        dtype(like[0], like[1], k_cache.dtype)
+        dtype(like[0], like[1], *((torch.bfloat16, torch.float16, torch.float32) if fp8 else (k_cache.dtype,)))
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            expect(fp8, name, f"a scale for caches in {k_cache.dtype}", f"none, or caches in {FP8}")
+            dtype(name, scale, torch.float32)
+            shape(name, scale, [k_cache.shape[1]])
+            same_device(("k_cache", k_cache), (name, scale))
+
+
+def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:
+    if count is not None:
+        index("count", count, [1])
+        same_device(like, ("count", count))
 
 
 # One function an op, for everything but the content of its tensors. `check_<op>` takes the arguments of the op.
 
 
-def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    caches(k_cache, v_cache, ("k", k))
+def check_append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    caches(k_cache, v_cache, ("k", k), k_scale, v_scale)
     shape("k", k, ["tokens", *k_cache.shape[1:]])
     shape("v", v, list(k.shape))
     dtype("v", v, k.dtype)
     index("slots", slots, [k.shape[0]])
-    same_device(("k_cache", k_cache), ("v", v), ("slots", slots))
+    same_device(("k_cache", k_cache), ("v", v), ("slots", slots), ("cos", cos), ("sin", sin))
+    expect((cos is None) == (sin is None), "sin" if sin is None else "cos", "one without the other", "both, or neither")
+    if cos is not None and sin is not None:
+        for name, turn in (("cos", cos), ("sin", sin)):
+            floating(name, turn)
+            shape(name, turn, [k.shape[0], "rotated"])
+        rotated, head_dim = cos.shape[1], k.shape[2]
+        even = rotated % 2 == 0 and rotated <= head_dim
+        expect(even, "cos", f"{rotated} rotated dimensions", f"an even number of at most {head_dim}")
+        shape("sin", sin, list(cos.shape))
+        dtype("sin", sin, cos.dtype)
 
 
 def check_tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    count: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
-    caches(k_cache, v_cache, ("q", q))
+    caches(k_cache, v_cache, ("q", q), k_scale, v_scale)
     shape("q", q, ["queries", "heads", k_cache.shape[2]])
     heads, kv_heads = q.shape[1], k_cache.shape[1]
     expect(kv_heads > 0 and heads % kv_heads == 0, "q", f"{heads} heads", f"a multiple of {kv_heads} KV heads")
@@ -83,6 +136,7 @@ def check_tree_attention(
     index("begin", begin, [slot.shape[0]])
     index("end", end, [slot.shape[0]])
     same_device(("q", q), ("slot", slot), ("begin", begin), ("end", end))
+    check_count(count, ("q", q))
 
 
 def check_merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
@@ -204,7 +258,13 @@ def check_multifurcate(
 
 
 def check_advance_tree(
-    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    parents: Tensor,
+    new_slots: Tensor,
+    queries: int,
+    count: Tensor | None,
 ) -> None:
     index("slot", slot, ["tokens"])
     index("begin", begin, [slot.shape[0]])
@@ -214,3 +274,4 @@ def check_advance_tree(
     expect(queries >= 0, "queries", queries, "at least 0")
     others = (("begin", begin), ("end", end), ("parents", parents), ("new_slots", new_slots))
     same_device(("slot", slot), *others)
+    check_count(count, ("slot", slot))

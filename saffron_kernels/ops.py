@@ -16,24 +16,54 @@ from saffron_kernels import schemas
 NAMES = schemas.NAMES  # of all ops, in the order of this file
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Writes the K and V rows of new tokens into their slots.
 
-    Equivalent to `k_cache[slots] = k; v_cache[slots] = v`, but slot -1 skips its token.
+    Equivalent to `k_cache[slots] = k; v_cache[slots] = v`, but slot -1 skips its token. With `cos` and `sin`, K is
+    turned by its position first (RoPE, Su et al. 2021, in the half-split form that Llama checkpoints have)::
+
+        left, right, rest = k[..., : r // 2], k[..., r // 2 : r], k[..., r:]        # r = cos.shape[1]
+        k = torch.cat([k[..., :r] * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None], rest], -1)
+
+    Caches in fp8 (e4m3) hold `(k / k_scale[:, None]).clamp(-448, 448)`, and V likewise. Everything is computed in fp32
+    and rounded once, to the caches' dtype.
 
     Args:
-        k, v: `[tokens, kv_heads, head_dim]`, the dtype of the caches, any strides.
+        k, v: `[tokens, kv_heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches), any strides.
         slots: `[tokens]` int32, -1 or a row of the caches; no slot twice.
         k_cache, v_cache: `[slots, kv_heads, head_dim]`, written in place.
+        cos, sin: `[tokens, r]` floating, `r` even and at most `head_dim`; or None: K is turned already.
+        k_scale, v_scale: `[kv_heads]` fp32, above 0, for fp8 caches only; None: 1.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a slot that does not exist.
     """
-    schemas.append_kv(k, v, slots, k_cache, v_cache)
+    schemas.append_kv(k, v, slots, k_cache, v_cache, cos, sin, k_scale, v_scale)
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    *,
+    count: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries over a flattened trie: query `i` sees cached token `t` iff `begin[t] <= i < end[t]`.
 
@@ -43,12 +73,17 @@ def tree_attention(
         scores = (q @ k_cache[slot].T * scale).masked_fill((i < begin) | (i >= end), -torch.inf)
         out, lse = scores.softmax(-1) @ v_cache[slot], scores.logsumexp(-1)
 
+    where K and V of fp8 caches are `k_cache * k_scale[:, None]` and `v_cache * v_scale[:, None]`.
+
     Args:
-        q: `[queries, heads, head_dim]`, the dtype of the caches.
+        q: `[queries, heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches).
         k_cache, v_cache: `[slots, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`. K and V of a token that
             any query sees must be finite.
         slot, begin, end: `[tokens]` int32. A token with `begin >= end` is seen by nobody, and its slot is not read.
         scale: multiplies the scores; usually `head_dim ** -0.5`.
+        count: `[1]` int32, how many tokens there are: what stands behind them in `slot`, `begin` and `end` is not read
+            (buffers of a captured CUDA graph, whose plan grows). None: all of them.
+        k_scale, v_scale: `[kv_heads]` fp32, for fp8 caches only; None: 1.
 
     Returns:
         out `[queries, heads, head_dim]` in the dtype of `q`, and lse `[queries, heads]`, the natural logarithm of the
@@ -57,7 +92,7 @@ def tree_attention(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a slot that does not exist.
     """
-    return schemas.tree_attention(q, k_cache, v_cache, slot, begin, end, scale)
+    return schemas.tree_attention(q, k_cache, v_cache, slot, begin, end, scale, count, k_scale, v_scale)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +209,8 @@ def select_beam(
     Args:
         rewards: `[candidates]`, no NaN.
         tokens, offsets: candidates as `nucleus` returns them.
-        groups: `[rows]` int32 in `0 .. num_groups - 1`: the search each row belongs to; ascending.
+        groups: `[rows]` int32 in `0 .. num_groups`: the search each row belongs to; ascending. Rows of group
+            `num_groups` belong to none: nothing of theirs is looked at (unused places of a captured CUDA graph).
         num_groups, width: number of searches, beam width of each.
 
     Returns:
@@ -225,12 +261,13 @@ def multifurcate(
         top_p, banned: as for `nucleus`.
         scores: `[rows]`, what a child of the row inherits where it inherits; None: nothing inherits.
         end_tokens: int32 ids of the tokens whose children inherit; None for none.
-        carried_scores, carried_groups: `[carried]`, finished nodes that compete for places in their group.
+        carried_scores, carried_groups: `[carried]`, finished nodes that compete for places in their group (those of
+            group `num_groups` for none).
 
     Returns:
         parent, token, reward `[num_groups * width]` as `select_beam` returns them, where parent `rows + i` is the
-        `i`-th carried node and `rows + carried` an empty place; the nucleus size of each row `[rows]` int32; and which
-        groups were blind `[num_groups]` bool.
+        `i`-th carried node and `rows + carried` an empty place; the nucleus size of each row `[rows]` int32 (0 for
+        rows of no group); and which groups were blind `[num_groups]` bool.
 
     Raises:
         ValueError, TypeError: as the three ops it joins.
@@ -242,7 +279,14 @@ def multifurcate(
 
 
 def advance_tree(
-    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    parents: Tensor,
+    new_slots: Tensor,
+    queries: int,
+    *,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plan after one search step: old query `i` is replaced by its children, each with one token of its own.
 
@@ -260,11 +304,15 @@ def advance_tree(
             place), whose token nobody sees.
         new_slots: `[new]` int32, the slot of each new query's own token.
         queries: number of old queries.
+        count: `[1]` int32, how many tokens the plan holds, with room for the new ones behind them: the result is then
+            as long as the plan (buffers of a captured CUDA graph), and what is left of the room is dead (slot -1,
+            interval 0 to 0). None: all of them, and the result is longer by the new ones.
 
     Returns:
-        slot, begin, end `[tokens + new]` int32 for the new queries.
+        slot, begin, end `[tokens + new]` (with `count`: `[tokens]`) int32 for the new queries.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device, or parents that descend.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, parents that descend, or no room behind
+            `count`.
     """
-    return schemas.advance_tree(slot, begin, end, parents, new_slots, queries)
+    return schemas.advance_tree(slot, begin, end, parents, new_slots, queries, count)

@@ -6,7 +6,8 @@ call, with the documentation; an implementation is chosen at every call (`backen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from saffron_kernels.checks import compute_dtype
 _library = torch.library.Library("saffron_kernels", "DEF")
 
 NAMES: list[str] = []  # of all ops, in the order of this file
+_MULTIPLIERS = {"cos", "sin", "k_scale", "v_scale"}  # read in whatever dtype they are: no backend is chosen by them
 
 
 def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
@@ -26,12 +28,13 @@ def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
     name = schema.split("(")[0]
     NAMES.append(name)
     check: Callable[..., None] = getattr(checks, f"check_{name}")
+    stored = [parameter.split()[-1] not in _MULTIPLIERS for parameter in schema[: schema.index(" ->")].split(",")]
     _library.define(schema)
 
     def run(*args: Any) -> object:
         check(*args)
         with torch.no_grad():
-            return implementation(name, args[0].device, *_storage(args))(*args)
+            return implementation(name, args[0].device, *_storage(compress(args, stored)))(*args)
 
     def trace(*args: Any) -> object:
         check(*args)
@@ -43,13 +46,15 @@ def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
     return getattr(torch.ops.saffron_kernels, name).default
 
 
-def _storage(args: tuple[Any, ...]) -> set[torch.dtype]:
-    """The dtypes a backend has to serve: those of all floating-point arguments, or else of the first."""
-    return {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()} or {args[0].dtype}
+def _storage(args: Iterable[Any]) -> set[torch.dtype]:
+    """The dtypes a backend has to serve: those of all floating-point tensors, or else of the indices."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return {a.dtype for a in tensors if a.is_floating_point()} or {tensors[0].dtype}
 
 
 append_kv = register(
-    "append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache) -> ()",
+    "append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? cos, Tensor? sin,"
+    " Tensor? k_scale, Tensor? v_scale) -> ()",
     lambda *args: None,
 )
 
@@ -60,8 +65,8 @@ def _fake_tree_attention(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 tree_attention = register(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot, Tensor begin, Tensor end, float scale)"
-    " -> (Tensor, Tensor)",
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor slot, Tensor begin, Tensor end, float scale,"
+    " Tensor? count, Tensor? k_scale, Tensor? v_scale) -> (Tensor, Tensor)",
     _fake_tree_attention,
 )
 
@@ -149,9 +154,9 @@ multifurcate = register(
 
 
 advance_tree = register(
-    "advance_tree(Tensor slot, Tensor begin, Tensor end, Tensor parents, Tensor new_slots, SymInt queries)"
-    " -> (Tensor, Tensor, Tensor)",
-    lambda slot, begin, end, parents, new_slots, queries: tuple(
-        slot.new_empty(slot.shape[0] + parents.shape[0]) for _ in range(3)
+    "advance_tree(Tensor slot, Tensor begin, Tensor end, Tensor parents, Tensor new_slots, SymInt queries,"
+    " Tensor? count) -> (Tensor, Tensor, Tensor)",
+    lambda slot, begin, end, parents, new_slots, queries, count: tuple(
+        slot.new_empty(slot.shape[0] + (parents.shape[0] if count is None else 0)) for _ in range(3)
     ),
 )

@@ -197,12 +197,15 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     rows = {name: randn(7 + i, 6, 4, 8, dtype=dtype, device=dev) for i, name in enumerate(("out_a", "out_b"))}
     lses = {name: randn(9 + i, 6, 4, dtype=compute, device=dev) for i, name in enumerate(("lse_a", "lse_b"))}
     logits = randn(11, 4, 11, dtype=dtype, device=dev)
+    turn = {name: randn(18 + i, 5, 6, dtype=dtype, device=dev) for i, name in enumerate(("cos", "sin"))}
+    count = {"count": i32([len(forest.slot) - 2], dev)}
+    scales = {"k_scale": None, "v_scale": None}  # for fp8 caches
     if op == "append_kv":
         new = {name: randn(12 + i, 5, 2, 8, dtype=dtype, device=dev) for i, name in enumerate("kv")}
-        return {**new, "slots": i32([4, -1, 0, 7, 2], dev), "k_cache": k_cache, "v_cache": v_cache}
+        return {**new, "slots": i32([4, -1, 0, 7, 2], dev), "k_cache": k_cache, "v_cache": v_cache, **turn, **scales}
     if op == "tree_attention":
         q = randn(14, forest.queries, 4, 8, dtype=dtype, device=dev)
-        return {"q": q, "k_cache": k_cache, "v_cache": v_cache, **plan, "scale": 8**-0.5}
+        return {"q": q, "k_cache": k_cache, "v_cache": v_cache, **plan, "scale": 8**-0.5, **count, **scales}
     if op == "merge_attention":
         return {"out_a": rows["out_a"], "lse_a": lses["lse_a"], "out_b": rows["out_b"], "lse_b": lses["lse_b"]}
     if op == "gather_kv":
@@ -224,4 +227,4 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit}
     assert op == "advance_tree"
     parents = i32([0, 0, 2, 3, 3, forest.queries], dev)
-    return {**plan, "parents": parents, "new_slots": i32(range(20, 26), dev), "queries": forest.queries}
+    return {**plan, "parents": parents, "new_slots": i32(range(20, 26), dev), "queries": forest.queries, "count": None}

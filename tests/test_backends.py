@@ -27,9 +27,9 @@ def make_backend() -> types.ModuleType:
     module = types.ModuleType(ADDED)
     module.calls = 0
 
-    def advance_tree(slot, begin, end, parents, new_slots, queries):
+    def advance_tree(slot, begin, end, parents, new_slots, queries, count):
         module.calls += 1
-        return reference.advance_tree(slot, begin, end, parents, new_slots, queries)
+        return reference.advance_tree(slot, begin, end, parents, new_slots, queries, count)
 
     def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in (torch.float32, torch.int32) else f"no {dtype} here"

@@ -98,7 +98,9 @@ def test_any_number_of_splits(processors, monkeypatch: pytest.MonkeyPatch) -> No
     begin[400:500], end[400:500] = 2, 3
     q, cache = randn(4, queries, 2, 16), randn(5, 800, 1, 16)
     out, lse = tree_attention(q, cache, cache, slot, begin, end, 0.25)
-    exact = reference.tree_attention(q.double(), cache.double(), cache.double(), slot, begin, end, 0.25)
+    exact = reference.tree_attention(
+        q.double(), cache.double(), cache.double(), slot, begin, end, 0.25, None, None, None
+    )
     assert torch.allclose(out.double(), exact[0], atol=1e-5) and torch.allclose(lse.double(), exact[1], atol=1e-5)
 
 

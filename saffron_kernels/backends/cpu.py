@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saffron_kernels._native import cpu as _native
+from saffron_kernels.backends.reference import checked_count, turned
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3}
@@ -28,13 +29,37 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    _k_scale: None,
+    _v_scale: None,
+) -> None:
+    if cos is not None and sin is not None:
+        k = turned(k.float(), cos.float(), sin.float()).to(k.dtype)
     _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    count: Tensor | None,
+    _k_scale: None,
+    _v_scale: None,
 ) -> tuple[Tensor, Tensor]:
+    if count is not None:
+        held = checked_count(count, slot.shape[0])
+        slot, begin, end = slot[:held], begin[:held], end[:held]
     q, k_cache, v_cache = _rows(q), _rows(k_cache), _rows(v_cache)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -128,12 +153,23 @@ def multifurcate(
 
 
 def advance_tree(
-    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    parents: Tensor,
+    new_slots: Tensor,
+    queries: int,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = slot.shape[0] + parents.shape[0]
+    room, fresh = slot.shape[0], parents.shape[0]
+    held = room if count is None else checked_count(count, room - fresh)
+    size = room + fresh if count is None else room
     plan = slot.new_empty(size), slot.new_empty(size), slot.new_empty(size)
-    old = map(_view, (slot, begin, end, parents, new_slots))
-    _native.advance_tree(*old, queries, *map(_view, plan))
+    old = map(_view, (slot[:held], begin[:held], end[:held], parents, new_slots))
+    used = held + fresh
+    _native.advance_tree(*old, queries, *(_view(x[:used]) for x in plan))
+    for x, dead in zip(plan, (-1, 0, 0), strict=True):
+        x[used:] = dead
     return plan
 
 

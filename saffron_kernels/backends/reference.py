@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from saffron_kernels.checks import compute_dtype
+from saffron_kernels.checks import FP8, compute_dtype
 
 # Scores held at once by `tree_attention`: bounds its memory at 256 MiB in fp32, whatever the size of a prefill.
 _MAX_SCORES = 1 << 26
@@ -20,16 +21,63 @@ def why_not(device: torch.device, dtype: torch.dtype) -> None:
     """It runs everywhere."""
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     _check_index("slots", slots, k_cache.shape[0], lowest=-1)
     keep = slots >= 0
+    dtype = compute_dtype(k.dtype)
+    k, v = k[keep].to(dtype), v[keep].to(dtype)
+    if cos is not None and sin is not None:
+        k = turned(k, cos[keep].to(dtype), sin[keep].to(dtype))
     rows = slots[keep]
-    k_cache[rows] = k[keep].to(k_cache.dtype)
-    v_cache[rows] = v[keep].to(v_cache.dtype)
+    k_cache[rows] = _stored(k, k_cache.dtype, k_scale)
+    v_cache[rows] = _stored(v, v_cache.dtype, v_scale)
+
+
+def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of the first dimensions of each head of `[tokens, heads, head_dim]`, as many as `cos` and `sin` have."""
+    cos, sin = cos[:, None], sin[:, None]
+    left, right, rest = k.tensor_split((cos.shape[-1] // 2, cos.shape[-1]), -1)
+    turned = torch.cat([left, right], -1) * cos + torch.cat([-right, left], -1) * sin
+    return torch.cat([turned, rest], -1)
+
+
+def _stored(rows: Tensor, storage: torch.dtype, scale: Tensor | None) -> Tensor:
+    """`[n, kv_heads, head_dim]` as a cache holds it; `scale` `[kv_heads]` is given for fp8 alone."""
+    if storage != FP8:
+        return rows.to(storage)
+    largest = torch.finfo(FP8).max  # beyond it the conversion makes NaN
+    return (rows if scale is None else rows / scale[:, None]).clamp(-largest, largest).to(FP8)
+
+
+def _loaded(cache: Tensor, slot: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows `slot` of a cache, `[n, kv_heads, head_dim]`."""
+    if cache.dtype == FP8:  # which PyTorch does not index everywhere
+        cache = cache.view(torch.uint8)[slot].view(FP8).to(dtype)
+        return cache if scale is None else cache * scale[:, None]
+    return cache[slot].to(dtype)
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    count: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     queries, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
@@ -37,11 +85,13 @@ def tree_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(queries, heads, dtype=dtype, device=q.device)
 
+    if count is not None:
+        slot, begin, end = (x[: checked_count(count, slot.shape[0])] for x in (slot, begin, end))
     visible = begin < end  # a token that no query sees is not read: its slot may be -1, or already someone else's
     slot, begin, end = slot[visible], begin[visible], end[visible]
     _check_index("slot", slot, k_cache.shape[0])
-    k = k_cache[slot].to(dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
-    v = v_cache[slot].to(dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
+    k = _loaded(k_cache, slot, k_scale, dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
+    v = _loaded(v_cache, slot, v_scale, dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
 
     block = max(1, _MAX_SCORES // max(1, heads * slot.shape[0]))
     for first in range(0, queries, block):
@@ -76,9 +126,10 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     present = slots >= 0
 
     def gathered(cache: Tensor) -> Tensor:
-        rows = cache.new_zeros(*slots.shape, *cache.shape[1:])
-        rows[present] = cache[slots[present]]
-        return rows.transpose(1, 2).contiguous()
+        bits = cache.view(torch.uint8) if cache.dtype == FP8 else cache  # fp8 is not indexed everywhere
+        rows = bits.new_zeros(*slots.shape, *cache.shape[1:])
+        rows[present] = bits[slots[present]]
+        return rows.transpose(1, 2).contiguous().view(cache.dtype)
 
     return gathered(k_cache), gathered(v_cache)
 
@@ -155,7 +206,7 @@ def select_beam(
     if bool(rewards.isnan().any()):
         raise ValueError(f"rewards: candidate {int(rewards.isnan().nonzero()[0])} is NaN; rewards must be numbers")
     rows, count = groups.shape[0], rewards.shape[0]
-    _check_index("groups", groups, num_groups)
+    _check_index("groups", groups, num_groups + 1)
     _check_offsets(offsets, count)
     row = _rows(offsets, count)
     # Stable sorts, the last key first: group ascending, reward descending, and equal rewards in candidate order.
@@ -163,7 +214,7 @@ def select_beam(
     order = order[groups[row[order]].argsort(stable=True)]
     group = groups[row[order]].long()
     first = torch.searchsorted(group, group)  # where the group of each candidate begins
-    order = order[torch.arange(count, device=order.device) - first < width]
+    order = order[(torch.arange(count, device=order.device) - first < width) & (group < num_groups)]
     order = order[row[order].argsort(stable=True)]  # ordered by parent; siblings by reward
 
     chosen = order.shape[0]
@@ -191,11 +242,12 @@ def multifurcate(
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_index("groups", groups, num_groups)
+    _check_index("groups", groups, num_groups + 1)
     if carried_groups is not None:
-        _check_index("carried_groups", carried_groups, num_groups)
-    tokens, _, offsets = nucleus(logits, top_p, banned)
-    rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
+        _check_index("carried_groups", carried_groups, num_groups + 1)
+    used = groups < num_groups  # all rows but the last ones
+    tokens, _, offsets = nucleus(logits[used], top_p, banned)
+    rewards = multifurcation_head(hidden[used], weight, bias, unseen, unseen_reward, tokens, offsets)
     row = _rows(offsets, tokens.shape[0])
     ends = torch.zeros_like(tokens, dtype=torch.bool)
     if end_tokens is not None:
@@ -211,7 +263,9 @@ def multifurcate(
         inherits = ends | blind[groups[row].long()]
         rewards = torch.where(inherits, scores[row].to(rewards.dtype), rewards)
 
-    counts = offsets.diff()
+    counts = torch.zeros_like(groups)
+    counts[used] = offsets.diff()
+    offsets = _offsets(counts)
     if carried_scores is not None and carried_groups is not None:
         tokens = torch.cat([tokens, tokens.new_full(carried_scores.shape, -1)])
         rewards = torch.cat([rewards, carried_scores.to(rewards.dtype)])
@@ -222,8 +276,20 @@ def multifurcate(
 
 
 def advance_tree(
-    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    parents: Tensor,
+    new_slots: Tensor,
+    queries: int,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if count is not None:
+        room, held = slot.shape[0], checked_count(count, slot.shape[0] - parents.shape[0])
+        plan = advance_tree(slot[:held], begin[:held], end[:held], parents, new_slots, queries, None)
+        dead = room - held - parents.shape[0]
+        slot, begin, end = (pad(x, (0, dead), value=v) for x, v in zip(plan, (-1, 0, 0), strict=True))
+        return slot, begin, end
     if bool((parents.diff() < 0).any()):
         raise ValueError("parents: must be ascending (the new queries are numbered by parent)")
     _check_index("parents", parents, 1 << 31)  # not negative; `queries` and above is no parent
@@ -242,7 +308,7 @@ def advance_tree(
 
 def _offsets(counts: Tensor) -> Tensor:
     """Exclusive prefix sum with the total at its end, int32."""
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    return pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _rows(offsets: Tensor, count: int) -> Tensor:
@@ -257,6 +323,14 @@ def _check_index(name: str, index: Tensor, size: int, lowest: int = 0) -> None:
         smallest, largest = (int(x) for x in index.aminmax())
         if smallest < lowest or largest >= size:
             raise ValueError(f"{name}: holds values from {smallest} to {largest}, allowed are {lowest} to {size - 1}")
+
+
+def checked_count(count: Tensor, most: int) -> int:
+    """The number of tokens that `count` holds. Raises ValueError where it is not from 0 to `most`."""
+    held = int(count)
+    if not 0 <= held <= most:
+        raise ValueError(f"count: holds {held}, allowed are 0 to {most}")
+    return held
 
 
 def _check_offsets(offsets: Tensor, count: int) -> None:

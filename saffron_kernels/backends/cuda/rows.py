@@ -10,7 +10,17 @@ from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.native import CODE, view
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
     num_slots = k_cache.shape[0]
     faults.check_index("slots", slots, num_slots, lowest=-1)
     tensors = map(view, (k, v, slots, k_cache, v_cache))
@@ -44,7 +54,13 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 
 def advance_tree(
-    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    parents: Tensor,
+    new_slots: Tensor,
+    queries: int,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     faults.check_ascending("parents", parents)
     faults.check_index("parents", parents, 1 << 31)

@@ -26,13 +26,10 @@ def tree_attention(
     end: Tensor,
     scale: float,
     count: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op. Caches whose rows do not begin at multiples of 16 bytes are copied first; those of `KVTrie` do.
-
-    Args:
-        count: `[1]` int32 on the device, how many of the tokens there are; None: all. For captured graphs, where the
-            plan is longer than what it holds.
-    """
+    """The op. Caches whose rows do not begin at multiples of 16 bytes are copied first; those of `KVTrie` do."""
     (queries, heads, head_dim), (slots, kv_heads, _), tokens = q.shape, k_cache.shape, slot.shape[0]
     launchers = native.module(q)
     expect(head_dim <= launchers.MAX_HEAD_DIM, "q", f"a head size of {head_dim}", f"at most {launchers.MAX_HEAD_DIM}")

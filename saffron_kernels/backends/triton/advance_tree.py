@@ -57,7 +57,13 @@ def _advance_kernel(
 
 
 def advance_tree(
-    slot: Tensor, begin: Tensor, end: Tensor, parents: Tensor, new_slots: Tensor, queries: int
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    parents: Tensor,
+    new_slots: Tensor,
+    queries: int,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, new = slot.shape[0], parents.shape[0]
     faults.check_ascending("parents", parents)

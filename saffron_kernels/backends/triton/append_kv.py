@@ -34,7 +34,17 @@ def _append_kernel(
     tl.store(v_cache_ptr + slot * vc_stride_s + head * vc_stride_h + dim * vc_stride_d, v, mask)
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    _k_scale: None,
+    _v_scale: None,
+) -> None:
     tokens, kv_heads, head_dim = k.shape
     faults.check_index("slots", slots, k_cache.shape[0], lowest=-1)
     row_size = kv_heads * head_dim

@@ -179,7 +179,16 @@ def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: Chi
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    count: Tensor | None,
+    _k_scale: None,
+    _v_scale: None,
 ) -> tuple[Tensor, Tensor]:
     (queries, heads, head_dim), (slots, kv_heads, _), tokens = q.shape, k_cache.shape, slot.shape[0]
     slot, begin, end = slot.contiguous(), begin.contiguous(), end.contiguous()
