@@ -28,6 +28,7 @@ class TreeStep:
         write_slots: `[queries]` int32, where the K and V of each query go; -1: they are cached already.
         slot, begin, end: `[tokens]` int32, the flattened trie (see `ops.tree_attention`).
         length: tokens in the longest sequence.
+        count: `[1]` int32, how many of the tokens there are; None: all of them.
     """
 
     positions: Tensor
@@ -36,6 +37,7 @@ class TreeStep:
     begin: Tensor
     end: Tensor
     length: int
+    count: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ A model is called with all new tokens of all sequences as one row, `input_ids [1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,15 @@ from saffron_kernels import KVTrie, TreeStep, append_kv, tree_attention
 ATTENTION = "saffron"
 
 
+class Caches(Protocol):
+    """What attention reads and writes: the caches of a `KVTrie`, or buffers of the same form."""
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TrieStep:
     """The cache and the plan of one forward pass, as the layers of a model see it.
@@ -26,7 +36,7 @@ class TrieStep:
     `static`: a decode step whose shapes are those of the step before (see `TrieCache`).
     """
 
-    kv: KVTrie
+    kv: Caches
     plan: TreeStep
     static: bool = False
 
@@ -71,7 +81,9 @@ def trie_attention(
     k_cache, v_cache = trie_step.kv.k[layer], trie_step.kv.v[layer]
     append_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), plan.write_slots, k_cache, v_cache)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _lse = tree_attention(query[0].transpose(0, 1), k_cache, v_cache, plan.slot, plan.begin, plan.end, scale)
+    out, _lse = tree_attention(
+        query[0].transpose(0, 1), k_cache, v_cache, plan.slot, plan.begin, plan.end, scale, count=plan.count
+    )
     return out[None], None
 
 

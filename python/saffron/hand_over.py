@@ -66,6 +66,11 @@ class ReadTokens:
 
     def step(self, parents: Sequence[int], groups: Sequence[int], nodes: Sequence[Node]) -> Tensor:
         assert self.rows is not None, "start comes first"
+        self.tally(groups, nodes)
+        return self.model.step(self.rows, parents, [node.token for node in nodes])
+
+    def tally(self, groups: Sequence[int], nodes: Sequence[Node]) -> None:
+        """Counts what a step costs, without running it."""
         flops, shared = self.model.flops, self.model.share_prefixes
         for group, node in zip(groups, nodes, strict=True):
             length = self._lengths[group] + node.depth
@@ -73,7 +78,6 @@ class ReadTokens:
             tally.flops += flops.token(length - 1) if shared else flops.prompt(length)
             tally.tokens += 1 if shared else length
             tally.calls += 1
-        return self.model.step(self.rows, parents, [node.token for node in nodes])
 
     def release(self) -> None:
         if self.rows is not None:

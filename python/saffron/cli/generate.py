@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
     generate.add_argument("--stream", action="store_true", help="print text once it is final (with --prompt)")
     generate.add_argument("--batch", type=positive, default=8, help="prompts searched together (default %(default)s)")
     generate.add_argument("--device", help="e.g. cpu or cuda:0 (default: the GPU if there is one)")
+    generate.add_argument("--capture", action="store_true", help="replay the steps as a CUDA graph (needs a GPU)")
     add_search_options(generate)
     generate.set_defaults(run=run)
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     work = _read_prompts(options)
     from saffron.search import SaffronSearch
 
-    search = SaffronSearch(*load(options), config)
+    search = SaffronSearch(*load(options), config, capture=options.capture)
     if options.stream:
         for piece in search.stream(options.prompt, options.prefill):
             print(piece, end="", flush=True)

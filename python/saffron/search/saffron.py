@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from saffron.config import SearchConfig
-from saffron.errors import NumericalError
+from saffron.errors import ConfigError, NumericalError
 from saffron.hand_over import Reader, ReadText, ReadTokens, head_for, same_tokens
 from saffron.policy import Policy
 from saffron.result import Cost, SearchResult, StepStatistics
 from saffron.reward_models import MultifurcationRewardModel
+from saffron.search.captured import StaticStep, why_not_captured
 from saffron.search.method import Progress, Request, one_each
 from saffron.search.tree import Node, Tree, common_prefix
 from saffron_kernels import multifurcate, multifurcation_head, nucleus
@@ -23,7 +24,10 @@ from saffron_kernels import multifurcate, multifurcation_head, nucleus
 
 @dataclass(slots=True)
 class _Frontier:
-    """The live beams of all searches, a row each: the search it belongs to, its node, and what the models said."""
+    """The live beams of all searches, a row each: the search it belongs to, its node, and what the models said.
+
+    Where the steps are captured, the outputs are those of the prefill.
+    """
 
     groups: list[int]
     nodes: list[Node]
@@ -39,6 +43,15 @@ class _Choice:
     kept: list[Node]
 
 
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What one step chose: by search, the nucleus size of each row, and which searches were blind."""
+
+    choices: list[_Choice]
+    counts: list[int]
+    blind: list[bool]
+
+
 class SaffronSearch:
     """Searches for the response that the MRM finds safest among those the policy finds likely.
 
@@ -46,9 +59,11 @@ class SaffronSearch:
         policy, mrm: loaded models. With different tokenizers the response reaches the MRM through text.
         config: hyperparameters.
         end_tokens: ids that end a response; None: the policy's own.
+        capture: run the steps as one CUDA graph that is replayed, with buffers of fixed size (`search.captured`): the
+            same answers for less work of the host. Not for traced searches, which run step by step.
 
     Raises:
-        ConfigError: models that do not fit each other.
+        ConfigError: models that do not fit each other, or a search that cannot be captured.
     """
 
     def __init__(
@@ -58,12 +73,18 @@ class SaffronSearch:
         config: SearchConfig | None = None,
         *,
         end_tokens: Sequence[int] | None = None,
+        capture: bool = False,
     ) -> None:
         self.policy, self.mrm = policy, mrm
         self.config = config or SearchConfig()
         self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
         self.head = head_for(policy, mrm, self.config.lm_head_bias)
         self._ends = torch.tensor(sorted(self.end_tokens), dtype=torch.int32, device=policy.device)
+        self.capture = capture
+        self._static: StaticStep | None = None
+        reason = why_not_captured(policy, mrm, self.config) if capture else None
+        if reason is not None:
+            raise ConfigError(f"capture: {reason}")
 
     def generate(
         self,
@@ -138,8 +159,11 @@ class SaffronSearch:
             for tree, *tallies in zip(trees, policy.tallies, mrm.tallies, strict=True):
                 tree.tallies = (tallies[0], tallies[1])
             at = _Frontier(list(range(len(trees))), [tree.beam[0] for tree in trees], logits, hidden)
+            if self.capture and not trace and isinstance(mrm, ReadTokens) and isinstance(policy, ReadTokens):
+                yield from self._captured(policy, mrm, requests, trees, at)
+                return
             for step in range(self.config.max_new_tokens):
-                parents, groups, nodes = self._expand(step, requests, trees, at)
+                parents, groups, nodes = self._expand(step, requests, trees, at, self._choose(step, trees, at))
                 yield trees
                 if not nodes or step + 1 == self.config.max_new_tokens:
                     return
@@ -150,18 +174,56 @@ class SaffronSearch:
             mrm.release()
             policy.release()
 
+    def _captured(
+        self, policy: ReadTokens, mrm: ReadTokens, requests: Sequence[Request], trees: list[Tree], at: _Frontier
+    ) -> Iterator[list[Tree]]:
+        """The steps after the prefill, run by the device on its own: the trees follow what it recorded."""
+        assert policy.rows is not None and mrm.rows is not None
+        contexts = [r.policy for r in requests], [r.reward for r in requests]
+        static = self._static_step(contexts)
+        length = max(map(len, [*contexts[0], *contexts[1]])) + self.config.max_new_tokens
+        carried: list[tuple[int, Node]] = []  # in the order of the device
+        for step, record in enumerate(static.search(policy.rows, mrm.rows, at.logits, at.hidden, length)):
+            rows = static.rows
+            choices = [_Choice([], []) for _ in trees]
+            kept = []
+            for p, t, r in zip(record.parent, record.token, record.reward, strict=True):
+                if p < rows:
+                    choices[at.groups[p]].children.append((p, t, r))
+                elif p < 2 * rows:
+                    kept.append(carried[p - rows])
+                    choices[kept[-1][0]].kept.append(kept[-1][1])
+            if step > 0:
+                policy.tally(at.groups, at.nodes)
+                mrm.tally(at.groups, at.nodes)
+            chosen = _Chosen(choices, record.counts, record.blind)
+            searching = sorted(set(at.groups))
+            _, at.groups, at.nodes = self._expand(step, requests, trees, at, chosen)
+            new = [(g, n) for g in searching for n in sorted(trees[g].beam, key=lambda n: n.id) if n.depth == step + 1]
+            carried = [*kept, *((g, n) for g, n in new if n.finished)]
+            yield trees
+
+    def _static_step(self, contexts: tuple[list[tuple[int, ...]], list[tuple[int, ...]]]) -> StaticStep:
+        """Buffers for a forest: those of the search before if they do, else new ones with some room."""
+        groups = len(contexts[0])
+        new = groups * self.config.width * self.config.max_new_tokens
+        policy, mrm = (sum(map(len, tokens)) + new for tokens in contexts)
+        if self._static is None or not self._static.fits(groups, policy, mrm):
+            self._static = None  # before the next one takes its memory
+            room = 1 << (policy - 1).bit_length(), 1 << (mrm - 1).bit_length()
+            self._static = StaticStep(self.policy, self.mrm, self.head, self._ends, self.config, groups, *room)
+        return self._static
+
     def _expand(
-        self, step: int, requests: Sequence[Request], trees: list[Tree], at: _Frontier
+        self, step: int, requests: Sequence[Request], trees: list[Tree], at: _Frontier, chosen: _Chosen
     ) -> tuple[list[int], list[int], list[Node]]:
         """One step: replaces every tree's beam; returns parent row, search and node of each live child."""
-        carried = [[n for n in tree.beam if n.finished] for tree in trees]
-        choices, counts, blind = self._choose(step, trees, at, carried)
         rows_of: dict[int, list[int]] = {}
         for row, g in enumerate(at.groups):
             rows_of.setdefault(g, []).append(row)
         parents, groups, nodes = [], [], []
         for g, mine in rows_of.items():  # searches that have finished have no rows: the rest changes nothing
-            tree, choice = trees[g], choices[g]
+            tree, choice = trees[g], chosen.choices[g]
             expanded = [at.nodes[row] for row in mine]
             children = {
                 tree.child(at.nodes[row], token, score, token in self.end_tokens): row
@@ -171,20 +233,19 @@ class SaffronSearch:
             in_beam = set(tree.beam)
             live = [node for node in children if node in in_beam and not node.finished]  # still ordered by parent
             tree.update_cached(expanded, live)
-            sizes = [counts[row] for row in mine]
-            tree.steps.append(self._statistics(step, requests[g], tree, expanded, sizes, blind[g]))
+            sizes = [chosen.counts[row] for row in mine]
+            tree.steps.append(self._statistics(step, requests[g], tree, expanded, sizes, chosen.blind[g]))
             if tree.trace is not None:
-                tree.trace.append(self._trace_step(step, tree, at, mine, blind[g]))
+                tree.trace.append(self._trace_step(step, tree, at, mine, chosen.blind[g]))
             parents += [children[node] for node in live]
             groups += [g] * len(live)
             nodes += live
         return parents, groups, nodes
 
-    def _choose(
-        self, step: int, trees: list[Tree], at: _Frontier, carried: list[list[Node]]
-    ) -> tuple[list[_Choice], list[int], list[bool]]:
+    def _choose(self, step: int, trees: list[Tree], at: _Frontier) -> _Chosen:
         """Calls `multifurcate`, and brings its answer to the host: the one synchronisation of a step."""
         config, device = self.config, at.logits.device
+        carried = [[n for n in tree.beam if n.finished] for tree in trees]
         _check_finite("policy", at.logits.amax(1))
         _check_finite("mrm", at.hidden)
         competing = [(g, node) for g in sorted(set(at.groups)) for node in carried[g] if config.ranking == "paper"]
@@ -213,7 +274,7 @@ class SaffronSearch:
             elif p < rows + len(competing):
                 g, node = competing[p - rows]
                 choices[g].kept.append(node)
-        return choices, counts.tolist(), blind.tolist()
+        return _Chosen(choices, counts.tolist(), blind.tolist())
 
     def _rank(self, children: list[Node], kept: list[Node]) -> list[Node]:
         """The new beam, best first. Children come ordered by parent, siblings by score."""
