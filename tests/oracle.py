@@ -127,7 +127,7 @@ def multifurcation_head(
 def select_beam(
     rewards: list[float], tokens: list[int], rows: list[int], groups: list[int], num_groups: int, width: int
 ) -> tuple[list[int], list[int], list[float]]:
-    """As the op, with the row of each candidate in place of offsets."""
+    """As the op, with the row of each candidate in place of offsets. Those of group `num_groups` are in no `own`."""
     chosen: list[int] = []
     for group in range(num_groups):
         own = [c for c in range(len(rewards)) if groups[rows[c]] == group]
@@ -154,7 +154,7 @@ def multifurcate(
     carried_scores: list[float],
     carried_groups: list[int],
 ) -> tuple[list[int], list[int], list[float], list[bool]]:
-    """Parent, token, reward and blindness, given the nucleus and its rewards."""
+    """Parent, token, reward and blindness, given the nuclei of the rows of a group and their rewards."""
     unknown = [unseen is not None and unseen[t] for t in tokens]
     blind = []
     for group in range(num_groups):

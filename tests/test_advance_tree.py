@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from cases import LAYOUTS, Forest, beams, flatten, forests, i32
+from cases import LAYOUTS, NONSENSE, Forest, beams, flatten, forests, i32
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,10 +28,24 @@ def check(
     slot, begin, end = advance_tree(*tensors, queries)
     assert all(x.dtype == torch.int32 and x.shape == (len(plan[0]) + len(parents),) for x in (slot, begin, end))
     after = list(zip(slot.tolist(), begin.tolist(), end.tolist(), strict=True))
+    for room in (0, 1, 300):
+        in_room(plan, parents, new_slots, queries, room, device, layout, [slot, begin, end])
     expected = oracle.advance_tree(*plan, parents, new_slots, queries)
     for i, seen in enumerate(expected):
         assert {s for s, b, e in after if b <= i < e} == seen
     assert all(0 <= b <= e <= len(parents) for _, b, e in after)  # what it plans can be advanced again
+
+
+def in_room(
+    plan: list[list[int]], parents: list[int], new_slots: list[int], queries: int, room: int, device, layout, expected
+) -> None:
+    """The same in arrays that are longer by the new tokens and by `room`: what they hold there is not looked at."""
+    held, more = len(plan[0]), len(parents) + room
+    tensors = [layout(i32(x + [y] * more, device)) for x, y in zip(plan, (NONSENSE, -5, NONSENSE), strict=True)]
+    rest = (layout(i32(parents, device)), layout(i32(new_slots, device)), queries)
+    result = advance_tree(*tensors, *rest, count=i32([held], device))
+    for x, y, dead in zip(result, expected, (-1, 0, 0), strict=True):
+        assert x.tolist() == y.tolist() + [dead] * room
 
 
 def lists(forest: Forest) -> list[list[int]]:
@@ -78,6 +92,46 @@ def test_random_searches(backend, examples, device, dtype) -> None:
             plan, queries, fresh = [x.tolist() for x in after], len(parents), fresh + len(parents)
 
     run()
+
+
+def test_random_searches_in_buffers(backend, examples, device, dtype) -> None:
+    """Step after step in arrays that do not grow, against the same steps in arrays that do."""
+
+    @examples
+    @given(forests(), st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4), st.integers(0, 9))
+    def run(forest: Forest, steps: list[list[int]], room: int) -> None:
+        plan = [i32(x, device) for x in lists(forest)]
+        count, queries, fresh = i32([len(plan[0])], device), forest.queries, 1000
+        capacity = len(plan[0]) + sum(len(step) for step in steps) + room
+        buffers = [torch.full((capacity,), NONSENSE, dtype=torch.int32, device=device) for _ in plan]
+        for buffer, held in zip(buffers, plan, strict=True):
+            buffer[: len(held)] = held
+        for step in steps:
+            rest = (i32(sorted(step), device), i32(range(fresh, fresh + len(step)), device), queries)
+            plan = list(advance_tree(*plan, *rest))
+            buffers = list(advance_tree(*buffers, *rest, count=count))
+            count, queries, fresh = count + len(step), len(step), fresh + len(step)
+            for buffer, expected, dead in zip(buffers, plan, (-1, 0, 0), strict=True):
+                used = expected.shape[0]
+                assert torch.equal(buffer[:used], expected) and bool((buffer[used:] == dead).all())
+                buffer[used:] = -NONSENSE
+
+    run()
+
+
+@pytest.mark.parametrize("count", [-1, 2, 4, NONSENSE, -NONSENSE])
+def test_no_room(count, backend, device, dtype) -> None:
+    """Room for one token and two new ones."""
+    plan = (i32(x, device) for x in ([3, 4, 5], [0, 0, 0], [1, 1, 1], [0, 0], [6, 7]))
+    with pytest.raises(ValueError, match="count"):
+        advance_tree(*plan, 1, count=i32([count], device))
+
+
+def test_no_room_at_all(backend, device, dtype) -> None:
+    none, one = i32([], device), i32([0], device)
+    with pytest.raises(ValueError, match="count"):
+        advance_tree(none, none, none, one, one, 1, count=one)
+    assert [x.shape for x in advance_tree(none, none, none, none, none, 1, count=one)] == [(0,)] * 3
 
 
 def test_same_input_same_bits(backend, device, dtype) -> None:

@@ -28,7 +28,7 @@ def raw(formula: Callable[..., int]) -> Callable[..., int]:
 
 @raw
 def attention_flops(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor,
-                    scale: float, out_val: Any = None) -> int:  # fmt: skip
+                    scale: float, *more: Any, out_val: Any = None) -> int:  # fmt: skip
     """Two matrix products over the pairs of a query and a token that it sees."""
     pairs = int((end - begin).clamp(min=0).sum())
     return 4 * pairs * q.shape[1] * q.shape[2]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def step(
     groups: list[int], num_groups: int, width: int, vocab: int, dtype, device, seed: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """Arguments of one step; `more` replaces or adds."""
+    """Arguments of one step; `more` replaces or adds. What belongs to rows of no group is NaN."""
     rows, dev = len(groups), device
     arguments: dict[str, Any] = {
         "logits": 2 * randn(seed, rows, vocab, dtype=dtype, device=dev),
@@ -36,7 +36,12 @@ def step(
         "width": width,
         "top_p": 0.8,
     }
-    return arguments | more
+    arguments |= more
+    used = sum(group < num_groups for group in groups)
+    for name in ("logits", "hidden", "scores"):
+        if arguments.get(name) is not None:
+            arguments[name][used:] = torch.nan
+    return arguments
 
 
 def as_list(tensor: Tensor | None) -> list:
@@ -46,9 +51,11 @@ def as_list(tensor: Tensor | None) -> list:
 def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """The nucleus and its rewards come from their own ops on the same backend, which their own tests hold to fp64."""
     result = multifurcate(**arguments)
-    head = [arguments[name] for name in ("hidden", "weight", "bias", "unseen", "unseen_reward")]
-    tokens, _, offsets = nucleus(arguments["logits"], arguments["top_p"], arguments.get("banned"))
-    rewards = multifurcation_head(*head, tokens, offsets)
+    of_none = int((arguments["groups"] == arguments["num_groups"]).sum())  # the last rows
+    used = arguments["groups"].shape[0] - of_none
+    head = [arguments[name] for name in ("weight", "bias", "unseen", "unseen_reward")]
+    tokens, _, offsets = nucleus(arguments["logits"][:used], arguments["top_p"], arguments.get("banned"))
+    rewards = multifurcation_head(arguments["hidden"][:used], *head, tokens, offsets)
     scores, carried = arguments.get("scores"), arguments.get("carried_scores")
     parent, token, reward, blind = oracle.multifurcate(
         tokens.tolist(),
@@ -67,7 +74,7 @@ def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     assert [x.dtype for x in result] == dtypes
     assert result[0].tolist() == parent and result[1].tolist() == token
     assert torch.allclose(result[2], torch.tensor(reward, dtype=result[2].dtype, device=result[2].device), 1e-5, 1e-6)
-    assert result[3].tolist() == offsets.diff().tolist() and result[4].tolist() == blind
+    assert result[3].tolist() == offsets.diff().tolist() + [0] * of_none and result[4].tolist() == blind
     return result
 
 
@@ -77,6 +84,9 @@ GROUPS = {
     "forest": ([0, 0, 2, 2, 2, 3], 4, 3),
     "no_rows": ([], 2, 3),
     "nothing": ([], 0, 3),
+    "rows_of_no_group": ([0, 0, 2, 3, 3, 3], 3, 3),
+    "only_rows_of_no_group": ([2, 2], 2, 2),
+    "no_groups": ([0, 0], 0, 2),
 }
 
 
@@ -93,9 +103,12 @@ def test_against_oracle(case, extras, layout, backend, device, dtype) -> None:
     if extras == "everything":
         more["scores"] = randn(10, rows, dtype=compute_dtype(dtype), device=device)
         more["end_tokens"], more["banned"] = i32([5, 6, 28], device), i32([0, 7], device)
-        if num_groups:
-            more["carried_scores"] = randn(11, 3, dtype=compute_dtype(dtype), device=device)
-            more["carried_groups"] = i32([num_groups - 1, 0, 0], device)
+        # The last two belong to no group.
+        more["carried_scores"] = randn(11, 5, dtype=compute_dtype(dtype), device=device)
+        more["carried_scores"][3:] = torch.tensor([torch.inf, torch.nan])
+        more["carried_groups"] = i32([max(0, num_groups - 1), 0, 0, num_groups, num_groups], device)
+        if not num_groups:
+            more["carried_scores"].fill_(torch.nan)
     arguments = step(groups, num_groups, width, vocab, dtype, device, **more)
     lay = LAYOUTS[layout]
     check({name: lay(x) if isinstance(x, Tensor) else x for name, x in arguments.items()})
@@ -103,8 +116,8 @@ def test_against_oracle(case, extras, layout, backend, device, dtype) -> None:
 
 def test_random(backend, examples, device, dtype) -> None:
     @examples
-    @given(st.data(), st.lists(st.integers(0, 2), max_size=5), st.integers(1, 6), st.integers(0, 2**20))
-    def run(data: st.DataObject, groups: list[int], width: int, seed: int) -> None:
+    @given(st.data(), st.lists(st.integers(0, 3), max_size=5), st.integers(1, 6), st.integers(0, 2**20))
+    def run(data: st.DataObject, groups: list[int], width: int, seed: int) -> None:  # group 3 is none
         vocab, wide = 9, compute_dtype(dtype)
         few = st.lists(st.integers(0, vocab - 1), max_size=4)
         more: dict[str, Any] = {"top_p": data.draw(st.sampled_from([0.1, 0.8, 0.99]))}
@@ -120,8 +133,9 @@ def test_random(backend, examples, device, dtype) -> None:
         if data.draw(st.booleans()):
             more["banned"] = i32(data.draw(few), device)
         if data.draw(st.booleans()):
-            carried = data.draw(st.lists(st.integers(0, 2), max_size=4))
+            carried = data.draw(st.lists(st.integers(0, 3), max_size=4))
             more["carried_scores"] = randn(seed + 6, len(carried), dtype=wide, device=device)
+            more["carried_scores"][i32(carried, device) == 3] = torch.inf
             more["carried_groups"] = i32(carried, device)
         check(step(sorted(groups), 3, width, vocab, dtype, device, seed, **more))
 
@@ -179,6 +193,20 @@ def test_only_carried_nodes(backend, device, dtype) -> None:
     assert counts.numel() == 0 and blind.tolist() == [False, False]
 
 
+def test_rows_of_no_group_change_nothing(backend, device, dtype) -> None:
+    """The same bits as without them, but for the numbers of what stands behind the rows."""
+    scores = randn(4, 7, dtype=compute_dtype(dtype), device=device)
+    carried = {"carried_scores": scores[:2] + 1, "carried_groups": i32([1, 0], device), "end_tokens": i32([3], device)}
+    unseen = {"unseen": torch.arange(29, device=device) % 2 == 0, "unseen_reward": -7.0}
+    padded = step([0, 0, 1, 2, 2, 2, 2], 2, 4, 29, dtype, device, scores=scores, **carried, **unseen)
+    rows = {name: padded[name][:3] for name in ("logits", "hidden", "scores", "groups")}
+    parent, *rest, sizes, blind = check(padded)
+    expected, *others, few_sizes, few_blind = check(padded | rows)
+    assert torch.equal(parent, torch.where(expected < 3, expected, expected + 4))
+    assert sizes.tolist() == few_sizes.tolist() + [0] * 4 and torch.equal(blind, few_blind)
+    assert all(torch.equal(x, y) for x, y in zip(rest, others, strict=True))
+
+
 def test_head_with_more_rows_than_the_policy_has_tokens(backend, device, dtype) -> None:
     """Embedding matrices are padded."""
     weight = randn(3, 40, 6, dtype=dtype, device=device)
@@ -212,19 +240,19 @@ def test_searching_together_or_alone(backend, device, dtype) -> None:
         ("logits", torch.tensor([[0, torch.nan, 0, 0, 0], [0.0, 0, 0, 0, 0]])),
         ("logits", torch.zeros(2, 7)),  # tokens that the head does not have
         ("hidden", torch.zeros(3, 6)),
-        ("groups", i32([0, 5])),
+        ("groups", i32([0, 2])),
         ("groups", i32([0])),
         ("banned", i32([5])),
         ("scores", torch.zeros(3)),
         ("carried_groups", i32([0])),
-        ("carried_groups", i32([1])),
+        ("carried_groups", i32([2])),
         ("carried_scores", torch.zeros(2)),
         ("rewards", torch.full((2, 6), torch.nan)),  # as `hidden`: what the head makes of it cannot be ranked
     ],
 )
 def test_errors(name, value, backend, device) -> None:
     arguments = step([0, 0], 1, 2, 5, torch.float32, device)
-    if name == "carried_groups" and value.tolist() == [1]:
+    if name == "carried_groups" and value.tolist() == [2]:
         arguments["carried_scores"] = torch.zeros(1, device=device)  # a group that does not exist
     with pytest.raises(ValueError, match=name if name != "carried_scores" else "carried"):
         multifurcate(**arguments | {"hidden" if name == "rewards" else name: value.to(device)})

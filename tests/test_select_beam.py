@@ -14,7 +14,7 @@ from saffron_kernels.checks import compute_dtype
 
 OP = "select_beam"
 pytestmark = pytest.mark.usefixtures("poisoned")
-INF = torch.inf
+INF, NAN = torch.inf, torch.nan
 
 
 def check(
@@ -53,6 +53,9 @@ CASES = {
     "no_rows_but_groups": ([], [], [], 2, 3),
     "no_candidates": ([], [0, 0], [0, 1], 2, 1),
     "width_one": ([1, 2, 3, 3], [2, 2], [0, 0], 1, 1),
+    "rows_of_no_group": ([5, NAN, INF, 4, 9, NAN], [1, 0, 2, 2, 1], [0, 1, 2, 2, 2], 2, 2),
+    "all_rows_of_no_group": ([NAN, 1, INF], [2, 1], [2, 2], 2, 2),
+    "no_groups_but_rows": ([NAN, 1], [1, 1], [0, 0], 0, 2),
     "extremes": ([3.4e38, -3.4e38, 1e-45, -1e-45, 0], [5], [0], 1, 4),
 }
 
@@ -65,11 +68,13 @@ def test_against_oracle(case, layout, backend, device, dtype) -> None:
 
 def test_random(backend, examples, device, dtype) -> None:
     @examples
-    @given(st.data(), st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3)), max_size=8), st.integers(1, 9))
+    @given(st.data(), st.lists(st.tuples(st.integers(0, 7), st.integers(0, 4)), max_size=8), st.integers(1, 9))
     def run(data: st.DataObject, shape: list[tuple[int, int]], width: int) -> None:
         counts, groups = [c for c, _ in shape], sorted(g for _, g in shape)
         reward = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e3, 1e3, width=32), st.just(-INF))
-        rewards = data.draw(st.lists(reward, min_size=sum(counts), max_size=sum(counts)))
+        used = sum(count for count, group in zip(counts, groups, strict=True) if group < 4)
+        rewards = data.draw(st.lists(reward, min_size=used, max_size=used))
+        rewards += [data.draw(st.sampled_from([INF, NAN]))] * (sum(counts) - used)  # of rows of no group
         check(rewards, counts, groups, 4, width, dtype, device)
 
     run()

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, Forest, beams, caches, flatten, forests, i32, prefill, randn
+from cases import LAYOUTS, NONSENSE, Forest, beams, caches, flatten, forests, i32, prefill, randn
 from hypothesis import given
 from tolerance import assert_as_good_as_torch
 from torch import Tensor
@@ -142,6 +142,34 @@ def test_nothing_to_see(queries, tokens, backend, device, dtype) -> None:
     out, lse = tree_attention(q, k_cache, k_cache, dead, begin, end, 1.0)
     assert out.shape == q.shape and torch.equal(out, torch.zeros_like(q))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf)) and lse.shape == (queries, 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "gaps"])
+@pytest.mark.parametrize("held", [0, 1, 17, 63])
+def test_count_of_tokens_on_the_device(held, layout, backend, device, dtype) -> None:
+    """A plan in buffers: beyond the count nothing is looked at."""
+    forest = flatten(beams(42, 2, 4, 20, 4), seed=9, dead=0).to(device)
+    assert forest.slot.shape[0] == 63
+    k_cache, v_cache = caches(43, forest, 2, 16, dtype, device)
+    q = randn(44, forest.queries, 4, 16, dtype=dtype, device=device)
+    plan = [x[:held] for x in (forest.slot, forest.begin, forest.end)]
+    room = [x.new_full((60,), value) for x, value in zip(plan, (NONSENSE, -3, NONSENSE), strict=True)]
+    lay, count = LAYOUTS[layout], i32([held], device)
+    buffers = [lay(torch.cat(pair)) for pair in zip(plan, room, strict=True)]
+    out, lse = tree_attention(q, k_cache, v_cache, *buffers, 0.25, count=count)
+    expected, expected_lse = tree_attention(q, k_cache, v_cache, *plan, 0.25)
+    eps = torch.finfo(dtype).eps  # the tokens are cut into other ranges
+    assert torch.allclose(out.double(), expected.double(), rtol=8 * eps, atol=8 * eps)
+    assert torch.allclose(lse.double(), expected_lse.double(), rtol=1e-6, atol=1e-5)
+    assert held or not bool(out.any())
+
+
+@pytest.mark.parametrize("count", [-1, 3, NONSENSE, -NONSENSE])
+def test_count_that_does_not_fit(count, backend, device, dtype) -> None:
+    cache = randn(45, 2, 1, 4, dtype=dtype, device=device)
+    plan = (i32(x, device) for x in ([0, 1], [0, 0], [1, 1]))
+    with pytest.raises(ValueError, match="count"):
+        tree_attention(cache[:1], cache, cache, *plan, 1.0, count=i32([count], device))
 
 
 def test_caches_without_slots(backend, device, dtype) -> None:

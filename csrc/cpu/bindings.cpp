@@ -52,7 +52,7 @@ py::tuple run_nucleus(const Tensor& logits, double top_p, const Tensor& banned, 
   Candidates found;
   {
     const py::gil_scoped_release released;
-    found = nucleus(logits, top_p, banned, threads);
+    found = nucleus(logits, top_p, banned, {}, threads);
   }
   return py::make_tuple(numpy(std::move(found.tokens)), numpy(std::move(found.probabilities)),
                         numpy(std::move(found.offsets)));

@@ -30,12 +30,14 @@ std::vector<int32_t> copy(const IntView& ints) {
 
 void multifurcate(const Tensor& logits, const Head& head, const Search& search, const Beam& beam,
                   const Tensor& counts, const Tensor& blind, int threads) {
-  check_index("groups", search.groups, search.num_groups);
+  check_index("groups", search.groups, search.num_groups + 1);
   if (search.carried_groups.given()) {
-    check_index("carried_groups", search.carried_groups, search.num_groups);
+    check_index("carried_groups", search.carried_groups, search.num_groups + 1);
   }
   std::vector<int32_t> group = copy(search.groups);
-  Candidates found = nucleus(logits, search.top_p, search.banned, threads);
+  std::vector<uint8_t> unused(group.size());  // rows of no group: they have no candidates
+  for (size_t r = 0; r < group.size(); ++r) unused[r] = group[r] == search.num_groups;
+  Candidates found = nucleus(logits, search.top_p, search.banned, unused, threads);
   std::vector<int32_t>& tokens = found.tokens;
   const Tensor offsets{reinterpret_cast<char*>(found.offsets.data()),
                        DType::kInt32,

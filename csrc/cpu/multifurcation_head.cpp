@@ -9,7 +9,8 @@ namespace saffron::cpu {
 
 void reward_candidates(const Head& head, const std::vector<int32_t>& row, const int32_t* tokens,
                        const std::vector<uint8_t>& skip, float* rewards, int threads) {
-  const int64_t rows = head.hidden.shape[0], size = head.hidden.shape[1];
+  const int64_t rows = row.empty() ? 0 : row.back() + 1;  // beyond them nobody has candidates
+  const int64_t size = head.hidden.shape[1];
   // Candidates in the order of their tokens: each weight row is read once for all that name it.
   std::vector<uint64_t> order, spare;
   order.reserve(row.size());

@@ -172,14 +172,21 @@ void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count) {
   if (from != keys) std::copy(from, from + count, keys);
 }
 
-Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned, int threads) {
+Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned,
+                   const std::vector<uint8_t>& skip, int threads) {
   const int64_t rows = logits.shape[0], vocab = logits.shape[1];
+  std::vector<int64_t> looked_at;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (skip.empty() || !skip[static_cast<size_t>(r)]) looked_at.push_back(r);
+  }
+  const auto count = static_cast<int64_t>(looked_at.size());
   const std::vector<Span> spans = allowed_spans(banned, vocab);
   const int64_t memory_size = RowSelector::memory_size(vocab);
-  char* memory = scratch(memory_size * std::max<int64_t>(1, std::min<int64_t>(threads, rows)));
+  char* memory = scratch(memory_size * std::max<int64_t>(1, std::min<int64_t>(threads, count)));
   std::vector<Row> found(static_cast<size_t>(rows));
-  std::vector<float> maxima(static_cast<size_t>(rows));
-  parallel_for(rows, threads, [&](int64_t r, int worker) {
+  std::vector<float> maxima(static_cast<size_t>(rows));  // finite for rows that are skipped
+  parallel_for(count, threads, [&](int64_t i, int worker) {
+    const int64_t r = looked_at[static_cast<size_t>(i)];
     const Tensor row{logits.at(r), logits.dtype, 1, {vocab}, {1}};
     RowSelector selector(row, spans, top_p, memory + worker * memory_size);
     maxima[r] = selector.maximum();

@@ -32,8 +32,10 @@ struct Candidates {
   std::vector<int32_t> offsets;
 };
 
-/// The last dimension of the logits is contiguous. `banned` may be absent.
-Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned, int threads);
+/// The last dimension of the logits is contiguous. `banned` may be absent. Rows with `skip` set are
+/// not looked at and have no candidates; none are where it is empty.
+Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned,
+                   const std::vector<uint8_t>& skip, int threads);
 
 /// What the rewards are computed from; bias and unseen may be absent. The last dimension of hidden
 /// and weight is contiguous.
@@ -73,7 +75,8 @@ void advance_tree(const Tensor& slot, const Tensor& begin, const Tensor& end, co
 void reward_candidates(const Head& head, const std::vector<int32_t>& row, const int32_t* tokens,
                        const std::vector<uint8_t>& skip, float* rewards, int threads);
 
-/// `row` ascends and indexes `group`; `rows` is the parent of an empty place.
+/// `row` ascends and indexes `group`, whose size is the parent of an empty place. Candidates of
+/// group `num_groups` are left out.
 void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t* tokens,
             const std::vector<int32_t>& group, int64_t num_groups, int64_t width, const Beam& beam);
 

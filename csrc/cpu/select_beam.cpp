@@ -44,11 +44,13 @@ void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t
   const auto count = static_cast<int64_t>(row.size());
   std::vector<int64_t> first(static_cast<size_t>(num_groups + 1), 0);
   for (int64_t i = 0; i < count; ++i) {
+    const int32_t g = group[static_cast<size_t>(row[static_cast<size_t>(i)])];
+    if (g == num_groups) continue;
     if (std::isnan(rewards[i])) {
       throw std::invalid_argument("rewards: candidate " + std::to_string(i) +
                                   " is NaN; rewards must be numbers");
     }
-    ++first[static_cast<size_t>(group[static_cast<size_t>(row[static_cast<size_t>(i)])] + 1)];
+    ++first[static_cast<size_t>(g + 1)];
   }
   for (int64_t g = 0; g < num_groups; ++g) first[g + 1] += first[g];
 
@@ -57,6 +59,7 @@ void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t
   std::vector<int64_t> next(first.begin(), first.end() - 1);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t g = group[static_cast<size_t>(row[static_cast<size_t>(i)])];
+    if (g == num_groups) continue;
     keys[static_cast<size_t>(next[g]++)] = uint64_t{descending_key(rewards[i])} << 32 | uint64_t(i);
   }
   std::vector<Chosen> chosen;
@@ -84,7 +87,7 @@ void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t
 void select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offsets,
                  const Tensor& groups, int64_t num_groups, int64_t width, const Beam& beam) {
   const IntView given(groups), named(tokens);
-  check_index("groups", given, num_groups);
+  check_index("groups", given, num_groups + 1);
   const std::vector<int32_t> row = rows_of(offsets, rewards.shape[0]);
   std::vector<float> reward(row.size());
   std::vector<int32_t> token(row.size()), group(static_cast<size_t>(given.size));

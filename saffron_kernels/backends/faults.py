@@ -35,7 +35,10 @@ _MESSAGES = {
     REWARD: "rewards: a candidate is NaN; rewards must be numbers",
     GROUP: "groups: a row or a carried node belongs to a group that does not exist",
     BANNED: "banned: a token is outside the vocabulary",
-    PLAN: "parents, begin, end: parents must ascend from 0, intervals lie within the old queries",
+    PLAN: (
+        "parents, begin, end, count: parents must ascend from 0, intervals lie within the old queries, and the arrays "
+        "of a plan must hold as many tokens as count says, and the new ones behind them"
+    ),
 }
 _EAGER = os.environ.get("SAFFRON_EAGER_CHECKS", "0") == "1"
 
@@ -116,3 +119,33 @@ def check_numbers(name: str, values: Tensor) -> None:
     """
     if eager(values) and bool(values.isnan().any()):
         raise ValueError(f"{name} {int(values.isnan().nonzero()[0])} is NaN; rewards must be numbers")
+
+
+def check_rewards(rewards: Tensor, offsets: Tensor, groups: Tensor, num_groups: int) -> None:
+    """Where content is checked eagerly: what `select_beam` is given; rewards of rows of no group are not looked at.
+
+    Raises:
+        ValueError: a group that does not exist, offsets that do not fit, or a reward that is NaN.
+    """
+    check_index("groups", groups, num_groups + 1)
+    check_ascending("offsets", offsets, 0, rewards.shape[0])
+    if eager(rewards):
+        of_none = (groups == num_groups).repeat_interleave(offsets.diff())
+        check_numbers("rewards: candidate", rewards.masked_fill(of_none, 0))
+
+
+def check_count(count: Tensor | None, most: int) -> int:
+    """Where content is checked eagerly: `count` holds 0 to `most`.
+
+    Returns:
+        how many entries the checks of a plan may look at: those that `count` says; `most`, where there is no `count`,
+        or where it is left to the kernels.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if count is None or not eager(count):
+        return most
+    held = int(count)
+    expect(0 <= held <= most, "count", held, f"0 to {most} tokens")
+    return held

@@ -203,12 +203,13 @@ def multifurcation_head(
 def select_beam(
     rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if bool(rewards.isnan().any()):
-        raise ValueError(f"rewards: candidate {int(rewards.isnan().nonzero()[0])} is NaN; rewards must be numbers")
     rows, count = groups.shape[0], rewards.shape[0]
     _check_index("groups", groups, num_groups + 1)
     _check_offsets(offsets, count)
     row = _rows(offsets, count)
+    unknown = rewards.isnan() & (groups[row] < num_groups)
+    if bool(unknown.any()):
+        raise ValueError(f"rewards: candidate {int(unknown.nonzero()[0])} is NaN; rewards must be numbers")
     # Stable sorts, the last key first: group ascending, reward descending, and equal rewards in candidate order.
     order = rewards.argsort(descending=True, stable=True)
     order = order[groups[row[order]].argsort(stable=True)]

@@ -3,7 +3,7 @@
 Nine launches, and one more if tokens are banned; nothing else runs on the device. All sizes follow from shapes, so a
 step can be captured in a CUDA graph. The workspace is 16 bytes a logit. Bad logits (a row of NaN, or without a token),
 which the other ops raise at once, stay recorded until `raise_faults` on a GPU; such a row has nucleus size 0, which no
-good row has.
+other row of a group has. Rows of no group have empty lists, which no kernel looks into.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def multifurcate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.dtype == torch.float64:
         raise TypeError(f"hidden: got {hidden.dtype}, expected 32 bits at most: this backend computes in fp32")
-    faults.check_index("groups", groups, num_groups)
-    faults.check_index("carried_groups", carried_groups, num_groups)
+    faults.check_index("groups", groups, num_groups + 1)
+    faults.check_index("carried_groups", carried_groups, num_groups + 1)
     rows, vocab = logits.shape
     groups, end_tokens = groups.contiguous(), _contiguous(end_tokens)
     num_end_tokens = 0 if end_tokens is None else end_tokens.shape[0]
@@ -111,7 +111,7 @@ def multifurcate(
 
     flags, blind = new(rows), new(num_groups, dtype=torch.bool)
     best_rewards, best_tokens = new(rows + carried, width, dtype=torch.float32), new(rows + carried, width)
-    members = find_members(logits, top_p, banned, more_rows=carried, flags=flags)
+    members = find_members(logits, top_p, banned, groups=groups, num_groups=num_groups, more_rows=carried, flags=flags)
     lists = members.lists()
     # The same two buffers, once their content has been used, hold the tokens in order and then their rewards.
     tokens, rewards = members.values.view(torch.int32), members.tokens.view(torch.float32)

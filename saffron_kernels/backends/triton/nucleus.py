@@ -58,19 +58,26 @@ def _load_listed(values_ptr, first, count, largest, total, BLOCK: tl.constexpr):
     return order_key(x).to(tl.int64) + 2147483648, p.to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["top_p_bits"])
+@triton.jit(do_not_specialize=["top_p_bits", "num_groups"])
 def _nucleus_kernel(
     logits_ptr, banned_ptr,
+    groups_ptr,  # [rows] int32 or None: rows of a group that is not below `num_groups` have no members
     values_ptr, tokens_ptr,  # [rows, vocab] the lists
     counts_ptr,  # [rows] int32
     stats_ptr,  # [rows, 2] fp32: largest logit, softmax denominator relative to it
     flags_ptr,  # [rows] int32 or None: set to 0 for a later kernel
-    fault_ptr, vocab, stride_row, stride_token,
+    fault_ptr, vocab, num_groups, stride_row, stride_token,
     top_p_bits: tl.int64,  # a float argument would be rounded to fp32
     log_least,  # ln of a probability below which no token can be in the set (-inf: none such)
     HAS_BANNED: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if flags_ptr is not None:
+        tl.store(flags_ptr + row, 0)
+    if groups_ptr is not None:  # noqa: SIM102 (decided at compile time)
+        if tl.load(groups_ptr + row) >= num_groups:
+            tl.store(counts_ptr + row, 0)
+            return
     row_ptr = logits_ptr + row * stride_row
     values_ptr += row * vocab
     tokens_ptr += row * vocab
@@ -149,8 +156,6 @@ def _nucleus_kernel(
         ties += tl.sum(tie)
 
     tl.store(counts_ptr + row, members)
-    if flags_ptr is not None:
-        tl.store(flags_ptr + row, 0)
     tl.store(stats_ptr + 2 * row, largest)
     tl.store(stats_ptr + 2 * row + 1, total)
 
@@ -160,7 +165,7 @@ class Members(NamedTuple):
 
     Attributes:
         values, tokens: `[rows, vocab]` logits (fp32) and token ids of the members, in token order.
-        counts: `[rows]` int32 or longer, members of each row; 0 for a row of bad logits.
+        counts: `[rows]` int32 or longer, members of each row; 0 for a row of bad logits or of no group.
         stats: `[rows, 2]` fp32, largest logit and softmax denominator.
     """
 
@@ -175,11 +180,19 @@ class Members(NamedTuple):
 
 
 def find_members(
-    logits: Tensor, top_p: float, banned: Tensor | None, more_rows: int = 0, flags: Tensor | None = None
+    logits: Tensor,
+    top_p: float,
+    banned: Tensor | None,
+    *,
+    groups: Tensor | None = None,
+    num_groups: int = 0,
+    more_rows: int = 0,
+    flags: Tensor | None = None,
 ) -> Members:
     """The members of every row's nucleus, found without a synchronisation.
 
     Args:
+        groups: `[rows]` int32: rows of a group that is not below `num_groups` are not looked at.
         more_rows: so many entries of `counts`, beyond those of the rows, are left for the caller to write.
         flags: `[rows]` int32, set to 0 along the way.
     """
@@ -203,7 +216,7 @@ def find_members(
     least = 0.5 * max(0.0, 1 - top_p - 1e-4) / vocab
     launch(
         _nucleus_kernel, (rows,),
-        logits, mask, *members, flags, faults.word(device), vocab, *logits.stride(),
+        logits, mask, groups, *members, flags, faults.word(device), vocab, num_groups, *logits.stride(),
         struct.unpack("<q", struct.pack("<d", top_p))[0], math.log(least) if least > 0 else -math.inf,
         HAS_BANNED=banned is not None, BLOCK=min(2048, max(128, next_power_of_2(vocab))),
         SEARCH=min(256, max(32, next_power_of_2(vocab))), num_warps=8,

@@ -32,35 +32,43 @@ class Lists(NamedTuple):
             stride 0.
         stride: elements from one list to the next.
         capacity: the most elements a list can have.
+        groups: `[rows]` int32, of each list, or None.
+        num_groups: lists of a group that is none of `0 .. num_groups - 1` count as empty.
     """
 
     start: Tensor | None
     stop: Tensor
     stride: int
     capacity: int
+    groups: Tensor | None = None
+    num_groups: int = 0
 
     @classmethod
-    def ragged(cls, offsets: Tensor, size: int) -> Lists:
+    def ragged(cls, offsets: Tensor, size: int, groups: Tensor | None = None, num_groups: int = 0) -> Lists:
         """Lists by their offsets `[rows + 1]`, together `size` elements."""
         offsets = offsets.contiguous()
-        return cls(offsets[:-1], offsets[1:], stride=0, capacity=size)
+        return cls(offsets[:-1], offsets[1:], 0, size, None if groups is None else groups.contiguous(), num_groups)
 
 
 @triton.jit
-def list_bounds(start_ptr, stop_ptr, row, stride, capacity):
+def list_bounds(start_ptr, stop_ptr, row, stride, capacity, groups_ptr=None, num_groups=0):
     """First element (int64) and length of a list; offsets that do not fit are cut to what exists."""
     start = 0
     if start_ptr is not None:
         start = tl.minimum(tl.maximum(tl.load(start_ptr + row), 0), capacity)
     stop = tl.minimum(tl.load(stop_ptr + row), capacity)
+    if groups_ptr is not None:
+        group = tl.load(groups_ptr + row)
+        stop = tl.where((group >= 0) & (group < num_groups), stop, 0)
     return row.to(tl.int64) * stride + start, tl.maximum(stop - start, 0)
 
 
-@triton.jit(do_not_specialize=["stride", "capacity"])
+@triton.jit(do_not_specialize=["stride", "capacity", "num_groups"])
 def _sort_blocks_kernel(
-    values_ptr, composites_ptr, start_ptr, stop_ptr, fault_ptr, stride, capacity, BLOCK: tl.constexpr
-):
-    first, size = list_bounds(start_ptr, stop_ptr, tl.program_id(0), stride, capacity)
+    values_ptr, composites_ptr, start_ptr, stop_ptr, groups_ptr, fault_ptr, stride, capacity, num_groups,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    first, size = list_bounds(start_ptr, stop_ptr, tl.program_id(0), stride, capacity, groups_ptr, num_groups)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) * BLOCK < size:
         value = tl.load(values_ptr + first + i, i < size, 0.0).to(tl.float32)
@@ -77,15 +85,15 @@ def _sort_blocks_kernel(
         tl.store(composites_ptr + first + place, composite, place < size)
 
 
-@triton.jit(do_not_specialize=["stride", "capacity", "out_stride", "limit"])
+@triton.jit(do_not_specialize=["stride", "capacity", "num_groups", "out_stride", "limit"])
 def _emit_kernel(
-    composites_ptr, start_ptr, stop_ptr, tokens_ptr, values_ptr, stats_ptr,
+    composites_ptr, start_ptr, stop_ptr, groups_ptr, tokens_ptr, values_ptr, stats_ptr,
     out_start_ptr, out_tokens_ptr, out_values_ptr,
-    stride, capacity, out_stride, limit,
+    stride, capacity, num_groups, out_stride, limit,
     PROBABILITY: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0), tl.program_id(1)
-    first, size = list_bounds(start_ptr, stop_ptr, row, stride, capacity)
+    first, size = list_bounds(start_ptr, stop_ptr, row, stride, capacity, groups_ptr, num_groups)
     i = block * BLOCK + tl.arange(0, BLOCK)
     if block * BLOCK < size:
         composite = tl.load(composites_ptr + first + i, i < size, 0)
@@ -124,8 +132,8 @@ def sort_blocks(values: Tensor, lists: Lists) -> Tensor:
     rows, block = lists.stop.shape[0], block_size(lists.capacity)
     launch(
         _sort_blocks_kernel, (rows, cdiv(lists.capacity, block)),
-        values, composites, lists.start, lists.stop, faults.word(values.device), lists.stride, lists.capacity,
-        BLOCK=block, num_warps=4,
+        values, composites, lists.start, lists.stop, lists.groups, faults.word(values.device), lists.stride,
+        lists.capacity, lists.num_groups, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return composites
 
@@ -155,8 +163,8 @@ def emit_in_order(
     rows, block = lists.stop.shape[0], block_size(lists.capacity)
     launch(
         _emit_kernel, (rows, cdiv(lists.capacity, block)),
-        composites, lists.start, lists.stop, tokens, values, stats, out_start, out_tokens, out_values,
-        lists.stride, lists.capacity, out_stride, lists.capacity if limit is None else limit,
+        composites, lists.start, lists.stop, lists.groups, tokens, values, stats, out_start, out_tokens, out_values,
+        lists.stride, lists.capacity, lists.num_groups, out_stride, lists.capacity if limit is None else limit,
         PROBABILITY=stats is not None, VALUES=out_values is not None, BLOCK=block, STEPS=block.bit_length(),
         num_warps=4,
     )  # fmt: skip

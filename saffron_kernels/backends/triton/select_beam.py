@@ -29,18 +29,17 @@ def _choose_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    size = list_bounds(start_ptr, stop_ptr, row, stride, capacity)[1]
     group = tl.load(groups_ptr + row)
-    if (group < 0) | (group >= num_groups):
+    if (group < 0) | (group > num_groups):
         tl.atomic_or(fault_ptr, bits.GROUP)
-        size = 0
+    size = list_bounds(start_ptr, stop_ptr, row, stride, capacity, groups_ptr, num_groups)[1]
     valid = place < tl.minimum(size, width)
     entry = row * width + place
     reward = tl.load(rewards_ptr + entry, valid, 0.0).to(tl.float32)
     if tl.max((reward != reward).to(tl.int32)) > 0:
         tl.atomic_or(fault_ptr, bits.REWARD)
     rank = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, rows * width, OTHERS):
+    for first in range(0, tl.where(size > 0, rows * width, 0), OTHERS):
         other = first + tl.arange(0, OTHERS)
         exists = other < rows * width
         other_row = other // width
@@ -100,7 +99,10 @@ def best_of_rows(rewards: Tensor, tokens: Tensor, lists: Lists, best_rewards: Te
 def choose(
     best_rewards: Tensor, best_tokens: Tensor, lists: Lists, groups: Tensor, num_groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of every group among the best of its rows (as many as `lists` says), as `select_beam` returns them."""
+    """The best of every group among the best of its rows (as many as `lists` says), as `select_beam` returns them.
+
+    Rows of group `num_groups` belong to none.
+    """
     (rows, width), device = best_rewards.shape, best_rewards.device
     size = num_groups * width
     chosen = torch.empty(rows, width, dtype=torch.int8, device=device)
@@ -125,10 +127,8 @@ def select_beam(
     rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, size = groups.shape[0], rewards.shape[0]
-    faults.check_numbers("rewards: candidate", rewards)
-    faults.check_index("groups", groups, num_groups)
-    faults.check_ascending("offsets", offsets, 0, size)
-    lists = Lists.ragged(offsets, size)
+    faults.check_rewards(rewards, offsets, groups, num_groups)
+    lists = Lists.ragged(offsets, size, groups, num_groups)
     best_rewards = torch.empty(rows, width, dtype=rewards.dtype, device=rewards.device)
     best_tokens = torch.empty(rows, width, dtype=torch.int32, device=rewards.device)
     best_of_rows(rewards.contiguous(), tokens.contiguous(), lists, best_rewards, best_tokens)
