@@ -145,8 +145,7 @@ def test_a_step_never_waits_for_the_device(architecture) -> None:
     policy = Policy(tiny.model(architecture))
     with torch.inference_mode():
         step = a_step(policy, mrm)
-        step._row_groups.fill_(step.groups)
-        step._carried_groups.fill_(step.groups)
+        step._nodes.copy_(step._nothing)
         with Watch():
             step._run(1, True, 64)
             step._run(2, False, 64)
@@ -204,8 +203,9 @@ def test_outputs_that_are_not_finite(monkeypatch) -> None:
         search.search(REQUESTS)
         with torch.no_grad():
             weight[2:] = torch.nan  # the begin and the end token alone are good
-        with pytest.raises(NumericalError, match=name):
-            search.search([Request((0,), (0,))])
+        for context in ((0,), (0, 9)):  # in a step; in the prefill
+            with pytest.raises(NumericalError, match=name):
+                search.search([Request(context, context)])
         with torch.no_grad():
             weight.copy_(kept)
         assert policy.kv.num_nodes == mrm.kv.num_nodes == 0

@@ -26,6 +26,7 @@ from saffron.reward_models import MultifurcationRewardModel
 from saffron.trie_model import Rows, TrieModel
 from saffron_kernels import KVTrie, TreeStep, advance_tree, multifurcate
 
+_ENDED, _CARRIED, _EMPTY = 2, 1, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks: a search that ends early has run at most so many in vain
 
 Replay = Callable[[], object]
@@ -73,51 +74,41 @@ def capture_on_gpu(body: Replay) -> Replay:
 class _Side:
     """One model's part of the step: its cache, its plan, and where its rows stand.
 
-    Attributes:
-        lengths: `[groups + 1]` tokens of each search's context; 0 for rows of no search.
+    Args:
+        counts: `[1]` int32, places of the plan that are taken.
+        write_slots: `[rows]` int32, where the rows' K and V go. positions: `[rows]` int64.
+        lengths: `[groups + 1]` int64, tokens of each search's context; 0 for rows of no search.
     """
 
-    def __init__(self, model: TrieModel, groups: int, rows: int, capacity: int) -> None:
-        device = model.device
+    def __init__(
+        self, model: TrieModel, capacity: int, count: Tensor, write_slots: Tensor, positions: Tensor, lengths: Tensor
+    ) -> None:
         self.model, self.capacity = model, capacity
+        self.count, self.write_slots, self.positions, self.lengths = count, write_slots, positions, lengths
         self.cache = _Cache.like(model.kv, capacity)
-        self.slot, self.begin, self.end, self.count, self.write_slots = (
-            torch.zeros(size, dtype=torch.int32, device=device) for size in (capacity, capacity, capacity, 1, rows)
-        )
-        self.lengths = torch.zeros(groups + 1, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.place = torch.arange(rows, dtype=torch.int32, device=device)
+        self.slot, self.begin, self.end = torch.zeros(3, capacity, dtype=torch.int32, device=model.device)
 
     def load(self, rows: Rows) -> None:
         """Takes over the contexts of a prefill: search `g` is row `g`."""
         token, begin, end, lengths = context_plan(rows)
         held = len(token)
         assert rows.beams is not None
-        slot = rows.beams.slot[torch.from_numpy(token).to(self.slot.device)]
+        slot = rows.beams.slot[torch.from_numpy(token).to(self.count.device)]
         self.cache.load(self.model.kv, slot)
-        for buffer, values in ((self.begin, begin), (self.end, end)):
+        for buffer, values in zip(self.plan(), (np.arange(held, dtype=np.int32), begin, end), strict=True):
             buffer.zero_()
             buffer[:held] = torch.from_numpy(values)
-        self.slot.fill_(-1)
-        self.slot[:held] = torch.arange(held, dtype=torch.int32)
         self.count.fill_(held)
         self.lengths[:-1] = torch.from_numpy(lengths)
 
-    def advance(self, parents: Tensor, groups: Tensor, used: Tensor, step: Tensor) -> None:
-        """The plan of the new rows; those that are used write their K and V at its end."""
-        queries = len(self.place)
-        new_slots = self.count + self.place
-        plan = advance_tree(self.slot, self.begin, self.end, parents, new_slots, queries, count=self.count)
-        for buffer, values in zip((self.slot, self.begin, self.end), plan, strict=True):
-            buffer.copy_(values)
-        self.write_slots.copy_(torch.where(used, new_slots, -1))
-        self.count.add_(queries)
-        self.positions.copy_(self.lengths[groups] + step)
+    def plan(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.slot, self.begin, self.end
 
     def output(self, tokens: Tensor, length: int) -> Tensor:
         """The model's output for all rows, used or not; `length` is the longest that a text can get."""
-        plan = TreeStep(self.positions, self.write_slots, self.slot, self.begin, self.end, length, self.count)
-        return self.model._output(tokens[None], self.positions[None], TrieStep(self.cache, plan, True), self.place)
+        keep = torch.arange(len(tokens), device=tokens.device)
+        plan = TreeStep(self.positions, self.write_slots, *self.plan(), length=length, count=self.count)
+        return self.model._output(tokens[None], self.positions[None], TrieStep(self.cache, plan, True), keep)
 
 
 def context_plan(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -162,19 +153,33 @@ class StaticStep:
         capture: Callable[[Replay], Replay] | None = capture_on_gpu,
     ) -> None:
         self.head, self.ends, self.config, self.groups = head, end_tokens, config, groups
-        self.rows = groups * config.width
-        self.policy = _Side(policy, groups, self.rows, policy_tokens)
-        self.mrm = _Side(mrm, groups, self.rows, mrm_tokens)
+        self.rows = rows = groups * config.width
         self._capture, self._replays = capture, dict[bool, Replay]()
         device = policy.device
-        self._tokens = torch.zeros(self.rows, dtype=torch.int64, device=device)
-        self._row_groups, self._carried_groups = (
-            torch.zeros(self.rows, dtype=torch.int32, device=device) for _ in range(2)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        # Of both models together, so that few small kernels do the work of a step.
+        self._counts, self._write_slots = zeros(2, 1), zeros(2, rows)
+        self._positions, self._lengths = zeros(2, rows, dtype=torch.int64), zeros(2, groups + 1, dtype=torch.int64)
+        models = (policy, mrm), (policy_tokens, mrm_tokens)
+        mine = zip(*models, self._counts, self._write_slots, self._positions, self._lengths, strict=True)
+        self.policy, self.mrm = (_Side(*parts) for parts in mine)
+        # Nodes: the rows, as many carried ones, and one that is none. Parent, token, group, score (its bits) of each.
+        self._nodes = zeros(4, 2 * rows + 1)
+        self._nothing = torch.tensor([[rows], [0], [groups], [0]], dtype=torch.int32, device=device).expand(
+            self._nodes.shape
         )
-        self._scores, self._carried_scores = (torch.zeros(self.rows, device=device) for _ in range(2))
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        # Parent, token, reward (its bits), nucleus size of every row; blindness of every group; live rows; bad outputs.
-        self._records = torch.zeros(config.max_new_tokens, 4 * self.rows + groups + 2, dtype=torch.int32, device=device)
+        self._groups, self._scores = self._nodes[2], self._nodes[3].view(torch.float32)
+        self._place = torch.arange(rows, dtype=torch.int32, device=device)
+        # Live children come before carried nodes, these before children that have ended, and empty places are last.
+        self._kind = zeros(2 * rows + 1)
+        self._kind[rows:], self._kind[2 * rows :] = _CARRIED, _EMPTY
+        self._step = zeros(1, dtype=torch.int64)
+        # Parent, token, reward (its bits), nucleus size, largest logit and largest |hidden| (their bits) of every row;
+        # blindness of every group.
+        self._records = zeros(config.max_new_tokens, 6 * rows + groups)
 
     def fits(self, groups: int, policy_tokens: int, mrm_tokens: int) -> bool:
         """Whether a forest can use these buffers."""
@@ -191,7 +196,7 @@ class StaticStep:
         config = self.config
         first = [torch.cat([x, x.new_zeros(self.rows - self.groups, x.shape[1])]) for x in (logits, hidden)]
         self._choose(first[0], first[1], config.min_new_tokens > 0)
-        seen = 0
+        seen, self._live = 0, self.groups
         for step in range(1, config.max_new_tokens + 1):
             if step == config.max_new_tokens or step % EVERY == 0:
                 for record in self._look(seen, step):
@@ -205,17 +210,16 @@ class StaticStep:
     def _load(self, policy: Rows, mrm: Rows) -> None:
         for side, rows in ((self.policy, policy), (self.mrm, mrm)):
             side.load(rows)
-        self._row_groups.fill_(self.groups)
-        self._row_groups[: self.groups] = torch.arange(self.groups, dtype=torch.int32)
-        self._scores.zero_()
-        self._carried_groups.fill_(self.groups)
+        self._nodes.copy_(self._nothing)
+        self._groups[: self.groups] = torch.arange(self.groups, dtype=torch.int32)
         self._step.zero_()
 
     def _run(self, step: int, banned: bool, length: int) -> None:
         """One whole step: both models read the rows, and the next ones are chosen."""
 
         def body() -> None:
-            logits, hidden = (side.output(self._tokens, length) for side in (self.policy, self.mrm))
+            tokens = self._nodes[1, : self.rows].long()
+            logits, hidden = (side.output(tokens, length) for side in (self.policy, self.mrm))
             self._choose(logits, hidden, banned)
 
         if self._capture is None:
@@ -234,52 +238,56 @@ class StaticStep:
 
     def _choose(self, logits: Tensor, hidden: Tensor, banned: bool) -> None:
         """`multifurcate`, and from its answer the next rows, carried nodes and plans."""
-        config, inherits = self.config, self.config.eos_score == "parent"
+        config, rows, inherits = self.config, self.rows, self.config.eos_score == "parent"
         parent, token, reward, counts, blind = multifurcate(
             logits, hidden, self.head.weight, self.head.bias, self.head.unseen, config.unseen_reward,
-            self._row_groups, self.groups, config.width, config.top_p,
+            self._groups[:rows], self.groups, config.width, config.top_p,
             banned=self.ends if banned else None,
-            scores=self._scores if inherits else None,
+            scores=self._scores[:rows] if inherits else None,
             end_tokens=self.ends if inherits else None,
-            carried_scores=self._carried_scores, carried_groups=self._carried_groups,
+            carried_scores=self._scores[rows:-1], carried_groups=self._groups[rows:-1],
         )  # fmt: skip
-        used = self._row_groups < self.groups
-        bad = _any_bad(logits.amax(1, keepdim=True), used) + 2 * _any_bad(hidden, used)
+        # The norm of NaN is NaN, as is the maximum: the host sees in them whether an output was finite.
+        finite = logits.amax(1), torch.linalg.vector_norm(hidden, torch.inf, 1)
+        record = [parent, token, _bits(reward), counts, *map(_bits, finite), blind.int()]
+        self._records.index_copy_(0, self._step, torch.cat(record)[None])
+
+        chosen = torch.stack([parent, token, self._groups.index_select(0, parent), _bits(reward)])
+        ended = (token[:, None] == self.ends).any(1)
+        kind = torch.add(self._kind.index_select(0, parent), ended, alpha=_ENDED)
+        key, order = torch.add(self._place, kind, alpha=rows).sort()  # by kind; among equals as they are
+        is_row = key < rows
+        place = torch.where(is_row, self._place, self._place + is_row.sum().neg() + rows)
+        self._nodes.copy_(self._nothing)
+        self._nodes.scatter_(1, place.long().expand(4, -1), chosen[:, order])
+        self._advance()
+
+    def _advance(self) -> None:
+        """The plans of the new rows; those that are used write their K and V at the end of it."""
         rows = self.rows
-        child, ends = parent < rows, (token[:, None] == self.ends).any(1)
-        live, done, kept = child & ~ends, child & ends, (parent >= rows) & (parent < 2 * rows)
-        group = torch.cat([self._row_groups, self._carried_groups, self._row_groups.new_full((1,), self.groups)])[
-            parent
-        ]
-
-        to = _places(live, rows)
-        parents = _spread(parent, to, rows)
-        self._tokens.copy_(_spread(token, to, 0))
-        self._row_groups.copy_(_spread(group, to, self.groups))
-        self._scores.copy_(_spread(reward, to, 0))
-        # Between equal scores the earlier node wins: those that were there come first.
-        to = torch.where(kept, _places(kept, rows), _places(done, rows, kept.sum()))
-        self._carried_groups.copy_(_spread(group, to, self.groups))
-        self._carried_scores.copy_(_spread(reward, to, -torch.inf))
-
-        going = self._row_groups < self.groups
-        for side in (self.policy, self.mrm):
-            side.advance(parents, self._row_groups, going, self._step)
-        bits = reward.float().view(torch.int32)
-        record = torch.cat([parent, token, bits, counts, blind.int(), live.sum().int()[None], bad[None]])
-        self._records.index_copy_(0, self._step, record[None])
+        parents, groups = self._nodes[0, :rows], self._groups[:rows]
+        new_slots = self._counts + self._place
+        plans: list[Tensor] = []
+        for side, slots in zip((self.policy, self.mrm), new_slots, strict=True):
+            plans += advance_tree(side.slot, side.begin, side.end, parents, slots, rows, count=side.count)
+        torch._foreach_copy_([*self.policy.plan(), *self.mrm.plan()], plans)
+        self._write_slots.copy_(torch.where(groups < self.groups, new_slots, -1))
+        self._counts.add_(rows)
+        self._positions.copy_(self._lengths.index_select(1, groups) + self._step)
         self._step.add_(1)
 
     def _look(self, first: int, last: int) -> Iterator[Record]:
         """What the steps `first .. last` recorded: the one synchronisation."""
-        rows = self.rows
+        rows, ends = self.rows, set(self.ends.tolist())
         for record in self._records[first:last].cpu():
-            parent, token, bits, counts, blind, (live, bad) = record.split([*[rows] * 4, self.groups, 2])
-            if int(bad):
-                model = "policy" if int(bad) & 1 else "mrm"
-                raise NumericalError(f"{model}: its output is not finite (NaN or infinity); the search was stopped")
-            rewards = bits.view(torch.float32).tolist()
-            yield Record(parent.tolist(), token.tolist(), rewards, counts.tolist(), blind.bool().tolist(), int(live))
+            parent, token, reward, counts, logit, hidden, blind = record.split([*[rows] * 6, self.groups])
+            for model, largest in (("policy", logit), ("mrm", hidden)):
+                if not bool(largest[: self._live].view(torch.float32).isfinite().all()):
+                    raise NumericalError(f"{model}: its output is not finite (NaN or infinity); the search was stopped")
+            chosen = parent.tolist(), token.tolist()
+            self._live = sum(p < rows and t not in ends for p, t in zip(*chosen, strict=True))
+            rewards = reward.view(torch.float32).tolist()
+            yield Record(*chosen, rewards, counts.tolist(), blind.bool().tolist(), self._live)
 
 
 def why_not_captured(policy: Policy, mrm: MultifurcationRewardModel, config: SearchConfig) -> str | None:
@@ -297,16 +305,5 @@ def why_not_captured(policy: Policy, mrm: MultifurcationRewardModel, config: Sea
     return None
 
 
-def _any_bad(output: Tensor, used: Tensor) -> Tensor:
-    """1 where a row that is used has an output that is not finite, else 0."""
-    return (~output.isfinite().all(1) & used).any().int()
-
-
-def _places(chosen: Tensor, rows: int, before: Tensor | int = 0) -> Tensor:
-    """Where each chosen entry goes when they close up, `before` places being taken; `rows` for the others."""
-    return torch.where(chosen, chosen.cumsum(0) - 1 + before, rows)
-
-
-def _spread(values: Tensor, to: Tensor, empty: float) -> Tensor:
-    """`values[i]` at place `to[i]`; `empty` where nothing went. What goes one past the end is dropped."""
-    return values.new_full((len(values) + 1,), empty).scatter_(0, to, values)[:-1]
+def _bits(values: Tensor) -> Tensor:
+    return values.float().view(torch.int32)
