@@ -203,9 +203,10 @@ def test_outputs_that_are_not_finite(monkeypatch) -> None:
         search.search(REQUESTS)
         with torch.no_grad():
             weight[2:] = torch.nan  # the begin and the end token alone are good
-        for context in ((0,), (0, 9)):  # in a step; in the prefill
+        short = make(monkeypatch, None, policy, mrm, replace(CONFIG, max_new_tokens=1, min_new_tokens=0))
+        for searching, context in ((search, (0,)), (short, (0, 9))):  # bad in a step; in the prefill
             with pytest.raises(NumericalError, match=name):
-                search.search([Request(context, context)])
+                searching.search([Request(context, context)])
         with torch.no_grad():
             weight.copy_(kept)
         assert policy.kv.num_nodes == mrm.kv.num_nodes == 0
