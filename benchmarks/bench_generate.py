@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import DEVICE, Case
+from harness import Case
+from timing import DEVICE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 

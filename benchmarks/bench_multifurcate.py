@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_nucleus import VOCAB
-from harness import DEVICE, Case
+from harness import Case, on_backend
+from timing import DEVICE
 from torch import Tensor
 from workloads import peaked_logits
 
@@ -40,13 +41,21 @@ def test_multifurcate(race, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         best, which = rewards[row, token].float().topk(ROWS)
         return row[which], token[which], best
 
-    parent, token, reward, counts, _ = ours()
-    rows, tokens, best = dense()
-    torch.testing.assert_close(reward.sort(descending=True).values, best, rtol=1e-2, atol=1.0)  # bf16 rewards there
-    same = set(zip(parent.tolist(), token.tolist(), strict=True)) & set(
-        zip(rows.tolist(), tokens.tolist(), strict=True)
-    )
-    assert len(same) >= ROWS - 4
+    def chosen(rows: Tensor, tokens: Tensor) -> set[tuple[int, int]]:
+        return set(zip(rows.tolist(), tokens.tolist(), strict=True))
+
+    def check(result: object) -> None:
+        """Sums in another order may exchange two rewards that all but agree."""
+        parent, token, reward, *_ = result  # type: ignore[misc]
+        torch.testing.assert_close(reward.sort().values, expected[2].sort().values, rtol=1e-3, atol=1e-2)
+        assert len(chosen(parent, token) & chosen(*expected[:2])) >= ROWS - 1, "other children"
+
+    expected = on_backend("reference", ours)()
+    check(ours())
+    rows, tokens, best = dense()  # rounds rewards to bf16, so that some at the edge change places
+    torch.testing.assert_close(best.sort().values, expected[2].sort().values, rtol=1e-2, atol=1.0)
+    assert len(chosen(rows, tokens) & chosen(*expected[:2])) >= ROWS - 4, "other children of the dense head"
+    counts = expected[3]
     size = float(counts.float().mean())
     named = len(nucleus(logits, TOP_P)[0].unique())
     case = Case(
@@ -58,6 +67,7 @@ def test_multifurcate(race, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         ours=ours,
         contenders={"dense head, sort, gather, topk": dense},
         capture=("",),
+        check=check,
     )
     race(case, seconds=4.0)
 
@@ -73,7 +83,12 @@ def test_multifurcation_head(race, inputs: tuple[Tensor, Tensor, Tensor]) -> Non
     def dense() -> Tensor:
         return (hidden @ weight.T)[row, tokens.long()]
 
-    torch.testing.assert_close(ours(), dense().float(), rtol=1e-2, atol=1.0)
+    def check(result: object) -> None:
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-2)
+
+    expected = on_backend("reference", ours)()
+    check(ours())
+    torch.testing.assert_close(dense().float(), expected, rtol=1e-2, atol=1.0)  # rounded to bf16
     named = len(tokens.unique())
     case = Case(
         op="multifurcation_head",
@@ -84,5 +99,6 @@ def test_multifurcation_head(race, inputs: tuple[Tensor, Tensor, Tensor]) -> Non
         ours=ours,
         contenders={"dense head": dense},
         capture=("", "dense head"),
+        check=check,
     )
     race(case, seconds=2.0)

@@ -10,7 +10,8 @@ import functools
 
 import pytest
 import torch
-from harness import DEVICE, Case
+from harness import Case
+from timing import DEVICE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from saffron import GreedyDecoding, MultifurcationRewardModel, Policy, Request, SaffronSearch, SearchConfig

@@ -6,7 +6,8 @@ Random Llama models of 4 layers, hidden size 256 and a vocabulary of 4096; promp
 from __future__ import annotations
 
 import torch
-from harness import DEVICE, Case
+from harness import Case
+from timing import DEVICE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saffron import MultifurcationRewardModel, Policy, Request, SaffronSearch, SearchConfig

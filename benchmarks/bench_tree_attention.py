@@ -2,24 +2,33 @@
 
 A beam's gathered cache is made beforehand and not timed; where all of them would not fit, some beams are timed and
 stand for the rest. So do some queries for all where SDPA with the mask of a wide tree would take seconds. On a GPU also
-against FlexAttention and FlashInfer, on more sizes, and captured in CUDA graphs.
+against FlexAttention and FlashInfer, on more sizes, with caches in fp8, and captured in CUDA graphs, alone and with as
+many layers in a row as a model has; on Hopper by both paths of the CUDA backend.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import competitors
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, Case, assert_close, usable
+from harness import Case, assert_close, on_backend, usable
+from timing import DEVICE
+from torch import Tensor
 from workloads import TREES, Plan, chain_plan, parse_tree, search_plan
 
-from saffron_kernels import tree_attention
+from saffron_kernels import backends, tree_attention
 
+PATH = "SAFFRON_CUDA_ATTENTION"  # environment variable by which a path of the CUDA backend is asked for
 ON_GPU = DEVICE.type == "cuda"
 GATHERED_BYTES = 1 << 28  # at most, of the caches gathered for the beams
 GATHERED_BEAMS = 32
-MASKED_WORK = 4e10 if not ON_GPU else 1e12  # floating-point operations of one SDPA with mask, at most
+MASKED_WORK = 4e10 if not ON_GPU else 2e11  # floating-point operations of one SDPA with mask, at most
 CACHE_BYTES = 1 << 30 if not ON_GPU else 1 << 34  # at most, of K and V; trees beyond it are run with fewer heads
 
 Shape = dict[str, object]
@@ -35,28 +44,51 @@ def spread(queries: int, most: float) -> range:
     return range(0, queries, max(1, -(-queries // max(1, int(most)))))
 
 
-def run(
-    race, plan: Plan, shape: Shape, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, flex: bool = False
-) -> None:
+@dataclass
+class Inputs:
+    """Q, and K and V of one or more layers, for one plan."""
+
+    plan: Plan
+    q: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    scale: float
+
+    def ours(self) -> list[tuple[Tensor, Tensor]]:
+        plan, scales = self.plan, self.scales
+        return [
+            tree_attention(self.q, k, v, plan.slot, plan.begin, plan.end, self.scale, **scales) for k, v in self.layers
+        ]
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """Of caches in fp8. 1, since FlashInfer takes none a head; what they are costs nothing."""
+        k = self.layers[0][0]
+        if k.dtype == self.q.dtype:
+            return {}
+        return dict.fromkeys(("k_scale", "v_scale"), torch.ones(k.shape[1], device=DEVICE))
+
+
+def make(plan: Plan, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, layers: int, kv: torch.dtype) -> Inputs:
     query_heads, kv_heads = heads
-    scale, tokens = head_dim**-0.5, len(plan.slot)
     generator = torch.Generator(DEVICE).manual_seed(0)
 
-    def normal(*size: int) -> torch.Tensor:
+    def normal(*size: int, dtype: torch.dtype = kv) -> Tensor:
         return torch.randn(*size, generator=generator, device=DEVICE).to(dtype)
 
-    q = normal(plan.queries, query_heads, head_dim)
-    k, v = normal(plan.slots, kv_heads, head_dim), normal(plan.slots, kv_heads, head_dim)
+    q = normal(plan.queries, query_heads, head_dim, dtype=dtype)
+    caches = [tuple(normal(plan.slots, kv_heads, head_dim) for _ in "kv") for _ in range(layers)]
+    return Inputs(plan, q, caches, head_dim**-0.5)
 
-    def ours() -> torch.Tensor:
-        return tree_attention(q, k, v, plan.slot, plan.begin, plan.end, scale)[0]
 
-    result, sees = ours(), plan.mask
-    some = spread(plan.queries, MASKED_WORK / (4 * tokens * query_heads * head_dim))
-    flat_q, flat_k, flat_v = (x.transpose(0, 1)[None] for x in (q[some], k[plan.slot.long()], v[plan.slot.long()]))
-    mask = sees[some]
+def with_sdpa(given: Inputs, result: Tensor) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """SDPA with the mask, and a call of it a beam, both checked; and the share of the queries that each is given."""
+    plan, q, scale, (k, v) = given.plan, given.q, given.scale, given.layers[0]
+    kv_heads, head_dim, sees, dtype = k.shape[1], q.shape[2], plan.mask, q.dtype
+    some = spread(plan.queries, MASKED_WORK / (4 * len(plan.slot) * q[0].numel()))
+    slots, mask = plan.slot.long(), sees[some]
+    flat_q, flat_k, flat_v = (x.transpose(0, 1)[None] for x in (q[some], k[slots], v[slots]))
 
-    def masked() -> torch.Tensor:
+    def masked() -> Tensor:
         return F.scaled_dot_product_attention(flat_q, flat_k, flat_v, mask, scale=scale, enable_gqa=True)
 
     assert_close(result[some], masked()[0].transpose(0, 1), dtype)
@@ -66,7 +98,7 @@ def run(
     seen = [plan.slot[sees[i]].long() for i in timed]
     gathered = [tuple(x[slots].transpose(0, 1)[None].contiguous() for x in (k, v)) for slots in seen]
 
-    def per_beam() -> list[torch.Tensor]:
+    def per_beam() -> list[Tensor]:
         return [
             F.scaled_dot_product_attention(q[i][None, :, None], keys, values, scale=scale, enable_gqa=True)
             for i, (keys, values) in zip(timed, gathered, strict=True)
@@ -74,22 +106,73 @@ def run(
 
     for i, one_beam in zip(timed, per_beam(), strict=True):
         assert_close(one_beam[0, :, 0], result[i], dtype)
-    others = usable(
-        competitors.on_gpu(plan, q, k, v, scale, flex),
-        lambda out: assert_close(out, result, dtype),  # type: ignore[arg-type]
-    )
+    share = {"SDPA with mask": len(some) / plan.queries, "SDPA per beam": len(timed) / plan.queries}
+    return {"SDPA with mask": masked, "SDPA per beam": per_beam}, share
+
+
+def paths(given: Inputs) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
+    """On Hopper, both ways in which the CUDA backend can do it: which one it takes by itself follows from these."""
+    if not ON_GPU or torch.cuda.get_device_capability()[0] != 9 or given.scales:  # fp8: one way only
+        return {}
+
+    def make(path: str) -> Callable[[], list[Tensor]]:
+        attend = on_backend("cuda", given.ours)
+
+        def call() -> list[Tensor]:
+            os.environ[PATH] = path
+            try:
+                return [out for out, _ in attend()]
+            finally:
+                del os.environ[PATH]
+
+        return call
+
+    return {f"cuda {path}": partial(make, path) for path in ("mma", "wgmma")}
+
+
+def run(
+    race,
+    plan: Plan,
+    shape: Shape,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    *,
+    flex: bool = False,
+    layers: int = 1,
+    kv: torch.dtype | None = None,
+) -> None:
+    """`layers` are called one after the other, each with its own caches, and the time is that of one.
+
+    `kv`: the dtype of the caches, if not that of Q.
+    """
+    query_heads, kv_heads = heads
+    tokens, stored = len(plan.slot), kv or dtype
+    given = make(plan, dtype, heads, head_dim, layers, stored)
+    first = [out for out, _ in given.ours()]
+
+    def check_other(result: list[Tensor]) -> None:
+        for one, expected in zip(result, first, strict=True):
+            assert_close(one, expected, dtype)
+
+    sdpa, part = with_sdpa(given, first[0]) if layers == 1 and stored == dtype else ({}, {})
+    makers = {**competitors.on_gpu(plan, given.q, given.layers, given.scale, flex), **paths(given)}
+    others = usable(makers, check_other)  # type: ignore[arg-type]
+    names = {"", *others} | ({name + " backend" for name in backends.MODULES} if layers > 1 else set())
+    cache_bytes = 2 * tokens * kv_heads * head_dim * stored.itemsize
     case = Case(
         op="tree_attention",
         shape={**shape, "tokens": tokens, "heads": heads, "head_dim": head_dim},
         dtype=dtype,
         work=4.0 * plan.pairs * query_heads * head_dim,
-        bytes=(2 * tokens * kv_heads + 2 * plan.queries * query_heads) * head_dim * q.element_size(),
-        ours=ours,
-        contenders={"SDPA with mask": masked, "SDPA per beam": per_beam, **others},
-        part={"SDPA with mask": len(some) / plan.queries, "SDPA per beam": len(timed) / plan.queries},
-        capture=("", "SDPA with mask", "SDPA per beam", "FlexAttention"),
+        bytes=cache_bytes + 2 * given.q.nbytes,
+        ours=given.ours,
+        contenders={**sdpa, **others},
+        part={**part, **(dict.fromkeys(names, float(layers)) if layers > 1 else {})},
+        capture=("", *sdpa, *others),
+        stored=() if stored == dtype else (stored,),
     )
-    race(case, seconds=0.6)
+    race(case, seconds=0.3 if ON_GPU else 0.6)
 
 
 @DTYPES
@@ -97,7 +180,23 @@ def run(
 def test_search(race, beams: int, prompt: int, dtype: torch.dtype) -> None:
     plan = search_plan(beams, prompt, levels=32)
     flex = beams == 32 and prompt in (512, 32768)
-    run(race, plan, {"plan": "search", "beams": beams, "prompt": prompt}, dtype, (32, 8), 128, flex)
+    run(race, plan, {"plan": "search", "beams": beams, "prompt": prompt}, dtype, (32, 8), 128, flex=flex)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has nothing to launch")
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("beams, prompt", [(n, p) for n in (8, 32, 64) for p in (512, 3400)])
+def test_layers(race, beams: int, prompt: int, head_dim: int) -> None:
+    """What a layer costs within a captured step: 32 in a row, whose caches together do not fit into the chip's."""
+    shape: Shape = {"plan": "32 layers", "beams": beams, "prompt": prompt}
+    run(race, search_plan(beams, prompt, levels=32), shape, torch.bfloat16, (32, 8), head_dim, layers=32)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="caches in fp8 are for GPUs")
+@pytest.mark.parametrize("beams, prompt", [(n, p) for n in (8, 32, 64) for p in (512, 4096, 32768)])
+def test_fp8(race, beams: int, prompt: int) -> None:
+    shape: Shape = {"plan": "search", "beams": beams, "prompt": prompt}
+    run(race, search_plan(beams, prompt, levels=32), shape, torch.bfloat16, (32, 8), 128, kv=torch.float8_e4m3fn)
 
 
 @DTYPES

@@ -13,16 +13,19 @@ _COLUMNS = ("op", "shape", "dtype", "competitor", "median_us", "p20_us", "p80_us
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="time our ops only, without what they are compared with")
+    parser.addoption("--quick", action="store_true", help="three rounds a case, nothing written: does all of it run?")
 
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Times a case against its contenders, and appends the result to the CSV."""
     done = request.config.stash.setdefault(_finished, [])
+    alone, quick = (request.config.getoption(name) for name in ("--alone", "--quick"))
 
     def run(case: harness.Case, seconds: float = 2.0) -> None:
-        new = harness.measure(case, seconds, request.config.getoption("--alone"))
-        harness.append(new)
+        new = harness.measure(case, 0.0 if quick else seconds, alone)
+        if not quick:
+            harness.append(new)
         done.extend(new)
 
     return run
@@ -47,4 +50,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"{text}  ({peaks[0]:.0f}% copy, {peaks[1]:.0f}% matmul)  {against}")
     for reason in dict.fromkeys(harness.left_out):
         terminalreporter.line(f"left out: {reason}")
-    terminalreporter.line(f"times in us; appended to {harness.RESULTS}")
+    where = "of three rounds, not written" if config.getoption("--quick") else f"appended to {harness.RESULTS}"
+    terminalreporter.line(f"times in us; {where}")

@@ -5,7 +5,12 @@ The floor of an op is the larger of (floating-point operations / matrix-product 
 
 On a GPU times are taken with events, the cache of the chip emptied before every call. A call of many launches then
 takes as long as the host needs to launch them; where a case says that it can be captured, it is measured a second time
-as a CUDA graph (`"graph": true` in its shape), which is what a decoder would replay.
+as a CUDA graph (`"graph": true` in its shape), which is what a decoder would replay. Both once more without emptying
+the cache (`"l2": "warm"`), the graph then holding some calls in a row, so that what its launch costs hardly counts.
+
+Nothing is timed that is not right: every op is first compared with the reference backend (on a CPU, where that takes
+long, with a competitor), as is every other backend; competitors are checked by the benchmarks. What could not take part
+is said in `left-out.txt` beside the CSV.
 """
 
 from __future__ import annotations
@@ -13,18 +18,20 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from timing import DEVICE, Times, copy_rate, matmul_rate, synchronize, time_in_turn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -33,29 +40,17 @@ from saffron_kernels import backends, ops
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = Path(os.environ.get("SAFFRON_RESULTS", FOLDER / "results" / "results.csv"))
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LEFT_OUT = RESULTS.with_name("left-out.txt")
 COLUMNS = (
     "time", "commit", "op", "backend", "competitor", "shape", "dtype", "device", "threads", "versions",
     "median_us", "p20_us", "p80_us", "best_us", "gb_per_s", "gflop_per_s",
     "copy_gb_per_s", "matmul_gflop_per_s", "floor_us", "times_floor", "ratio",
 )  # fmt: skip
-MAX_ROUNDS = 200
+Result = TypeVar("Result")
+CALLS_A_GRAPH = 16  # of a warm one
+REFERENCE_WORK = 1e10  # floating-point operations of the reference backend on a CPU, at most
 
 left_out: list[str] = []  # contenders that could not take part, and why
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of each round, sorted."""
-
-    seconds: list[float]
-
-    def quantile(self, q: float) -> float:
-        return self.seconds[min(len(self.seconds) - 1, int(q * len(self.seconds)))]
-
-    @property
-    def median(self) -> float:
-        return self.quantile(0.5)
 
 
 @dataclass(slots=True)
@@ -66,9 +61,12 @@ class Case:
         work: floating-point operations that the result needs; 0 where there is no floor to speak of.
         bytes: distinct bytes that have to be read or written; 0 likewise.
         ours: the op. contenders: other ways to the same result, by name.
-        part: by name, the share of its work that a contender does in one call; its times are divided by it.
+        part: by name, ours being "", how often a call does the work; its times are divided by it. Below 1: a share.
         backend: the one that `ours` runs on; by default what the op chooses by itself.
-        capture: names of the calls that wait for nothing, ours being "": on a GPU they are also timed as CUDA graphs.
+        capture: names of the calls that wait for nothing, ours being "" and standing for our other backends as well: on
+            a GPU they are also timed as CUDA graphs.
+        stored: storage dtypes besides `dtype`, which is that of the products, e.g. of fp8 caches.
+        check: raises unless the result of a backend is right; by default it is compared with the reference backend's.
     """
 
     op: str
@@ -81,67 +79,28 @@ class Case:
     part: Mapping[str, float] = field(default_factory=dict)
     backend: str = ""
     capture: Sequence[str] = ()
+    stored: Sequence[torch.dtype] = ()
+    check: Callable[[object], None] | None = None
 
     def __post_init__(self) -> None:
-        self.backend = self.backend or chosen_backend(self.op, self.dtype)
+        self.backend = self.backend or chosen_backend(self.op, *self.dtypes)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype, *self.stored)
 
 
-def chosen_backend(op: str, dtype: torch.dtype) -> str:
+def chosen_backend(op: str, *dtypes: torch.dtype) -> str:
     """The backend that an op chooses by itself on this device; for what is no op, the device's first."""
-    order = backends.PREFERENCE[DEVICE.type]
-    able = (name for name in order if op not in ops.NAMES or backends.why_not(name, op, DEVICE, dtype) is None)
-    return next(able)
+    if op not in ops.NAMES:
+        return backends.PREFERENCE[DEVICE.type][0]
+    chosen = backends.implementation(op, DEVICE, *dtypes)
+    able = (name for name in backends.MODULES if backends.why_not(name, op, DEVICE, *dtypes) is None)
+    return next(name for name in able if getattr(importlib.import_module(backends.MODULES[name]), op) is chosen)
 
 
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_in_turn(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
-    """Times calls in turn, so that a disturbance of the machine falls on all of them; 3 rounds at least."""
-    one_round = _round_on_gpu if DEVICE.type == "cuda" else _round_on_host
-    for call in calls.values():
-        call()
-    synchronize()
-    rounds: list[list[float]] = []
-    end = time.perf_counter() + seconds
-    while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
-        rounds.append(one_round(calls.values()))
-    return {name: Times(sorted(taken)) for name, taken in zip(calls, zip(*rounds, strict=True), strict=True)}
-
-
-def _round_on_host(calls: Iterable[Callable[[], object]]) -> list[float]:
-    taken = []
-    for call in calls:
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return taken
-
-
-def _round_on_gpu(calls: Iterable[Callable[[], object]]) -> list[float]:
-    events = []
-    for call in calls:
-        _cache_filler().zero_()  # takes some 60 us, in which the host is already preparing the call
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        events.append((start, stop))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(stop) / 1e3 for start, stop in events]
-
-
-@functools.cache
-def _cache_filler() -> Tensor:
-    """Several times the size of the chip's cache: writing it evicts what an earlier call has left there."""
-    size = max(1 << 28, 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size)
-    return torch.empty(size, dtype=torch.uint8, device=DEVICE)
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object] | None:
-    """The replay of a CUDA graph of the call; None where it cannot be captured."""
+def captured(call: Callable[[], object], calls: int = 1) -> Callable[[], object] | None:
+    """The replay of a CUDA graph of some calls in a row; None where they cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -150,11 +109,22 @@ def captured(call: Callable[[], object]) -> Callable[[], object] | None:
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
+            for _ in range(calls):
+                call()
+    except RuntimeError as error:
         synchronize()
+        leave_out("a CUDA graph", error)
         return None
     return graph.replay
+
+
+def leave_out(name: str, error: BaseException) -> None:
+    """Notes that something could not take part, and why."""
+    if isinstance(error, ModuleNotFoundError):
+        reason = f"not installed ({error.name})"
+    else:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
+    left_out.append(f"{name}: {reason}")
 
 
 def usable(
@@ -168,76 +138,85 @@ def usable(
             check(call())
             synchronize()
         except Exception as error:  # noqa: BLE001 (whatever is wrong with them must not stop ours)
-            first = (str(error).strip() or "no message").splitlines()[0]
-            left_out.append(f"{name}: {type(error).__name__}: {first[:160]}")
+            leave_out(name, error)
         else:
             found[name] = call
     return found
 
 
-def other_backends(case: Case) -> dict[str, Callable[[], object]]:
+def on_backend(name: str, call: Callable[[], Result]) -> Callable[[], Result]:
+    """The call with every op in it on one backend."""
+
+    def run() -> Result:
+        with backends.backend(name):
+            return call()
+
+    return run
+
+
+def against_reference(case: Case) -> Callable[[object], None]:
+    """Compares a result with the reference backend's, which is computed once."""
+    expected = tree_leaves(on_backend("reference", case.ours)())
+
+    return lambda result: assert_same(result, expected, case.dtype)
+
+
+def other_backends(case: Case, check: Callable[[object], None]) -> dict[str, Callable[[], object]]:
     """On a GPU: the same call on the other backends that serve it there, the reference aside."""
     if DEVICE.type != "cuda" or case.op not in ops.NAMES:
         return {}
-
-    def on(name: str) -> Callable[[], object]:
-        def call() -> object:
-            with backends.backend(name):
-                return case.ours()
-
-        return call
-
-    names = set(backends.MODULES) - {case.backend, "reference"}
-    able = [name for name in sorted(names) if backends.why_not(name, case.op, DEVICE, case.dtype) is None]
-    expected = tree_leaves(case.ours())
-
-    def check(result: object) -> None:
-        for one, other in zip(tree_leaves(result), expected, strict=True):
-            assert_close(one, other, case.dtype)
-
-    return usable({f"{name} backend": functools.partial(on, name) for name in able}, check)
+    found = {}
+    for name in sorted(set(backends.MODULES) - {case.backend, "reference", "cpu"}):
+        reason = backends.why_not(name, case.op, DEVICE, *case.dtypes)
+        if reason is None:
+            found[name] = functools.partial(on_backend, name, case.ours)
+        else:
+            left_out.append(f"{name} backend, {case.op} {dtype_names(case.dtypes)}: {reason}")
+    return usable({f"{name} backend": make for name, make in found.items()}, check)
 
 
 def measure(case: Case, seconds: float = 2.0, alone: bool = False) -> list[dict[str, object]]:
-    """Rows for the CSV: one for us (competitor empty), and one for every contender unless `alone`."""
-    calls = {"": case.ours} if alone else {"": case.ours, **case.contenders, **other_backends(case)}
+    """Rows for the CSV: one for us (competitor empty), and one for every contender unless `alone`.
+
+    Raises:
+        AssertionError: what we compute is not what the reference backend does.
+    """
+    on_gpu = DEVICE.type == "cuda"
+    check = case.check
+    if check is None and case.op in ops.NAMES and (on_gpu or case.work <= REFERENCE_WORK):
+        check = against_reference(case)
+    if check is not None:
+        check(case.ours())
+    others = {} if alone or check is None else other_backends(case, check)
+    calls = {"": case.ours} if alone else {"": case.ours, **case.contenders, **others}
     result = rows(case, time_in_turn(calls, seconds))
-    if DEVICE.type == "cuda":
-        graphs = {name: replay for name in case.capture if name in calls and (replay := captured(calls[name]))}
-        if "" in graphs:
-            as_graph = replace(case, shape={**case.shape, "graph": True})
-            result += rows(as_graph, time_in_turn(graphs, seconds))
-    return result
+    if not on_gpu or case.op not in ops.NAMES:
+        return result
+    names = {*case.capture, *(others if "" in case.capture else ())}
+    graphs = {name: replay for name in calls if name in names and (replay := captured(calls[name]))}
+    if "" not in graphs:
+        return result + rows(variant(case, l2="warm"), time_in_turn(calls, seconds, warm=True))
+    result += rows(variant(case, graph=True), time_in_turn(graphs, seconds))
+    in_a_row = {name: replay for name in graphs if (replay := captured(calls[name], CALLS_A_GRAPH))}
+    part = {name: CALLS_A_GRAPH * case.part.get(name, 1.0) for name in in_a_row}
+    return result + rows(variant(case, graph=True, l2="warm", part=part), time_in_turn(in_a_row, seconds, warm=True))
 
 
-@functools.cache
-def copy_rate() -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.randn(1 << (26 if DEVICE.type == "cpu" else 28), device=DEVICE)
-    target = torch.empty_like(source)
-    best = time_in_turn({"copy": lambda: target.copy_(source)}, 1.0)["copy"].seconds[0]
-    return 2 * source.nbytes / best
-
-
-@functools.cache
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product."""
-    size = 2048 if DEVICE.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    best = time_in_turn({"matmul": lambda: a @ b}, 1.0)["matmul"].seconds[0]
-    return 2 * size**3 / best
+def variant(case: Case, part: Mapping[str, float] | None = None, **how: object) -> Case:
+    """The case as it is measured another way."""
+    return replace(case, shape={**case.shape, **how}, part=case.part if part is None else part)
 
 
 @functools.cache
 def commit() -> str:
-    """Of the package that is measured; + marks uncommitted changes."""
+    """Of the package that is measured; + marks uncommitted changes. `SAFFRON_COMMIT` names it where git cannot."""
     try:
         folder = Path(saffron_kernels.__file__).parent
         run = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
         revision = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
         return revision + ("+" if run(["git", "status", "--porcelain", "-uno"]).stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SAFFRON_COMMIT", "unknown")
 
 
 @functools.cache
@@ -259,9 +238,14 @@ def versions() -> str:
     return text
 
 
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """As in `bfloat16+float8_e4m3fn`."""
+    return "+".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def rows(case: Case, times: Mapping[str, Times]) -> list[dict[str, object]]:
     """One row for every name in `times`."""
-    ours = times[""]
+    ours = times[""].median / case.part.get("", 1.0)
     floor = max(case.work / matmul_rate(case.dtype), case.bytes / copy_rate())
     result = []
     for name, measured in times.items():
@@ -274,21 +258,21 @@ def rows(case: Case, times: Mapping[str, Times]) -> list[dict[str, object]]:
             "backend": case.backend,
             "competitor": name,
             "shape": json.dumps(case.shape),
-            "dtype": str(case.dtype).removeprefix("torch."),
+            "dtype": dtype_names(case.dtypes),
             "device": device_name(),
             "threads": torch.get_num_threads(),
             "versions": versions(),
-            "median_us": f"{median:.1f}",
-            "p20_us": f"{measured.quantile(0.2) * scale:.1f}",
-            "p80_us": f"{measured.quantile(0.8) * scale:.1f}",
-            "best_us": f"{measured.seconds[0] * scale:.1f}",
+            "median_us": f"{median:.2f}",
+            "p20_us": f"{measured.quantile(0.2) * scale:.2f}",
+            "p80_us": f"{measured.quantile(0.8) * scale:.2f}",
+            "best_us": f"{measured.seconds[0] * scale:.2f}",
             "gb_per_s": f"{case.bytes / median / 1e3:.2f}",
             "gflop_per_s": f"{case.work / median / 1e3:.1f}",
             "copy_gb_per_s": f"{copy_rate() / 1e9:.2f}",
             "matmul_gflop_per_s": f"{matmul_rate(case.dtype) / 1e9:.1f}",
             "floor_us": f"{floor * 1e6:.1f}",
             "times_floor": f"{median / floor / 1e6:.2f}" if floor else "",
-            "ratio": f"{median / ours.median / 1e6:.2f}",
+            "ratio": f"{median / ours / 1e6:.2f}",
         })  # fmt: skip
     return result
 
@@ -301,6 +285,18 @@ def append(new: list[dict[str, object]]) -> None:
         if fresh:
             writer.writeheader()
         writer.writerows(new)
+    if left_out:
+        before = LEFT_OUT.read_text().splitlines() if LEFT_OUT.exists() else []
+        LEFT_OUT.write_text("".join(f"{line}\n" for line in dict.fromkeys([*before, *left_out])))
+
+
+def assert_same(actual: object, expected: object, dtype: torch.dtype) -> None:
+    """Results of an op: the same indices, and floating-point numbers as `assert_close` has it."""
+    for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        if other.is_floating_point():
+            assert_close(one, other, dtype)
+        else:
+            assert torch.equal(one, other), "other indices"
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from harness import FOLDER, RESULTS
 
 Row = dict[str, str]
 Key = tuple[str, ...]
-OPS = sorted(FOLDER / f"bench_{name}.py" for name in ("multifurcate", "nucleus", "tree_attention"))
+OPS = sorted(FOLDER / f"bench_{name}.py" for name in ("multifurcate", "nucleus", "small_ops", "tree_attention"))
 CASE = ("op", "shape", "dtype", "device", "threads", "backend", "competitor")
 
 
@@ -41,7 +41,7 @@ def describe(shape: str) -> str:
 
 def microseconds(text: str) -> str:
     value = float(text)
-    return f"{value / 1e3:.2f} ms" if value >= 1e3 else f"{value:.0f} us"
+    return f"{value / 1e3:.2f} ms" if value >= 1e3 else f"{value:.0f} us" if value >= 100 else f"{value:.1f} us"
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -90,9 +90,9 @@ def brief(now: dict[Key, Row]) -> str:
         against = f"{float(best['ratio']):.2f}x {best['competitor']}" if best else ""
         peak = f"{100 / float(row['times_floor']):3.0f}%" if row["times_floor"] else ""
         shape = json.loads(row["shape"])
-        graph = "graph " if shape.pop("graph", False) else ""
+        how = ("graph " if shape.pop("graph", False) else "") + (f"{shape.pop('l2')} " if "l2" in shape else "")
         sizes = " ".join(str(value).replace(" ", "") for value in shape.values())
-        name = f"{row['op']} {graph}{sizes} {row['dtype']}"
+        name = f"{row['op']} {how}{sizes} {row['dtype']}"
         lines.append(f"{name[:72]:72} {microseconds(row['median_us']):>10} {peak:>4}  {against}")
     return "\n".join(lines)
 
@@ -158,7 +158,8 @@ def _curves(op: str, rows: list[Row]) -> dict[str, dict[str, list[tuple[float, f
         shape = json.loads(row["shape"])
         if op == "tree_attention" and (shape.get("plan") != "search" or shape["head_dim"] != 128):
             continue
-        panel, how = panels[row["dtype"], shape[shared]], " (graph)" if shape.get("graph") else ""
+        kinds = [name for name, there in (("graph", shape.get("graph")), ("warm", shape.get("l2"))) if there]
+        panel, how = panels[row["dtype"], shape[shared]], f" ({', '.join(kinds)})" if kinds else ""
         panel[(row["competitor"] or "saffron") + how].append((shape[x], float(row["median_us"])))
         if row["floor_us"] and not row["competitor"] and not how:
             panel["floor"].append((shape[x], float(row["floor_us"])))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from harness import DEVICE, FOLDER
+from harness import FOLDER
+from timing import DEVICE
 from torch import Tensor
 
 from saffron_kernels import advance_tree

@@ -28,7 +28,7 @@ def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
     name = schema.split("(")[0]
     NAMES.append(name)
     check: Callable[..., None] = getattr(checks, f"check_{name}")
-    stored = [parameter.split()[-1] not in _MULTIPLIERS for parameter in schema[: schema.index(" ->")].split(",")]
+    stored = [parameter.split()[-1] not in _MULTIPLIERS for parameter in schema[: schema.index(") ->")].split(",")]
     _library.define(schema)
 
     def run(*args: Any) -> object:

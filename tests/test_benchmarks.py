@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import compare
-import competitors
+import decide
+import floors
 import harness
 import report
+import timing
 import workloads
 
-from saffron_kernels import backend, tree_attention
+PLANS = pytest.mark.parametrize("name", ["search", "forest", "shipped", "apart", "tree", "chain"])
 
 
 def plan_of(name: str) -> workloads.Plan:
@@ -28,9 +32,6 @@ def plan_of(name: str) -> workloads.Plan:
         "tree": lambda: workloads.parse_tree("1,2,5/3,2,4"),
         "chain": lambda: workloads.chain_plan(7),
     }[name]()
-
-
-PLANS = pytest.mark.parametrize("name", ["search", "forest", "shipped", "apart", "tree", "chain"])
 
 
 @PLANS
@@ -59,47 +60,18 @@ def test_levels_that_were_not_recorded() -> None:
         workloads.search_plan(8, prompt=5, levels=65)
 
 
-@PLANS
-def test_flex_attention_is_given_the_tree(name: str) -> None:
-    plan = plan_of(name)
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(plan.queries, 4, 16, generator=generator).to(harness.DEVICE)
-    k, v = (torch.randn(plan.slots, 2, 16, generator=generator).to(harness.DEVICE) for _ in range(2))
-    with backend("reference"):
-        expected = tree_attention(q, k, v, plan.slot, plan.begin, plan.end, 0.25)[0]
-    result = competitors.flex_attention(plan, q, k, v, 0.25, compiled=False)()
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
-
-
-@PLANS
-def test_cascade_levels_hold_what_each_query_sees(name: str) -> None:
-    plan = plan_of(name)
-    bounds, shared, own = competitors.cascade_levels(plan)
-    assert bounds[0] == 0 and bounds[-1] == plan.queries and len(own) == plan.queries
-    assert len(shared) == len(bounds) - 1 == (3 if name == "forest" else 1)
-    for query, sequence in enumerate(plan.sequences()):
-        tree = next(i for i, end in enumerate(bounds[1:]) if query < end)
-        assert sorted([*shared[tree].tolist(), *own[query].tolist()]) == sorted(sequence.tolist())
-    assert all(len(s) > 0 for s in shared)
-
-
-def test_page_lists() -> None:
-    offsets, slots, last = competitors._lists([torch.tensor([4, 2]), torch.tensor([], dtype=torch.int64)])
-    assert (offsets.tolist(), slots.tolist(), last.tolist()) == ([0, 2, 2], [4, 2], [1, 0])
-
-
 def test_competitor_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "left_out", [])
 
     def missing() -> None:
-        raise ImportError("No module named 'other'")
+        importlib.import_module("no_such_module")
 
     def check(result: object) -> None:
         assert result == 1, "another result"
 
     makers = {"absent": missing, "wrong": lambda: lambda: 2, "good": lambda: lambda: 1}
     assert list(harness.usable(makers, check)) == ["good"]
-    assert harness.left_out == ["absent: ImportError: No module named 'other'", "wrong: AssertionError: another result"]
+    assert harness.left_out == ["absent: not installed (no_such_module)", "wrong: AssertionError: another result"]
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +87,9 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ours["backend"], ours["competitor"], half["competitor"]) == (
         harness.chosen_backend("tree_attention", torch.float32), "", "half",
     )  # fmt: skip
-    assert (ours["median_us"], ours["p20_us"], ours["p80_us"]) == ("20.0", "10.0", "40.0")
+    assert (ours["median_us"], ours["p20_us"], ours["p80_us"]) == ("20.00", "10.00", "40.00")
     assert (ours["floor_us"], ours["times_floor"], ours["gb_per_s"]) == ("10.0", "2.00", "0.50")
-    assert (half["median_us"], half["ratio"]) == ("60.0", "3.00")
+    assert (half["median_us"], half["ratio"]) == ("60.00", "3.00")
     key = tuple(str(ours[name]) for name in report.CASE)
     rows = {key: {k: str(v) for k, v in ours.items()}, (*key[:-1], "half"): {k: str(v) for k, v in half.items()}}
     assert "| 2.00 | 50 | 3.0x half |" in report.table(rows)
@@ -126,7 +98,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_contenders_take_turns() -> None:
     order: list[str] = []
-    times = harness.time_in_turn({name: lambda name=name: order.append(name) for name in "ab"}, 0.0)
+    times = timing.time_in_turn({name: lambda name=name: order.append(name) for name in "ab"}, 0.0)
     assert order == ["a", "b"] * 4 and [len(t.seconds) for t in times.values()] == [3, 3]
 
 
@@ -136,6 +108,59 @@ def test_ratios_of_two_commits() -> None:
     assert found == {case: (4.0, 3.0, 2.0, 1.0, 3.0)}
 
 
+def row(backend: str, competitor: str, us: float, op: str = "gather_kv", **shape: object) -> dict[str, str]:
+    floor = {"times_floor": str(us / 2.0)}
+    named = {"op": op, "backend": backend, "competitor": competitor, "dtype": "bfloat16", "device": "GPU"}
+    return {**named, **floor, "shape": json.dumps(shape), "median_us": str(us)}
+
+
+def test_cuda_is_chosen_where_it_is_nowhere_slower() -> None:
+    """By graphs where there are such; a case that one of the two was not measured in does not count."""
+    rows = [
+        row("triton", "", 9.0, n=1), row("triton", "cuda backend", 10.0, n=1), row("triton", "PyTorch", 1.0, n=1),
+        row("triton", "", 9.8, n=1, graph=True), row("triton", "cuda backend", 10.0, n=1, graph=True),
+        row("cuda", "", 5.0, n=2, graph=True), row("cuda", "triton backend", 20.0, n=2, graph=True),
+        row("triton", "", 1.0, n=3, graph=True), row("triton", "PyTorch", 0.1, n=3, graph=True),
+    ]  # fmt: skip
+    found = decide.by_backend(rows)
+    assert decide.decisions(found) == [
+        ["gather_kv", "bfloat16", "GPU", "2", "1.98x", "0.98x (n 1, graph True)", "cuda"]
+    ]
+    slower = row("triton", "cuda backend", 11.0, n=1, graph=True)
+    assert decide.decisions(decide.by_backend([*rows, slower]))[0][-1] == "slower in 1"
+    assert decide.decisions(decide.by_backend([rows[3], slower]))[0][-1] == "triton"
+    assert "No case was measured on both" in decide.report([rows[-2]])
+
+
+def test_targets_of_attention() -> None:
+    def attention(tokens: int, us: float, **shape: object) -> dict[str, str]:
+        return row("triton", "cuda backend", us, "tree_attention", plan="search", tokens=tokens, graph=True, **shape)
+
+    rows = [attention(700, 6.9), attention(4097, 1e3), attention(33000, 2.3), attention(33001, 2.4)]
+    lines = decide.targets(decide.by_backend(rows))
+    assert [(line[2], line[-1]) for line in lines] == [("cuda", "yes"), ("cuda", "no"), ("cuda", "yes")]
+    assert "| 6.9 us | 29 % | 7 us | yes |" in decide.report(rows)
+
+
+def test_paths_of_attention() -> None:
+    def path(name: str, us: float, **shape: object) -> dict[str, str]:
+        size = {"plan": "search", "heads": [32, 8], "head_dim": 128, "beams": 32, **shape}
+        return row("triton", f"cuda {name}", us, "tree_attention", **size)
+
+    graph = {"graph": True, "prompt": 512}
+    rows = [path("mma", 9.0, **graph), path("wgmma", 6.0, **graph)]
+    rows += [path("mma", 1.0), path("wgmma", 9.0), path("mma", 1.0, graph=True, prompt=1)]
+    rows += [path(name, 1.0, graph=True, plan="8 searches") for name in ("mma", "wgmma")]
+    assert decide.paths(rows) == [["bfloat16", "128", "128", "1", "1.50x", "1.50x"]]
+    assert not decide.by_backend(rows) and "| bfloat16 | 128 | 128 | 1 | 1.50x |" in decide.report(rows)
+
+
 def test_revision_that_does_not_exist() -> None:
     with pytest.raises(compare.CannotCompare, match="git rev-parse"), compare.checked_out("no-such-revision"):
         pass
+
+
+def test_floors_in_the_documentation() -> None:
+    text = (harness.FOLDER.parent / "docs" / "kernels.md").read_text()
+    found = text.partition("<!-- begin of the floors -->")[2].partition("<!-- end of the floors -->")[0]
+    assert found.strip() == floors.table().strip()
