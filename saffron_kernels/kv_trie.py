@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saffron_kernels import checks, ops
 from saffron_kernels._native import CacheFullError, Trie
+from saffron_kernels.checks import FP8
 
 Index = NDArray[np.int32]
 _T = TypeVar("_T")
@@ -92,14 +93,23 @@ class KVTrie:
         layers, kv_heads, head_dim: geometry of the model.
         capacity: slots to begin with.
         grow: double the capacity when held tokens fill it; otherwise raise `CacheFullError`, nothing changed.
-        dtype, device: of the caches.
+        dtype, device: of the caches. `torch.float8_e4m3fn` halves what bf16 takes; queries, K and V are then bf16, fp16
+            or fp32, and a number is stored as `x / scale`, rounded to 4 significant bits and at most 448 in size. The
+            backends "cuda" and "reference" serve fp8; on a GPU ask for "cuda" by name, or the slow reference runs.
+        k_scale, v_scale: `[layers, kv_heads]`, finite and above 0, for fp8 caches only: such that the largest K (V) of
+            a head divided by its scale is 448 or less. None: 1, which serves wherever K and V stay below 448.
 
     Attributes:
         k, v: `[layers, slots, kv_heads, head_dim]`.
+        k_scale, v_scale: `[layers, kv_heads]` fp32 of fp8 caches, else None. What is cached was stored with them: write
+            into them only while the trie is empty.
         index: the host trie (`saffron_kernels._native.Trie`).
         unfinished: held nodes whose K and V a forward pass is writing, where its caller cannot be sure to see it fail
             (an interrupt passes by a module's hooks). Unless the caller sets None again, the next `insert` or `advance`
             discards them.
+
+    Raises:
+        ValueError, TypeError: a size below 1, a dtype that K and V are not stored in, or scales that do not fit.
     """
 
     def __init__(
@@ -112,9 +122,17 @@ class KVTrie:
         grow: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         for name, size in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
             checks.expect(size >= 1, name, size, "at least 1")
+        stored = dtype == FP8 or (dtype.is_floating_point and dtype.itemsize > 1)
+        checks.expect(stored, "dtype", dtype, f"a floating-point dtype of 16 bits or more, or {FP8}")
+        self.k_scale, self.v_scale = (
+            _scales(name, scale, dtype, layers, kv_heads, device)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        )
         self.grow = grow
         self.unfinished: Index | None = None
         self.index = Trie(capacity)
@@ -241,3 +259,19 @@ class KVTrie:
                 extra = torch.zeros_like(self.k)
                 self.k, self.v = torch.cat([self.k, extra], 1), torch.cat([self.v, extra], 1)
             self.index.grow(2 * self.capacity)
+
+
+def _scales(
+    name: str, given: Tensor | None, dtype: torch.dtype, layers: int, kv_heads: int, device: torch.device | str
+) -> Tensor | None:
+    """`[layers, kv_heads]` fp32, a copy of those that were given; None for caches that have no scales."""
+    if dtype != FP8:
+        checks.expect(given is None, name, f"scales for caches in {dtype}", f"none, or dtype={FP8}")
+        return None
+    if given is None:
+        return torch.ones(layers, kv_heads, device=device)
+    checks.floating(name, given)
+    checks.shape(name, given, [layers, kv_heads])
+    scales = given.to(device, torch.float32, copy=True)
+    checks.expect(bool(((scales > 0) & scales.isfinite()).all()), name, given.tolist(), "finite numbers above 0")
+    return scales

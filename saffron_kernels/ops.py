@@ -119,7 +119,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Copies the K and V of whole sequences out of the trie, for decoders that need contiguous caches.
 
-    Equivalent to `k_cache[slots].transpose(1, 2)` (and the same for V), with zeros where `slots` is -1.
+    Equivalent to `k_cache[slots].transpose(1, 2)` (and the same for V), with zeros where `slots` is -1. Rows of fp8
+    caches come as they are stored: their scales are the caller's to apply.
 
     Args:
         k_cache, v_cache: `[slots, kv_heads, head_dim]`.

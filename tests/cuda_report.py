@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import functools
-import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -27,21 +23,21 @@ from typing import NamedTuple
 import cuda_host
 import torch
 from cases import i32
+from cuda_cubins import ARCHS, compile_sources, find_nvcc
 
 from saffron_kernels.backends.cuda import native
+from saffron_kernels.checks import FP8
 
 REPORT = cuda_host.ROOT / "docs" / "cuda-kernels.md"
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 FLOORS_BEGIN, FLOORS_END = "<!-- begin of the floors -->", "<!-- end of the floors -->"
 
-ARCHS = ("80", "90a")
-# Spills and arrays that are not in registers are errors, as is every warning.
-FLAGS = ("-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage")
-
 # Of a multiprocessor of an A100 and an H200 (CUDA C++ Programming Guide, compute capabilities 8.0 and 9.0).
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 SHARED = {"80": 164 * 1024, "90a": 228 * 1024}
 SHARED_OF_BLOCK = {"80": 163 * 1024, "90a": 227 * 1024}
+# Kernels that are for one architecture alone: empty, and never launched, on the others.
+ONE_ARCH = {"wide_attention_kernel": "90a"}
 _RESERVED = 1024  # bytes of shared memory that every block costs besides its own
 
 
@@ -58,10 +54,6 @@ class Launch(NamedTuple):
 
     threads: int
     shared: int
-
-
-def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def nvcc_version() -> str:
@@ -91,31 +83,7 @@ def compile_kernels(arch: str) -> dict[str, tuple[Compiled, ...]]:
     Raises:
         CalledProcessError: a warning, a spill or an error; the compiler's messages went to stderr.
     """
-    nvcc = find_nvcc()
-    assert nvcc, "nvcc is not installed"
-    files = sorted(cuda_host.KERNELS.glob("*.cu*"))
-    digest = hashlib.sha256(repr((nvcc, FLAGS)).encode() + (cuda_host.KERNELS / "ops.h").read_bytes())
-    for file in files:
-        digest.update(file.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"saffron-cubin-{os.getuid()}-{arch}-{digest.hexdigest()[:16]}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-
-    def compile_one(source: Path) -> tuple[str, tuple[Compiled, ...]]:
-        cubin, log = folder / f"{source.stem}.cubin", folder / f"{source.stem}.log"
-        if not log.exists():
-            target = ("-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(cubin))
-            command = (nvcc, *FLAGS, f"-I{cuda_host.ROOT / 'csrc'}", *target, str(source))
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                said = (result.stdout + result.stderr).splitlines()
-                print("\n".join(x for x in said if "error" in x or "warning" in x), file=sys.stderr)
-                result.check_returncode()
-            log.write_text(result.stdout + result.stderr)
-        return str(cubin), tuple(_kernels(log.read_text()))
-
-    with open(folder / "lock", "w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return dict(pool.map(compile_one, [file for file in files if file.suffix == ".cu"]))
+    return {cubin: tuple(_kernels(log)) for cubin, log in compile_sources(arch).items()}
 
 
 def _kernels(log: str) -> Iterator[Compiled]:
@@ -186,15 +154,17 @@ def launches() -> dict[str, Launch]:
 def _rows(dtype: torch.dtype, head_dim: int) -> None:
     from saffron_kernels.backends import cuda
 
-    cache, slots = torch.zeros(4, 2, head_dim, dtype=dtype), i32([1, 2])
-    cuda.append_kv(cache[:2].clone(), cache[2:].clone(), slots, cache, cache.clone())
-    cuda.gather_kv(cache, cache, slots.view(1, 2))
+    rows, slots = torch.zeros(4, 2, head_dim, dtype=dtype), i32([1, 2])
+    for stored in (dtype, FP8):
+        cache = torch.zeros(4, 2, head_dim, dtype=stored)
+        cuda.append_kv(rows[:2], rows[2:], slots, cache, cache.clone())
+        cuda.gather_kv(cache, cache, slots.view(1, 2))
     lse = torch.zeros(4, 2)
-    cuda.merge_attention(cache, lse, cache, lse)
+    cuda.merge_attention(rows, lse, rows, lse)
 
 
 def _copies() -> None:
-    for dtype in native.CODE:
+    for dtype in native.COMPUTED:
         for head_dim in (16, 3):
             _rows(dtype, head_dim)
 
@@ -205,6 +175,30 @@ def _plan() -> None:
     cuda.advance_tree(*map(i32, ([0], [0], [1], [0], [1])), 1)
 
 
+def _nuclei() -> None:
+    from saffron_kernels.backends import cuda
+
+    for dtype in native.COMPUTED:
+        cuda.nucleus(torch.zeros(1, 4096, dtype=dtype), 1.0, None)  # more than are sorted together
+
+
+def _steps() -> None:
+    """64 beams of a search."""
+    from saffron_kernels.backends import cuda
+
+    rows, vocab, width = 64, 4, 64
+    groups, offsets = torch.zeros(rows, dtype=torch.int32), torch.arange(rows + 1, dtype=torch.int32)
+    tokens = torch.zeros(rows, dtype=torch.int32)
+    for dtype in native.COMPUTED:
+        for size in (16, 3):
+            hidden, weight = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocab, size, dtype=dtype)
+            head = hidden, weight, None, None, 0.0
+            rewards = cuda.multifurcation_head(*head, tokens, offsets)
+            cuda.select_beam(rewards, tokens, offsets, groups, 1, width)
+            logits = torch.zeros(rows, vocab, dtype=dtype)
+            cuda.multifurcate(logits, *head, groups, 1, width, 0.5, *[None] * 5)
+
+
 def _attention() -> None:
     from saffron_kernels.backends import cuda
 
@@ -212,14 +206,32 @@ def _attention() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for head_dim in (64, 96, 128, 256):
             for queries in (1, 17, 65):
-                cache = torch.zeros(1, 1, head_dim, dtype=dtype)
-                cuda.tree_attention(cache.expand(queries, 1, head_dim), cache, cache, *plan, 1.0)
+                q = torch.zeros(queries, 1, head_dim, dtype=dtype)
+                for cache in (q[:1], q[:1].to(FP8)):
+                    cuda.tree_attention(q, cache, cache, *plan, 1.0)
 
 
-CASES = [_copies, _plan, _attention]
+def _wide_attention() -> None:
+    from saffron_kernels.backends import cuda
+
+    plan = i32([0]), i32([0]), i32([200])
+    with _executed(SAFFRON_CUDA_HOST_CAPABILITY="90", SAFFRON_CUDA_ATTENTION="wgmma"):
+        for dtype in (torch.bfloat16, torch.float16):
+            for head_dim in (64, 128):
+                for queries in (64, 65):
+                    q = torch.zeros(queries, 1, head_dim, dtype=dtype)
+                    cuda.tree_attention(q, q[:1], q[:1], *plan, 1.0)
+
+
+CASES = [_copies, _plan, _attention, _wide_attention, _nuclei, _steps]
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
+
+
+def serves(kernel: str, arch: str) -> bool:
+    """Whether the kernel is for this architecture."""
+    return ONE_ARCH.get(kernel.partition("<")[0], arch) == arch
 
 
 def blocks_resident(arch: str, registers: int, launch: Launch) -> int:
@@ -244,6 +256,9 @@ def table() -> str:
         launch = launched[name]
         cells = []
         for arch in ARCHS:
+            if not serves(name, arch):
+                cells.append("none")
+                continue
             kernel = by_arch[arch][name]
             blocks = blocks_resident(arch, kernel.registers, launch)
             cells.append(f"{kernel.registers} / {blocks} / {100 * blocks * launch.threads // THREADS} %")
@@ -264,12 +279,13 @@ def floors() -> str:
     ]
     kv_heads, group = 8, 4
     with _executed(SAFFRON_CUDA_HOST_PROCESSORS=str(PROCESSORS)):
-        launchers = native.module(torch.empty(0))
+        launchers, stored = native.module(torch.empty(0)), native.CODE[torch.bfloat16]
         for head_dim, model in ((128, "8B: 32/8 heads of 128"), (64, "1B: 32/8 heads of 64")):
             for beams, tokens in ((16, 1200), (32, 1200), (32, 4096), (32, 32768), (64, 4096), (64, 32768)):
                 unique = tokens * kv_heads * head_dim * 2 * 2
                 operations = 4 * beams * group * kv_heads * head_dim * tokens
-                partials = launchers.tree_attention_workspace(beams, kv_heads * group, kv_heads, head_dim, tokens)
+                sizes = beams, kv_heads * group, kv_heads, head_dim, tokens
+                partials = launchers.tree_attention_workspace(*sizes, stored)
                 cells = (
                     f"{unique / 1e6:.1f}",
                     f"{unique / COPY * 1e6:.2f}",

@@ -40,6 +40,16 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Ten
     return k_after, v_after
 
 
+def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Dimension pairs (d, d + half) of every head turned, in fp64; what lies behind them is left."""
+    half, result = cos.shape[1] // 2, floats(k)
+    for heads, c, s in zip(result, floats(cos), floats(sin), strict=True):
+        for x in heads:
+            for left, right in zip(range(half), range(half, 2 * half), strict=True):
+                x[left], x[right] = x[left] * c[left] - x[right] * s[left], x[right] * c[right] + x[left] * s[right]
+    return f64(result, *k.shape)
+
+
 def tree_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,38 @@ def test_random(backend, examples, device, dtype) -> None:
     run()
 
 
+ROTATED = [(1, 2, 2), (5, 7, 6), (9, 64, 64), (3, 80, 32), (3, 5, 0)]
+
+
+@pytest.mark.parametrize("layout, turn_dtype", [*((x, None) for x in LAYOUTS), ("contiguous", torch.float32)])
+@pytest.mark.parametrize("tokens, head_dim, rotated", ROTATED)
+def test_rope_is_turning_then_appending(tokens, head_dim, rotated, layout, turn_dtype, backend, device, dtype) -> None:
+    """Partial rotary, odd halves, and cos and sin in the dtype of K and in another."""
+    kv_heads, capacity, lay = 3, 12, LAYOUTS[layout]
+    turn_dtype = turn_dtype or dtype
+    k, v = (randn(20 + i, tokens, kv_heads, head_dim, dtype=dtype, device=device) for i in range(2))
+    slots = random.Random(tokens).sample(range(capacity), tokens)
+    slots[3::4] = [-1] * len(slots[3::4])
+    # cos and sin of no angle in common, so that none is taken for another
+    cos, sin = (randn(22 + i, tokens, rotated, dtype=turn_dtype, device=device) for i in range(2))
+    caches = [randn(24 + i, capacity, kv_heads, head_dim, dtype=dtype, device=device) for i in range(2)]
+    k_cache, v_cache = (lay(c.clone()) for c in caches)
+    append_kv(lay(k), lay(v), lay(i32(slots, device)), k_cache, v_cache, cos=lay(cos), sin=lay(sin))
+
+    turned = oracle.turned(k, cos, sin)
+    expected = oracle.append_kv(turned, v, i32(slots), caches[0].double().cpu(), caches[1])
+    assert same(v_cache, expected[1])
+    written = torch.tensor([s for s in slots if s >= 0])
+    others = torch.ones(capacity, dtype=torch.bool).index_fill(0, written, False)
+    assert same(k_cache.cpu()[others], caches[0].cpu()[others])
+    assert same(k_cache[..., rotated:].double().cpu(), expected[0][..., rotated:])
+    # Rounded once to the storage dtype, after two products and a sum in fp32 (fp64 for fp64) of terms of this size.
+    compute = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    terms = (k.abs().max() * (cos.abs().max() + sin.abs().max())).item() if rotated else 0.0
+    error = (k_cache.double().cpu() - expected[0]).abs()
+    assert bool((error <= torch.finfo(dtype).eps / 2 * expected[0].abs() + 2 * compute * terms).all())
+
+
 def test_storage_around_a_strided_cache_is_untouched(backend, device, dtype) -> None:
     k_cache, _ = check(3, 4, [0, 8, -1, 3], 9, 2, 5, LAYOUTS["gaps"], dtype, device)
     storage = torch.tensor([], dtype=dtype, device=device).set_(k_cache.untyped_storage())

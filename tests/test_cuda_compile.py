@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import cuda_cubins
 import cuda_host
 import cuda_report
 import pytest
@@ -38,7 +39,7 @@ __global__ void kernel(float* x, int n) {
 }
 """)
     target = ("-gencode", "arch=compute_80,code=sm_80", "-cubin", "-o", str(tmp_path / "cubin"), str(source))
-    result = subprocess.run((cuda_report.find_nvcc(), *cuda_report.FLAGS, *target), capture_output=True, text=True)
+    result = subprocess.run((cuda_report.find_nvcc(), *cuda_cubins.FLAGS, *target), capture_output=True, text=True)
     assert result.returncode != 0 and "ocal memory" in result.stdout + result.stderr
 
 
@@ -53,6 +54,9 @@ def test_no_kernel_is_left_out(arch) -> None:
     launched = cuda_report.launches()
     assert set(compiled) == set(launched)
     for name, launch in launched.items():
+        if not cuda_report.serves(name, arch):
+            assert compiled[name].registers < 16, name  # empty
+            continue
         assert launch.shared <= cuda_report.SHARED_OF_BLOCK[arch], name
         assert cuda_report.blocks_resident(arch, compiled[name].registers, launch) >= 1, name
 
@@ -73,7 +77,7 @@ def disassembled(cubin: str) -> dict[str, set[str]]:
     found = {}
     for section in listing.split("\t.section\t.text.")[1:]:
         kernel = cuda_report.short_name(cuda_report.demangle(section.partition(",")[0]))
-        found[kernel] = set(re.findall(r"\s([A-Z][A-Z0-9]+(?:\.[A-Z0-9_]+)*)\s", section))
+        found[kernel] = set(re.findall(r"\s([A-Z][A-Z0-9]+(?:\.\w+)*)\s", section))
     return found
 
 
@@ -93,8 +97,9 @@ def some(found: set[str], pattern: str) -> bool:
 def test_attention_multiplies_on_tensor_cores(arch) -> None:
     """And K and V go to shared memory 16 bytes at a time, past the registers."""
     products = {"BFloat16": r"HMMA\.16816\.F32\.BF16", "Float16": r"HMMA\.16816\.F32"}
-    for dtype, tile in itertools.product(products, ("128, 1, 4", "128, 4, 1", "128, 8, 1", "256, 4, 1")):
-        found = instructions(arch, f"attention_kernel<Tile<{dtype}, {tile}>>")
+    sizes = ("128, 1, 4", "128, 4, 1", "128, 8, 1", "256, 4, 1")
+    for tile, dtype, size in itertools.product(("Tile", "Float8Tile"), products, sizes):
+        found = instructions(arch, f"attention_kernel<{tile}<{dtype}, {size}>>")
         assert some(found, products[dtype])
         assert some(found, r"LDGSTS\.E\.BYPASS\.128(\..*)?") and some(found, r"LDSM\.16\.MT88\.4")
         assert not some(found, r"(LDL|STL)(\..*)?")
@@ -102,11 +107,66 @@ def test_attention_multiplies_on_tensor_cores(arch) -> None:
 
 @needs_nvcc
 @needs_nvdisasm
+@pytest.mark.parametrize("warpgroups", [1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["BFloat16", "Float16"])
+def test_wide_attention_uses_what_hopper_has(dtype, head_dim, warpgroups) -> None:
+    """Products of warpgroups, bulk copies, barriers that count, registers handed over; nothing of it elsewhere."""
+    kernel = f"wide_attention_kernel<Wide<{dtype}, {head_dim}, {warpgroups}>>"
+    found, suffix = instructions("90a", kernel), r"\.BF16" if dtype == "BFloat16" else ""
+    for columns in (64, head_dim):  # of Q K^T, of P V
+        assert some(found, rf"HGMMA\.64x{columns}x16\.F32{suffix}")
+    assert not some(found, r"HMMA\..*|(LDL|STL)(\..*)?")
+    for expected in (
+        r"UTMALDG\.3D",  # a box
+        r"LDGSTS\.E\.BYPASS\.128",  # 16 bytes of a row
+        r"ARRIVES\.LDGSTSBAR\..*",  # which a barrier waits for
+        r"SYNCS\.PHASECHK\..*TRYWAIT",
+        r"FENCE\.VIEW\.ASYNC.*",
+        r"USETMAXREG\.DEALLOC.*",
+        r"USETMAXREG\.TRY_ALLOC.*",
+    ):
+        assert some(found, expected), expected
+    assert instructions("80", kernel) <= {"EXIT", "BRA", "NOP", "MOV", "LDC", "IMAD.MOV.U32"}
+
+
+@needs_nvcc
+@needs_nvdisasm
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kernel", ["append_kernel<uint4>", "gather_kernel<uint4>", "merge_kernel<BFloat16, Vector>"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "append_kernel<BFloat16, BFloat16, 8>",
+        "gather_kernel<uint4>",
+        "merge_kernel<BFloat16, Vector>",
+    ],
+)
 def test_rows_move_16_bytes_at_a_time(kernel, arch) -> None:
     found = instructions(arch, kernel)
     assert some(found, r"LDG\.E\.128(\..*)?") and some(found, r"STG\.E\.128(\..*)?")
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["float", "BFloat16", "Float16"])
+@pytest.mark.parametrize("kernel", ["head_kernel", "multifurcate_kernel"])
+def test_rows_of_the_head_are_read_16_bytes_at_a_time(kernel, dtype, arch) -> None:
+    """Where the layout allows it: the kernel for other layouts has no such load at all."""
+    load = r"LDG\.E\.128(\..*)?"
+    assert some(instructions(arch, f"{kernel}<HeadRows<{dtype}, Vector>>"), load)
+    assert not some(instructions(arch, f"{kernel}<HeadRows<{dtype}, Scalar>>"), load)
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["float", "BFloat16", "Float16"])
+def test_logits_are_read_16_bytes_at_a_time(dtype, arch) -> None:
+    """Into shared memory; and the mass of bins is added by atomics that shared memory has, without a loop."""
+    found = instructions(arch, f"nucleus_kernel<{dtype}>")
+    assert some(found, r"LDGSTS\.E\.BYPASS\.128(\..*)?") and some(found, r"ATOMS\.ADD(\..*)?")
+    assert not some(found, r"(LDL|STL|ATOMS\.CAST?)(\..*)?")
 
 
 def test_names_of_both_compilers_agree() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import beams, caches, flatten, i32, randn
+from cases import beams, caches, example, flatten, i32, randn
+from every_op import multifurcation
 
 from saffron_kernels import backends
-from saffron_kernels.backends import cuda
+from saffron_kernels.backends import cuda, faults
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -17,10 +18,12 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def served() -> None:
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that wait for the device are off: they cannot be captured."""
     reason = backends.why_not("cuda", "tree_attention", DEVICE, torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
+    monkeypatch.setattr(faults, "_EAGER", False)
 
 
 def decode_step(seed: int, width: int = 16) -> tuple[object, ...]:
@@ -45,6 +48,24 @@ def test_captured_in_a_graph_with_the_count_on_the_device() -> None:
         expected = cuda.tree_attention(q, k_cache, v_cache, slot, begin, end, scale, count)
         for result in captured:
             assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+
+
+@pytest.mark.parametrize("vocab", [11, 128_256])
+def test_step_captured_in_a_graph(vocab) -> None:
+    """Replayed with other logits, and with the same nuclei twice in one graph, which share counters."""
+    plain = example("multifurcate", torch.bfloat16, DEVICE)
+    arguments = plain if vocab == 11 else {**plain, **multifurcation(torch.bfloat16, DEVICE, flat=False)}
+    cuda.multifurcate(**arguments)  # warm up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [cuda.multifurcate(**arguments) for _ in range(2)]
+    for seed in range(5):
+        arguments["logits"].copy_(4 * randn(seed, 4, vocab, dtype=torch.bfloat16, device=DEVICE))
+        graph.replay()
+        expected = cuda.multifurcate(**arguments)
+        for result in captured:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
+    cuda.raise_faults(DEVICE)
 
 
 def test_launches_on_several_streams_do_not_disturb_each_other() -> None:

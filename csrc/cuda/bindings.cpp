@@ -48,8 +48,21 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   m.attr("COUNTERS") = kCounters;
   m.def("tree_attention_workspace", &tree_attention_workspace);
+  m.def("tree_attention_path", &tree_attention_path);
   m.def("tree_attention", &tree_attention, Unlocked());
   m.def("capture_id", &capture_id);
   m.def("merge_attention", &merge_attention, Unlocked());
   m.def("advance_tree", &advance_tree, Unlocked());
+  m.attr("MAX_VOCAB") = kMaxVocab;
+  m.def("nucleus_workspace", &nucleus_workspace);
+  m.def("nucleus", &nucleus, Unlocked());
+  m.def("sort_nuclei", &sort_nuclei, Unlocked());
+  m.def("multifurcation_head", &multifurcation_head, Unlocked());
+  m.attr("MAX_ROWS") = kMaxRows;
+  m.attr("MAX_WIDTH") = kMaxWidth;
+  m.attr("MAX_GROUPS") = kMaxGroups;
+  m.def("select_beam_workspace", &select_beam_workspace);
+  m.def("select_beam", &select_beam, Unlocked());
+  m.def("multifurcate_workspace", &multifurcate_workspace);
+  m.def("multifurcate", &multifurcate, Unlocked());
 }

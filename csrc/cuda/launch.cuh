@@ -13,10 +13,10 @@
 
 namespace saffron::cuda {
 
-/// The block's dynamic shared memory. `launch` is told its size.
+/// The block's dynamic shared memory, at a multiple of 1024 bytes. `launch` is told its size.
 template <class T>
 __device__ __forceinline__ T& shared() {
-  extern __shared__ uint4 saffron_shared_memory[];
+  extern __shared__ __align__(1024) uint4 saffron_shared_memory[];
   return *reinterpret_cast<T*>(saffron_shared_memory);
 }
 
@@ -51,19 +51,30 @@ void launch(dim3 grid, int threads, size_t shared_bytes, Stream stream, Argument
   check(start(kKernel, config, arguments...), "launch");
 }
 
+/// Whether the kernel, as it was compiled for the current device, may run with so many threads.
+template <auto kKernel>
+bool admits(int threads) {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, kKernel), "kernel");
+  return attributes.maxThreadsPerBlock >= threads;
+}
+
 /// What the cutting of work depends on.
 struct Chip {
   int64_t processors, shared_bytes;  // multiprocessors, and the shared memory of each
+  int capability;                    // 90 for 9.0
 };
 
 /// The current device.
 inline Chip chip() {
-  int device = 0, processors = 0, shared_bytes = 0;
+  int device = 0, processors = 0, shared_bytes = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
         "device");
-  return {processors, shared_bytes};
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
+  return {processors, shared_bytes, 10 * major + minor};
 }
 
 /// Identifies the graph that `stream` is being captured into; 0 if it is not being captured.

@@ -37,6 +37,19 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return x;
 }
 
+/// Both products, rounded to nearest even; subnormal numbers stay.
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  uint32_t both;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(0x80008000u));  // a b - 0
+  return both;
+}
+
+__device__ __forceinline__ uint32_t multiply_half(uint32_t a, uint32_t b) {
+  uint32_t both;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  return both;
+}
+
 // --- memory between blocks ---
 
 /// What other blocks wrote before they released the value is seen after this.

@@ -26,17 +26,24 @@ Rows<Unit> rows(const View& tensor, DType dtype) {
           elements == 1 ? tensor.stride[2] : 1};
 }
 
-/// Whether every head's row begins at a multiple of 16 bytes and is a whole number of such units.
-inline bool in_vectors(DType dtype, int64_t head_dim, std::initializer_list<const View*> tensors) {
-  const int64_t elements = 16 / item_size(dtype);
+/// Whether every head's row is a whole number of units of so many `elements`, each of them aligned
+/// to its size (to 16 bytes, where it is larger).
+inline bool in_units(int64_t elements, DType dtype, int64_t head_dim,
+                     std::initializer_list<const View*> tensors) {
+  const int64_t bytes = elements * item_size(dtype), aligned = bytes < 16 ? bytes : 16;
   if (head_dim % elements != 0) return false;
   for (const View* tensor : tensors) {
-    if (reinterpret_cast<uintptr_t>(tensor->data) % 16 != 0 || tensor->stride[2] != 1 ||
+    if (reinterpret_cast<uintptr_t>(tensor->data) % aligned != 0 || tensor->stride[2] != 1 ||
         tensor->stride[0] % elements != 0 || tensor->stride[1] % elements != 0) {
       return false;
     }
   }
   return true;
+}
+
+/// Whether every head's row begins at a multiple of 16 bytes and is a whole number of such units.
+inline bool in_vectors(DType dtype, int64_t head_dim, std::initializer_list<const View*> tensors) {
+  return in_units(16 / item_size(dtype), dtype, head_dim, tensors);
 }
 
 /// Calls `run(unit, units in a head's row)` with a unit of the widest type that the tensors allow.
@@ -46,6 +53,8 @@ void with_unit(DType dtype, int64_t head_dim, std::initializer_list<const View*>
     run(uint4{}, head_dim * item_size(dtype) / 16);
   } else if (item_size(dtype) == 4) {
     run(uint32_t{}, head_dim);
+  } else if (item_size(dtype) == 1) {
+    run(uint8_t{}, head_dim);
   } else {
     run(uint16_t{}, head_dim);
   }

@@ -1,6 +1,6 @@
 #pragma once
 
-// Part of tree_attention.cu: how a unit's result is written, and partial results are joined.
+// Part of tree_attention: how a unit's result is written, and partial results are joined.
 
 #include "cuda/tree_attention_tile.cuh"
 
@@ -38,6 +38,10 @@ __device__ __forceinline__ void store_out(const Arguments& a, int kv_head, int r
                                           float4 x) {
   using T = typename C::T;
   if (column >= a.head_dim) return;
+  if (C::kConvert && a.v_scale != nullptr) {
+    const float scale = a.v_scale[kv_head];
+    x = make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
+  }
   const int64_t query = row / a.group, head = kv_head * a.group + row % a.group;
   T* to = static_cast<T*>(a.out) + (query * a.kv_heads * a.group + head) * a.head_dim + column;
   *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
@@ -123,7 +127,7 @@ __device__ __forceinline__ void join(const Arguments& a, typename C::Shared& s, 
       store_lse(a, kv_head, first_row + row, total == 0.f ? -INFINITY : base + log2f(total));
     }
   }
-  __syncthreads();
+  C::sync();
   for (int i = static_cast<int>(threadIdx.x); i < C::kSlice * kColumns; i += C::kThreads) {
     const int row = i / kColumns, column = i % kColumns * 4;
     if (first_row + row >= rows) break;
@@ -160,9 +164,9 @@ __device__ __forceinline__ void join(const Arguments& a, typename C::Shared& s, 
 /// The value that thread 0 has.
 template <class C>
 __device__ __forceinline__ uint32_t from_thread_0(typename C::Shared& s, uint32_t value) {
-  __syncthreads();
+  C::sync();
   if (threadIdx.x == 0) s.message = value;
-  __syncthreads();
+  C::sync();
   return s.message;
 }
 

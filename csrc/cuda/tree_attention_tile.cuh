@@ -3,35 +3,36 @@
 // Part of tree_attention.cu: the configurations, and what a warp does with one tile of tokens.
 
 #include "cuda/launch.cuh"
+#include "cuda/tree_attention_arguments.cuh"
 #include "cuda/types.cuh"
 
 namespace saffron::cuda {
 namespace {
 
-struct Arguments {
-  const void *q, *k, *v;
-  int64_t q_stride_n, q_stride_h, k_stride_s, k_stride_h, v_stride_s, v_stride_h;
-  const int32_t *slot, *begin, *end, *count;
-  void* out;
-  float* lse;
-  float *part, *part_lse;       // [units * rows of a block, kD], [units * rows of a block]
-  uint32_t *arrived, *claimed;  // [KV heads * query blocks], zero between launches
-  uint32_t *drawn, *left;       // zero between launches
-  int tokens, queries, group, kv_heads, head_dim, num_slots, query_blocks, splits;
-  float scale_log2;
-  int32_t* fault;
+/// Rows of K and V in shared memory as the caches hold them, where they are converted from there.
+template <int kBytes>
+struct Raw {
+  alignas(16) uint8_t raw[kBytes];
 };
+template <>
+struct Raw<0> {};
 
 /// One configuration: `kWarpsM` warps along the rows, 16 each, times `kWarpsN` along the tokens.
-template <class T_, int kD_, int kWarpsM_, int kWarpsN_>
-struct Tile {
+/// Caches hold `Stored`; tensor cores multiply `T`.
+template <class T_, class Stored_, int kD_, int kWarpsM_, int kWarpsN_>
+struct Configuration {
   using T = T_;
+  using Stored = Stored_;
   static constexpr int kD = kD_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr bool kConvert = !std::is_same_v<T, Stored>;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kRows = 16 * kWarpsM;
   static constexpr int kTokens = kWarpsN > 1 || (kWarpsM == 8 && kD <= 128) ? 64 : 32;
   static constexpr int kWarpTokens = kTokens / kWarpsN;
-  static constexpr int kStages = kD > 128 && kWarpsN > 1 ? 2 : 3;
+  static constexpr int kStages = kConvert || (kD > 128 && kWarpsN > 1) ? 2 : 3;
+  // Tiles as they are multiplied: with two of them the next is converted while one is in use.
+  static constexpr int kTiles = !kConvert ? kStages : kD > 128 && kWarpsN > 1 ? 1 : 2;
+  static constexpr int kChunk = 16 / sizeof(Stored);  // elements that are copied together
   static constexpr int kListed = 4 * kThreads;        // tokens that are looked at together
   static constexpr int kSlice = kRows > 16 ? 8 : 4;   // rows that are joined together
   static constexpr int kTogether = kD > 128 ? 4 : 8;  // partials that are read at once
@@ -41,10 +42,10 @@ struct Tile {
   static constexpr int kStride = kD + 8;
   static constexpr int kFloatStride = kD + 8;
 
-  struct Shared {
+  struct Shared : Raw<kConvert ? kStages * 2 * kTokens * kD : 0> {
     alignas(16) uint16_t q[kRows * kStride];
     union {
-      alignas(16) uint16_t kv[kStages][2][kTokens * kStride];
+      alignas(16) uint16_t kv[kTiles][2][kTokens * kStride];
       // When all tiles are done: the result of every warp, then weights [kSlice, splits].
       alignas(16) float out[kWarpsM * kWarpsN * 16 * kFloatStride];
     };
@@ -57,7 +58,15 @@ struct Tile {
   static_assert(kListed % kTokens == 0 && kWarpTokens % 16 == 0);
 
   static constexpr int kMaxSplits = kWarpsM * kWarpsN * 16 * kFloatStride / kSlice;
+
+  /// A barrier of all who compute.
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
 };
+
+template <class T, int kD, int kWarpsM, int kWarpsN>
+struct Tile : Configuration<T, T, kD, kWarpsM, kWarpsN> {};
+template <class T, int kD, int kWarpsM, int kWarpsN>
+struct Float8Tile : Configuration<T, Float8, kD, kWarpsM, kWarpsN> {};
 
 /// What a warp's rows are, and their result so far. Lane = 4 g + t has rows g and g + 8.
 template <class C>
@@ -67,6 +76,7 @@ struct Warp {
   float largest[2], total[2];
   int query[2];                 // of its rows g and g + 8
   int first_query, last_query;  // of the warp; none if first > last
+  float scale_log2;             // of its scores, where it depends on the KV head
 };
 
 /// Copies K and V of the listed tokens `first ..` into a stage; rows of zeros where there is no
@@ -74,20 +84,58 @@ struct Warp {
 template <class C>
 __device__ __forceinline__ void fetch_tile(const Arguments& a, typename C::Shared& s, int kv_head,
                                            int first, int stage) {
-  using T = typename C::T;
-  constexpr int kChunks = C::kD / 8;
-  const T* k = static_cast<const T*>(a.k) + kv_head * a.k_stride_h;
-  const T* v = static_cast<const T*>(a.v) + kv_head * a.v_stride_h;
+  using Stored = typename C::Stored;
+  constexpr int kChunks = C::kD / C::kChunk;
+  const Stored* k = static_cast<const Stored*>(a.k) + kv_head * a.k_stride_h;
+  const Stored* v = static_cast<const Stored*>(a.v) + kv_head * a.v_stride_h;
+  constexpr int kCopies = C::kTokens * kChunks / C::kThreads;  // of a thread
   static_assert(C::kTokens * kChunks % C::kThreads == 0);
 #pragma unroll(C::kD > 128 ? 2 : 4)  // registers
-  for (int i = 0; i < C::kTokens * kChunks / C::kThreads; ++i) {
+  for (int i = 0; i < kCopies; ++i) {
+    const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
+    const int row = place / kChunks, column = place % kChunks * C::kChunk;
+    const int64_t slot = s.slot[first + row];
+    const bool read = slot >= 0 && column < a.head_dim;
+    void *to_k, *to_v;
+    if constexpr (C::kConvert) {
+      to_k = &s.raw[(stage * 2 * C::kThreads * kCopies + place) * 16];
+      to_v = &s.raw[((stage * 2 + 1) * C::kThreads * kCopies + place) * 16];
+    } else {
+      const int at = row * C::kStride + column;
+      to_k = &s.kv[stage][0][at];
+      to_v = &s.kv[stage][1][at];
+    }
+    ptx::copy16(to_k, k + (read ? slot * a.k_stride_s + column : 0), read);
+    ptx::copy16(to_v, v + (read ? slot * a.v_stride_s + column : 0), read);
+  }
+}
+
+/// Converts what this thread has copied into a stage, so that no other has to wait for it.
+template <class C>
+__device__ __forceinline__ void convert_tile(typename C::Shared& s, int stage, int tile) {
+  constexpr int kChunks = C::kD / 16, kCopies = C::kTokens * kChunks / C::kThreads;
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
     const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
     const int row = place / kChunks, chunk = place % kChunks;
-    const int64_t slot = s.slot[first + row];
-    const bool read = slot >= 0 && chunk * 8 < a.head_dim;
-    const int at = row * C::kStride + chunk * 8;
-    ptx::copy16(&s.kv[stage][0][at], k + (read ? slot * a.k_stride_s + chunk * 8 : 0), read);
-    ptx::copy16(&s.kv[stage][1][at], v + (read ? slot * a.v_stride_s + chunk * 8 : 0), read);
+    // Which half of its 32 bytes a thread writes first differs, and so does the bank.
+    const bool swapped = chunk / 4 % 2 != 0;
+#pragma unroll
+    for (int kv = 0; kv < 2; ++kv) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(
+          &s.raw[((stage * 2 + kv) * C::kThreads * kCopies + place) * 16]);
+      const uint32_t words[4] = {swapped ? raw.z : raw.x, swapped ? raw.w : raw.y,
+                                 swapped ? raw.x : raw.z, swapped ? raw.y : raw.w};
+      uint16_t* to = &s.kv[tile][kv][row * C::kStride + chunk * 16];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t low[2], high[2];
+        widen<typename C::T>(words[2 * half], low);
+        widen<typename C::T>(words[2 * half + 1], high);
+        *reinterpret_cast<uint4*>(to + (swapped == (half == 0) ? 8 : 0)) =
+            make_uint4(low[0], low[1], high[0], high[1]);
+      }
+    }
   }
 }
 
@@ -178,7 +226,7 @@ __device__ __forceinline__ void load_q(const typename C::Shared& s, uint32_t (&q
 /// Adds the tokens of one tile, `first ..` in the list, to the result of the warp's rows.
 template <class C>
 __device__ __forceinline__ void attend(const Arguments& a, const typename C::Shared& s,
-                                       Warp<C>& own, int warp_m, int warp_n, int first, int stage) {
+                                       Warp<C>& own, int warp_m, int warp_n, int first, int tile) {
   using T = typename C::T;
   constexpr int kBlocks = C::kWarpTokens / 8;  // of 8 tokens
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -193,7 +241,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const typename C::Sha
   all = __all_sync(0xffffffffu, all);
 
   float score[kBlocks][4] = {};
-  const uint16_t* k = s.kv[stage][0];
+  const uint16_t* k = s.kv[tile][0];
   const int k_row = warp_n * C::kWarpTokens + lane / 16 * 8 + lane % 8;
   const int k_column = lane / 8 % 2 * 8;
 #pragma unroll
@@ -215,10 +263,11 @@ __device__ __forceinline__ void attend(const Arguments& a, const typename C::Sha
   }
 
   float largest[2] = {own.largest[0], own.largest[1]};
+  const float scale_log2 = C::kConvert ? own.scale_log2 : a.scale_log2;
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) score[block][i] *= a.scale_log2;
+    for (int i = 0; i < 4; ++i) score[block][i] *= scale_log2;
     if (!all) {
       const int token = first + block * 8 + lane % 4 * 2;
 #pragma unroll
@@ -255,7 +304,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const typename C::Sha
     for (int i = 0; i < 4; ++i) own.acc[d][i] *= decay[i / 2];
   }
 
-  const uint16_t* v = s.kv[stage][1];
+  const uint16_t* v = s.kv[tile][1];
   const int v_row = warp_n * C::kWarpTokens + lane % 16, v_column = lane / 16 * 8;
 #pragma unroll
   for (int step = 0; step < kBlocks / 2; ++step) {

@@ -8,7 +8,7 @@ A model is called with all new tokens of all sequences as one row, `input_ids [1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class Caches(Protocol):
     def k(self) -> Tensor: ...
     @property
     def v(self) -> Tensor: ...
+    @property
+    def k_scale(self) -> Tensor | None: ...
+    @property
+    def v_scale(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +82,16 @@ def trie_attention(
         raise UnsupportedModelError("attention soft-capping is not served by the trie cache")
     if s_aux is not None:
         raise UnsupportedModelError("attention sinks are not served by the trie cache")
-    k_cache, v_cache = trie_step.kv.k[layer], trie_step.kv.v[layer]
-    append_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), plan.write_slots, k_cache, v_cache)
+    kv = trie_step.kv
+    caches = kv.k[layer], kv.v[layer]
+    k_scale, v_scale = (None if scales is None else scales[layer] for scales in (kv.k_scale, kv.v_scale))
+    new = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    append_kv(*new, plan.write_slots, *caches, k_scale=k_scale, v_scale=v_scale)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, _lse = tree_attention(
-        query[0].transpose(0, 1), k_cache, v_cache, plan.slot, plan.begin, plan.end, scale, count=plan.count
-    )
+        query[0].transpose(0, 1), *caches, plan.slot, plan.begin, plan.end, scale,
+        count=plan.count, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     return out[None], None
 
 
@@ -127,10 +135,10 @@ def check_supported(config: PretrainedConfig, model_class: type[PreTrainedModel]
         raise UnsupportedModelError(f"{name}: it does not use the standard attention interface of transformers")
 
 
-def new_cache(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, **options: int | bool) -> KVTrie:
-    """An empty `KVTrie` of a model's geometry; `options` are `capacity` and `grow`."""
+def new_cache(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, **options: Any) -> KVTrie:
+    """An empty `KVTrie` of a model's geometry; `options` are `capacity`, `grow`, `k_scale` and `v_scale`."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return KVTrie(text.num_hidden_layers, kv_heads, head_dim, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
+    return KVTrie(text.num_hidden_layers, kv_heads, head_dim, dtype=dtype, device=device, **options)

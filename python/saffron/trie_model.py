@@ -17,6 +17,7 @@ from saffron import attention
 from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
 from saffron.flops import ModelFlops
 from saffron_kernels import Beams, KVTrie, TreeStep
+from saffron_kernels.checks import FP8
 
 Index = NDArray[np.int32]
 _NONE: Index = np.empty(0, dtype=np.int32)
@@ -44,10 +45,16 @@ class TrieModel:
         model: loaded with `attn_implementation="saffron"`.
         tokenizer: its tokenizer, or None where only token ids are used.
         capacity, grow: of the cache (see `KVTrie`).
+        cache_dtype: of K and V in the cache; None: the model's. `torch.float8_e4m3fn` halves what bf16 takes and rounds
+            K and V to 4 significant bits; scales that fit the model better than 1 may be written into `kv.k_scale` and
+            `kv.v_scale` before the first call.
         keep_prefixes: leave prompts in the cache for later calls that begin alike. They then start faster, and
             their results may differ from those of an empty cache in the last bits.
         share_prefixes: run every prefix once and remember it. Off, every call runs all tokens of all its sequences,
             each on its own: what decoding costs without the trie cache, for comparison.
+
+    Raises:
+        UnsupportedModelError: a feature that the trie cannot serve. ConfigError: a cache_dtype that is not served.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class TrieModel:
         *,
         capacity: int = 256,
         grow: bool = True,
+        cache_dtype: torch.dtype | None = None,
         keep_prefixes: bool = False,
         share_prefixes: bool = True,
     ) -> None:
@@ -66,7 +74,8 @@ class TrieModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.keep_prefixes, self.share_prefixes = keep_prefixes, share_prefixes
-        self.kv = attention.new_cache(model.config, model.dtype, model.device, capacity=capacity, grow=grow)
+        dtype = _cache_dtype(cache_dtype, model.dtype)
+        self.kv = attention.new_cache(model.config, dtype, model.device, capacity=capacity, grow=grow)
         self.flops = ModelFlops.of(model)
         embeddings: Any = model.get_input_embeddings()
         self._input_size = int(embeddings.weight.shape[0])
@@ -241,8 +250,9 @@ class TrieModel:
         positions = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)).to(self.device)
         end = torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)).to(self.device)
         tokens = torch.tensor([t for s in sequences for t in s], device=self.device)
+        scales = {"k_scale": self.kv.k_scale, "v_scale": self.kv.v_scale}
         scratch = attention.new_cache(
-            self.model.config, self.model.dtype, self.device, capacity=len(queries), grow=False
+            self.model.config, self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales
         )
         # One chain of slots a sequence: token t is seen by itself and by what follows it there.
         plan = TreeStep(positions, queries, queries, queries, end, int(lengths.max()))
@@ -259,6 +269,15 @@ class TrieModel:
             input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, trie_step=step
         )
         return result.logits[0]
+
+
+def _cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:
+    """The dtype of the cache of a model in dtype `own`."""
+    served = (own,) if own == torch.float64 else (own, FP8)
+    if wanted is not None and wanted not in served:
+        allowed = " or ".join(map(str, served))
+        raise ConfigError(f"cache_dtype: got {wanted}, expected {allowed} for a model in {own}")
+    return wanted or own
 
 
 def load_model(

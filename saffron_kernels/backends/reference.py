@@ -39,8 +39,8 @@ def append_kv(
     if cos is not None and sin is not None:
         k = turned(k, cos[keep].to(dtype), sin[keep].to(dtype))
     rows = slots[keep]
-    k_cache[rows] = _stored(k, k_cache.dtype, k_scale)
-    v_cache[rows] = _stored(v, v_cache.dtype, v_scale)
+    _bits(k_cache)[rows] = _bits(_stored(k, k_cache.dtype, k_scale))
+    _bits(v_cache)[rows] = _bits(_stored(v, v_cache.dtype, v_scale))
 
 
 def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -61,10 +61,13 @@ def _stored(rows: Tensor, storage: torch.dtype, scale: Tensor | None) -> Tensor:
 
 def _loaded(cache: Tensor, slot: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows `slot` of a cache, `[n, kv_heads, head_dim]`."""
-    if cache.dtype == FP8:  # which PyTorch does not index everywhere
-        cache = cache.view(torch.uint8)[slot].view(FP8).to(dtype)
-        return cache if scale is None else cache * scale[:, None]
-    return cache[slot].to(dtype)
+    rows = _bits(cache)[slot].view(cache.dtype).to(dtype)
+    return rows if scale is None else rows * scale[:, None]
+
+
+def _bits(cache: Tensor) -> Tensor:
+    """The same memory as a dtype that PyTorch indexes on every device, which fp8 is not."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
 
 
 def tree_attention(
@@ -126,7 +129,7 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     present = slots >= 0
 
     def gathered(cache: Tensor) -> Tensor:
-        bits = cache.view(torch.uint8) if cache.dtype == FP8 else cache  # fp8 is not indexed everywhere
+        bits = _bits(cache)
         rows = bits.new_zeros(*slots.shape, *cache.shape[1:])
         rows[present] = bits[slots[present]]
         return rows.transpose(1, 2).contiguous().view(cache.dtype)

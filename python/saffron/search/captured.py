@@ -25,6 +25,7 @@ from saffron.policy import Policy
 from saffron.reward_models import MultifurcationRewardModel
 from saffron.trie_model import Rows, TrieModel
 from saffron_kernels import KVTrie, TreeStep, advance_tree, multifurcate
+from saffron_kernels.checks import FP8
 
 _ENDED, _CARRIED, _EMPTY = 2, 1, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks: a search that ends early has run at most so many in vain
@@ -46,20 +47,23 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class _Cache:
-    """K and V `[layers, slots, kv_heads, head_dim]` at addresses that stay."""
+    """K and V `[layers, slots, kv_heads, head_dim]` at addresses that stay, with the scales of fp8."""
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
     @classmethod
     def like(cls, trie: KVTrie, slots: int) -> _Cache:
         shape = (trie.k.shape[0], slots, *trie.k.shape[2:])
-        return cls(*(torch.zeros(shape, dtype=trie.k.dtype, device=trie.k.device) for _ in range(2)))
+        k, v = (torch.zeros(shape, dtype=trie.k.dtype, device=trie.k.device) for _ in range(2))
+        return cls(k, v, trie.k_scale, trie.v_scale)
 
     def load(self, trie: KVTrie, slot: Tensor) -> None:
         """Copies the rows `slot` of the trie into the first slots."""
         for mine, theirs in ((self.k, trie.k), (self.v, trie.v)):
-            for to, rows in zip(mine, theirs, strict=True):
+            for to, rows in zip(_indexable(mine), _indexable(theirs), strict=True):
                 to[: len(slot)] = rows[slot]
 
 
@@ -303,6 +307,11 @@ def why_not_captured(policy: Policy, mrm: MultifurcationRewardModel, config: Sea
     if not (policy.share_prefixes and mrm.share_prefixes):
         return "share_prefixes is off: there is no cache whose addresses could stay"
     return None
+
+
+def _indexable(cache: Tensor) -> Tensor:
+    """The same memory in a dtype that PyTorch indexes on every device, which fp8 is not."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
 
 
 def _bits(values: Tensor) -> Tensor:

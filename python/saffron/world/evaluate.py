@@ -36,12 +36,18 @@ class Evaluation:
         count: held-out prompts of each kind.
         seed: which held-out prompts.
         progress: shows how far the slow parts are.
+        cache_dtype: of K and V; None: as the models compute.
     """
 
     def __init__(
-        self, models: Path = FOLDER, count: int = 200, seed: int = 0, progress: Progress | None = None
+        self,
+        models: Path = FOLDER,
+        count: int = 200,
+        seed: int = 0,
+        progress: Progress | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.policy, self.mrm, self.guard = load_shipped(models, device="cpu")
+        self.policy, self.mrm, self.guard = load_shipped(models, device="cpu", cache_dtype=cache_dtype)
         self.seed, self.progress = seed, progress or Progress(disable=True)
         self.forbidden = examples("forbidden", "heldout", count, seed)
         self.allowed = examples("allowed", "heldout", count, seed)
@@ -177,20 +183,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=_positive, default=200, help="held-out prompts of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which held-out prompts (%(default)s)")
     parser.add_argument("--widths", type=_positive, nargs="+", default=WIDTHS, help="search widths (%(default)s)")
+    parser.add_argument(
+        "--fp8", action="store_true", help="cache K and V in 8 bits (e4m3); on the CPU by the reference backend: slow"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
+    cache = torch.float8_e4m3fn if options.fp8 else None
     try:
         with Progress(transient=True) as progress:
-            found = figures(Evaluation(options.models, options.n, options.seed, progress), options.widths)
+            found = figures(Evaluation(options.models, options.n, options.seed, progress, cache), options.widths)
     except SaffronError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     for name, value in found.items():
         print(f"{name:<40} {value:.3f}")
     if options.json:
-        options.json.write_text(json.dumps({"n": options.n, "seed": options.seed, "figures": found}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"n": options.n, "seed": options.seed, "fp8": options.fp8, "figures": found}, indent=2) + "\n"
+        )
     return 0
 
 

@@ -11,9 +11,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from saffron_kernels.checks import FP8
+
 View = tuple[int, tuple[int, ...]]
 
-CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of storage, as csrc/cuda/ops.h numbers them
+# Of storage, as csrc/cuda/ops.h numbers them: what is computed with, and what K and V are stored in besides.
+COMPUTED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODE = {**COMPUTED, FP8: 3}
 
 _LEAST_CAPABILITY = (8, 0)
 _MODULE = "saffron_kernels._cuda"

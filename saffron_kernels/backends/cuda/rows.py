@@ -16,18 +16,22 @@ def append_kv(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     num_slots = k_cache.shape[0]
     faults.check_index("slots", slots, num_slots, lowest=-1)
-    tensors = map(view, (k, v, slots, k_cache, v_cache))
+    cos, sin = (x if x is None or x.dtype in native.COMPUTED else x.float() for x in (cos, sin))
+    k_scale, v_scale = (None if x is None else x.contiguous() for x in (k_scale, v_scale))
+    rotated, turn = (0, k.dtype) if cos is None else (cos.shape[1], cos.dtype)
     with torch.cuda.device_of(k):
         native.module(k).append_kv(
-            *tensors, *k.shape, num_slots, CODE[k.dtype], view(faults.word(k.device)), native.stream(k)
-        )
+            *map(view, (k, v, slots, k_cache, v_cache, cos, sin, k_scale, v_scale)),
+            *k.shape, rotated, num_slots, CODE[k.dtype], CODE[k_cache.dtype], CODE[turn],
+            view(faults.word(k.device)), native.stream(k),
+        )  # fmt: skip
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,18 +64,20 @@ def advance_tree(
     parents: Tensor,
     new_slots: Tensor,
     queries: int,
-    count: Tensor | None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, fresh = slot.shape[0], parents.shape[0]
+    size = tokens + fresh if count is None else tokens
+    held = faults.check_count(count, size - fresh)
     faults.check_ascending("parents", parents)
     faults.check_index("parents", parents, 1 << 31)
-    faults.check_index("begin", begin, queries + 1)
-    faults.check_index("end", end, queries + 1)
-    tokens, fresh = slot.shape[0], parents.shape[0]
+    faults.check_index("begin", begin[:held], queries + 1)
+    faults.check_index("end", end[:held], queries + 1)
     given = [x.contiguous() for x in (slot, begin, end, parents, new_slots)]
-    plan = slot.new_empty(tokens + fresh), slot.new_empty(tokens + fresh), slot.new_empty(tokens + fresh)
+    plan = slot.new_empty(size), slot.new_empty(size), slot.new_empty(size)
     sizes = tokens, fresh, queries
     with torch.cuda.device_of(slot):
         native.module(slot).advance_tree(
-            *map(view, (*given, *plan)), *sizes, view(faults.word(slot.device)), native.stream(slot)
+            *map(view, (*given, count, *plan)), *sizes, view(faults.word(slot.device)), native.stream(slot)
         )
     return plan

@@ -24,6 +24,7 @@ from saffron_kernels.backends.triton.multifurcation_head import multifurcation_h
 from saffron_kernels.backends.triton.nucleus import nucleus as _nucleus
 from saffron_kernels.backends.triton.select_beam import select_beam as _select_beam
 from saffron_kernels.backends.triton.tree_attention import tree_attention as _tree_attention
+from saffron_kernels.checks import FP8
 
 if INTERPRETED:
     from saffron_kernels.backends.triton import interpreter
@@ -50,6 +51,8 @@ _LEAST_ARCH = 80
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run there; None if they can."""
+    if dtype == FP8:
+        return f"it does not convert {dtype}"
     if dtype not in _DTYPES:
         return f"it computes in fp32, which does not hold {dtype}"
     if device.type == "cpu":

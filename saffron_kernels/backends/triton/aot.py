@@ -73,6 +73,8 @@ def _copies(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     rows, cache = torch.empty(64, 8, 128, dtype=dtype), torch.empty(1024, 8, 128, dtype=dtype)
     slots = torch.zeros(64, dtype=torch.int32)
     yield "append_kv", lambda: ops.append_kv(rows, rows, slots, cache, cache)
+    turn = torch.empty(64, 128, dtype=dtype)
+    yield "append_kv with RoPE", lambda: ops.append_kv(rows, rows, slots, cache, cache, turn, turn)
     yield "gather_kv", lambda: ops.gather_kv(cache, cache, slots.view(2, 32))
     out, lse = torch.empty(64, 32, 128, dtype=dtype), torch.empty(64, 32)
     yield "merge_attention", lambda: ops.merge_attention(out, lse, out, lse)

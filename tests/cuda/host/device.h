@@ -21,6 +21,7 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (host::current().thread_index)
 #define blockIdx (host::current().block->index)
@@ -81,9 +82,19 @@ inline uint32_t __brev(uint32_t x) {
   for (int i = 0; i < 32; ++i) y |= (x >> i & 1u) << (31 - i);
   return y;
 }
+/// Byte i of the result is the byte of `y:x` that the i-th four bits of `selector` name.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 template <class T>
 T __ldg(const T* address) {
   return *address;

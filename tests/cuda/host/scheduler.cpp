@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -20,13 +21,6 @@ namespace {
 
 constexpr size_t kStack = 256 * 1024;  // touched only as far as it is used
 constexpr unsigned kBlocksUnderWay = 4;
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  bool read;
-};
 
 struct Fiber : Thread {
   ucontext_t beginning;
@@ -43,12 +37,15 @@ struct Warp {
   const char* name = nullptr;
   void* given[32];
   Fiber* waiting[32];
+  std::shared_ptr<Kept> kept;
 };
 
 struct RunningBlock : Block {
   std::vector<Fiber*> fibers;
   std::vector<Warp> warps;
   std::vector<Fiber*> at_barrier;
+  std::map<unsigned, std::vector<Fiber*>> at_some_barrier;  // by number
+  std::shared_ptr<Kept> kept;
   std::vector<unsigned char> memory;
   int counted = 0, count = 0;
   size_t alive = 0;
@@ -70,6 +67,7 @@ struct Scheduler {
 Scheduler scheduler;
 std::mutex one_at_a_time;
 std::set<std::string> launches;
+unsigned launch_count = 0;
 
 RunningBlock& block_of(Fiber& fiber) { return *static_cast<RunningBlock*>(fiber.block); }
 
@@ -78,14 +76,29 @@ void leave(Fiber& fiber) {
   if (!_setjmp(fiber.state)) _longjmp(scheduler.back, 1);
 }
 
+void make_ready(Fiber* fiber) {
+  fiber->rank = static_cast<unsigned>(scheduler.random());  // others fall behind from here
+  scheduler.ready.push_back(fiber);
+}
+
+/// They have met, and go on.
+void release(RunningBlock& block, std::vector<Fiber*>& fibers) {
+  if (block.kept) block.kept->met(std::vector<Thread*>(fibers.begin(), fibers.end()));
+  for (Fiber* fiber : fibers) make_ready(fiber);
+  fibers.clear();
+}
+
 void release_barrier(RunningBlock& block) {
   block.count = block.counted;
   block.counted = 0;
-  for (Fiber* fiber : block.at_barrier) {
-    fiber->rank = static_cast<unsigned>(scheduler.random());  // others fall behind from here
-    scheduler.ready.push_back(fiber);
+  release(block, block.at_barrier);
+}
+
+void end_block(RunningBlock& block) {
+  if (block.kept) block.kept->end();
+  for (const Warp& warp : block.warps) {
+    if (warp.kept) warp.kept->end();
   }
-  block.at_barrier.clear();
 }
 
 void begin_fiber() {
@@ -95,6 +108,7 @@ void begin_fiber() {
   fiber.ended = true;
   RunningBlock& block = block_of(fiber);
   --block.alive;
+  if (!block.alive) end_block(block);
   if (block.alive && block.at_barrier.size() == block.alive) release_barrier(block);
   _longjmp(scheduler.back, 1);
 }
@@ -116,6 +130,7 @@ Fiber* new_fiber() {
   Fiber* fiber = scheduler.idle.back();
   scheduler.idle.pop_back();
   fiber->started = fiber->ended = false;
+  fiber->unfenced = fiber->registers_fenced = false;
   fiber->open.clear();
   fiber->groups.clear();
   getcontext(&fiber->beginning);
@@ -132,9 +147,9 @@ std::unique_ptr<RunningBlock> start_block(dim3 grid, unsigned threads, size_t sh
   block->grid = grid;
   block->threads = dim3(threads);
   block->index = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
-  block->memory.assign(shared_bytes + 128, 0xff);
+  block->memory.assign(shared_bytes + 1024, 0xff);
   const auto address = reinterpret_cast<uintptr_t>(block->memory.data());
-  block->shared = block->memory.data() + (128 - address % 128) % 128;
+  block->shared = block->memory.data() + (1024 - address % 1024) % 1024;
   block->shared_bytes = shared_bytes;
   block->warps.resize((threads + 31) / 32);
   block->alive = threads;
@@ -194,6 +209,8 @@ void run_all(dim3 grid, unsigned threads, size_t shared_bytes) {
 
 }  // namespace
 
+size_t boxes_begun = 0;
+
 Thread& current() { return *scheduler.running; }
 
 void run(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
@@ -201,6 +218,7 @@ void run(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
   const std::lock_guard<std::mutex> alone(one_at_a_time);
   launches.insert(std::string(name) + '\t' + std::to_string(threads) + '\t' +
                   std::to_string(shared_bytes) + '\n');
+  ++launch_count;
   const char* given = std::getenv("SAFFRON_CUDA_HOST_SEED");
   const unsigned seed = given ? static_cast<unsigned>(std::strtoul(given, nullptr, 10)) : 0;
   scheduler.random.seed(seed);
@@ -242,6 +260,25 @@ int block_count(bool predicate) {
 
 void block_barrier() { block_count(false); }
 
+void some_barrier(unsigned number, unsigned threads) {
+  Fiber& fiber = *scheduler.running;
+  RunningBlock& block = block_of(fiber);
+  auto& waiting = block.at_some_barrier[number];
+  waiting.push_back(&fiber);
+  if (waiting.size() == threads) release(block, waiting);
+  leave(fiber);
+}
+
+void sleep() { leave(*scheduler.running); }
+
+void wake(Thread& thread) { make_ready(static_cast<Fiber*>(&thread)); }
+
+std::shared_ptr<Kept>& kept_by_block() { return block_of(*scheduler.running).kept; }
+
+std::shared_ptr<Kept>& kept_by_warp(unsigned warp) {
+  return block_of(*scheduler.running).warps.at(warp).kept;
+}
+
 void collective(unsigned mask, void* own, const char* name, void (*work)(void**, unsigned)) {
   Fiber& fiber = *scheduler.running;
   Warp& warp = block_of(fiber).warps[fiber.thread_index.x / 32];
@@ -265,8 +302,17 @@ void collective(unsigned mask, void* own, const char* name, void (*work)(void**,
   leave(fiber);
 }
 
+void Copy::land() const {
+  if (read) {
+    std::memcpy(to, from, bytes);
+  } else {
+    std::memset(to, 0, bytes);
+  }
+}
+
 void copy(void* to, const void* from, size_t bytes, bool read) {
   std::memset(to, 0xff, bytes);
+  if (auto& kept = kept_by_block()) kept->changed(to, bytes);
   scheduler.running->open.push_back({to, from, bytes, read});
 }
 
@@ -280,14 +326,17 @@ void copy_wait(size_t pending) {
   Fiber& fiber = *scheduler.running;
   while (fiber.groups.size() > pending) {
     for (const Copy& copy : fiber.groups.front()) {
-      if (copy.read) {
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        std::memset(copy.to, 0, copy.bytes);
-      }
+      copy.land();
+      if (auto& kept = kept_by_block()) kept->changed(copy.to, copy.bytes);
     }
     fiber.groups.pop_front();
   }
+}
+
+std::vector<Copy> take_copies() {
+  std::vector<Copy> open;
+  open.swap(scheduler.running->open);
+  return open;
 }
 
 }  // namespace host
@@ -298,3 +347,9 @@ __attribute__((visibility("default"))) const char* saffron_launches() {
   for (const auto& launch : host::launches) all += launch;
   return all.c_str();
 }
+
+__attribute__((visibility("default"))) unsigned saffron_launch_count() {
+  return host::launch_count;
+}
+
+__attribute__((visibility("default"))) size_t saffron_boxes() { return host::boxes_begun; }

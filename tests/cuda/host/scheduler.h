@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <vector>
 
 namespace host {
 
@@ -30,12 +32,35 @@ struct Thread {
   dim3 thread_index;
   unsigned lane = 0;
   Block* block = nullptr;
+  bool unfenced = false;          // it knows of writes that the other proxy may not see: async.h
+  bool registers_fenced = false;  // for products of a warpgroup
 };
 
 struct Block {
   dim3 index, grid, threads;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+};
+
+/// An asynchronous copy to shared memory of bytes, or of zeros.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool read;
+
+  void land() const;
+};
+
+/// What the twins of some operations keep for a warp or a block.
+struct Kept {
+  virtual ~Kept() = default;
+  /// These threads have met at a barrier.
+  virtual void met(const std::vector<Thread*>&) {}
+  /// Bytes in shared memory are not what they were, for a reason other than a store.
+  virtual void changed(const void*, size_t) {}
+  /// All threads of the block have ended; whatever is still open is to `fail`.
+  virtual void end() {}
 };
 
 /// The thread that is running.
@@ -65,11 +90,28 @@ int block_count(bool predicate);
 /// meet in different ones.
 void collective(unsigned mask, void* own, const char* name, void (*work)(void**, unsigned));
 
+/// A barrier of the first `threads` threads to come to it, by number; numbers from 1.
+void some_barrier(unsigned number, unsigned threads);
+
+/// Leaves the running thread until another wakes it.
+void sleep();
+void wake(Thread& thread);
+
+/// Empty at first.
+std::shared_ptr<Kept>& kept_by_block();
+std::shared_ptr<Kept>& kept_by_warp(unsigned warp);
+
+/// How often bulk copies of a box were begun, in all launches.
+extern size_t boxes_begun;
+
 // --- asynchronous copies of the current thread ---
 
 void copy(void* to, const void* from, size_t bytes, bool read);
 void copy_commit();
 void copy_wait(size_t pending);
+
+/// Those since the last commit, which are no longer the thread's.
+std::vector<Copy> take_copies();
 
 }  // namespace host
 
@@ -77,4 +119,8 @@ extern "C" {
 /// A line for every kind of launch so far: name, threads of a block, bytes of shared memory,
 /// separated by tabs.
 const char* saffron_launches();
+/// How many launches there were.
+unsigned saffron_launch_count();
+/// `boxes_begun`.
+size_t saffron_boxes();
 }

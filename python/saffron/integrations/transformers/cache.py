@@ -49,14 +49,21 @@ class TrieCache(Cache):
         capacity: slots (tokens) to begin with; `trie.kv.bytes_per_token` bytes each.
         grow: double the capacity when held tokens fill it; otherwise raise `CacheFullError`, nothing changed.
         static: decode steps whose shapes stay the same, for `compile_decode`: one query a row, `capacity` tokens.
+        cache_dtype: of K and V, the model's or `torch.float8_e4m3fn` (see `TrieModel`).
 
     Raises:
-        ConfigError: another attention implementation.
+        ConfigError: another attention implementation, or a cache_dtype that is not served.
         UnsupportedModelError: a model with a feature that the trie cannot serve.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, *, capacity: int = 256, grow: bool = True, static: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        capacity: int = 256,
+        grow: bool = True,
+        static: bool = False,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         base: Any = getattr(model, "get_base_model", lambda: model)()  # of a PEFT model
         implementation = base.config._attn_implementation
@@ -65,7 +72,7 @@ class TrieCache(Cache):
                 f'model: got attn_implementation="{implementation}", expected "{ATTENTION}"; load it so, or call '
                 f'model.set_attn_implementation("{ATTENTION}")'
             )
-        self._begin(TrieModel(base, capacity=capacity, grow=grow), static)
+        self._begin(TrieModel(base, capacity=capacity, grow=grow, cache_dtype=cache_dtype), static)
 
     @classmethod
     def from_trie(cls, trie: TrieModel, *, static: bool = False) -> Self:

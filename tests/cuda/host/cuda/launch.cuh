@@ -26,14 +26,26 @@ void launch(dim3 grid, int threads, size_t shared_bytes, Stream, Arguments... ar
             [&] { call(kKernel, arguments...); });
 }
 
+template <auto kKernel>
+bool admits(int) {
+  return true;
+}
+
 struct Chip {
   int64_t processors, shared_bytes;
+  int capability;
 };
 
-/// Few processors, yet enough that work is split; SAFFRON_CUDA_HOST_PROCESSORS asks for more.
+inline int number_asked(const char* variable, int otherwise) {
+  const char* asked = std::getenv(variable);
+  return asked ? std::atoi(asked) : otherwise;
+}
+
+/// Few processors, yet enough that work is split; SAFFRON_CUDA_HOST_PROCESSORS asks for more. It is
+/// of capability 8.0 unless SAFFRON_CUDA_HOST_CAPABILITY says otherwise (90).
 inline Chip chip() {
-  const char* asked = std::getenv("SAFFRON_CUDA_HOST_PROCESSORS");
-  return {asked ? std::atoi(asked) : 6, 228 * 1024};
+  return {number_asked("SAFFRON_CUDA_HOST_PROCESSORS", 6), 228 * 1024,
+          number_asked("SAFFRON_CUDA_HOST_CAPABILITY", 80)};
 }
 
 inline uint64_t graph_of(Stream) { return 0; }

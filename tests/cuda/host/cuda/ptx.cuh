@@ -59,6 +59,22 @@ inline float bf16_to_float(uint16_t bits) {
   return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
+inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+  const auto product = [&](int shift) {
+    return bf16_to_float(static_cast<uint16_t>(a >> shift)) *
+           bf16_to_float(static_cast<uint16_t>(b >> shift));
+  };
+  return pack_bf16(product(0), product(16));
+}
+
+inline uint32_t multiply_half(uint32_t a, uint32_t b) {
+  const auto product = [&](int shift) {
+    return half_to_float(static_cast<uint16_t>(a >> shift)) *
+           half_to_float(static_cast<uint16_t>(b >> shift));
+  };
+  return pack_half(product(0), product(16));
+}
+
 // --- memory between blocks ---
 
 inline uint32_t load_acquire(const uint32_t* address) {

@@ -1,0 +1,48 @@
+"""The exact top-p set of every row: found in one launch, then put in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saffron_kernels.backends import faults
+from saffron_kernels.backends.cuda import native
+from saffron_kernels.backends.cuda.counters import counters
+from saffron_kernels.backends.cuda.native import CODE, view
+from saffron_kernels.checks import expect
+
+
+def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The op. Its workspace is 16 bytes a logit and some more; of a vocabulary of 128,256 2.1 MB a row."""
+    rows, vocab = logits.shape
+    launchers = native.module(logits)
+    expect(vocab <= launchers.MAX_VOCAB, "logits", f"a vocabulary of {vocab}", f"at most {launchers.MAX_VOCAB}")
+    expect(rows <= launchers.COUNTERS, "logits", f"{rows} rows", f"at most {launchers.COUNTERS}")
+    faults.check_index("banned", banned, vocab)
+
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=logits.device)
+
+    tokens, values, counts = new(rows, vocab), new(rows, vocab, dtype=torch.float32), new(rows)
+    stats = new(rows, 2, dtype=torch.float32)
+    workspace = new(launchers.nucleus_workspace(rows, vocab), dtype=torch.int64)
+    members = *map(view, (tokens, values, counts, stats)), view(workspace)
+    stream = native.stream(logits)
+    with torch.cuda.device_of(logits):
+        launchers.nucleus(
+            view(logits), top_p, view(banned), 0 if banned is None else banned.shape[0], *members,
+            view(counters(logits)), rows, vocab, CODE[logits.dtype], view(faults.word(logits.device)), stream,
+        )  # fmt: skip
+        sizes = counts.tolist()  # the one synchronisation: how large the result is
+        if 0 in sizes:
+            faults.clear(logits.device)
+            raise ValueError(
+                f"logits: row {sizes.index(0)} has no finite maximum; every row needs finite logits (no NaN, no +inf) "
+                "and one token that is neither -inf nor banned"
+            )
+        offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        found, probability = new(sum(sizes)), new(sum(sizes), dtype=torch.float32)
+        launchers.sort_nuclei(
+            *members, view(offsets), view(found), view(probability), rows, vocab, max(sizes, default=0), stream
+        )
+    return found, probability, offsets
