@@ -78,7 +78,9 @@ def test_example_has_the_arguments_of_the_schema(op) -> None:
     assert list(example(op, torch.float32)) == schema == list(inspect.signature(getattr(ops, op)).parameters)
 
 
-def test_opcheck(op, arguments, backend) -> None:
+def test_opcheck(op, arguments, backend, dtype, limit) -> None:
+    if limit < 1 << 30 and dtype != torch.float32:
+        pytest.skip("interpreted: what is checked is the op around the kernels, once is enough")
     torch.library.opcheck(registered(op), tuple(arguments.values()))
 
 
