@@ -61,12 +61,13 @@ class Usage(NamedTuple):
         return self.local_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[self.arch]
 
 
-def _attention(head_dim: int, dtype: torch.dtype, queries: int) -> Callable[[], object]:
-    """32 query heads, 8 KV heads, 4096 tokens."""
+def _attention(head_dim: int, dtype: torch.dtype, queries: int, counted: bool = False) -> Callable[[], object]:
+    """32 query heads, 8 KV heads, 4096 tokens; how many of them there are is on the device, or known."""
     q = torch.empty(queries, 32, head_dim, dtype=dtype)
     cache = torch.empty(1024, 8, head_dim, dtype=dtype)
     index = torch.zeros(4096, dtype=torch.int32)
-    return lambda: ops.tree_attention(q, cache, cache, index, index, index, 0.1)
+    count = index[:1] if counted else None
+    return lambda: ops.tree_attention(q, cache, cache, index, index, index, 0.1, count)
 
 
 def _copies(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -132,6 +133,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for head_dim in (80, 96):
         yield f"tree_attention bf16 d{head_dim} n32", _attention(head_dim, bf16, 32)
     yield "tree_attention fp16 d128 n32", _attention(128, torch.float16, 32)
+    for head_dim in (64, 128):
+        for dtype, name in ((bf16, "bf16"), (torch.float32, "fp32")):
+            yield f"tree_attention {name} d{head_dim} n32 counted", _attention(head_dim, dtype, 32, counted=True)
     for dtype, name in ((bf16, "bf16"), (torch.float32, "fp32")):
         for op, run in _copies(dtype):
             yield f"{op} {name}", run

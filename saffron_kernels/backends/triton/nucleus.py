@@ -74,13 +74,11 @@ def _nucleus_kernel(
     row = tl.program_id(0).to(tl.int64)
     if flags_ptr is not None:
         tl.store(flags_ptr + row, 0)
-    if groups_ptr is not None:  # noqa: SIM102 (decided at compile time)
-        if tl.load(groups_ptr + row) >= num_groups:
-            tl.store(counts_ptr + row, 0)
-            return
     row_ptr = logits_ptr + row * stride_row
     values_ptr += row * vocab
     tokens_ptr += row * vocab
+    if groups_ptr is not None:
+        vocab = tl.where(tl.load(groups_ptr + row) < num_groups, vocab, 0)
     top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
     lane = tl.arange(0, BLOCK)
 
@@ -90,7 +88,7 @@ def _nucleus_kernel(
         highest = tl.maximum(highest, x)
     largest = tl.max(highest)
     bad = (largest == float("inf")) | (largest == float("-inf"))
-    if bad:
+    if bad & (vocab > 0):
         tl.atomic_or(fault_ptr, bits.LOGITS)
     scan = tl.where(bad, 0, vocab)
 

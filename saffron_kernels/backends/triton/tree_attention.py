@@ -39,8 +39,10 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
     """
     dim = max(64, next_power_of_2(head_dim))
     if element_size > 2:  # fp32 products run on the ordinary cores: small tiles
-        if dim == 64 or (dim == 128 and arch < 90):
-            return Config(16, 32 if dim == 64 else 16, num_warps=4, num_stages=2)
+        if dim == 64:
+            return Config(16, 32, num_warps=4, num_stages=1)
+        if dim == 128 and arch < 90:
+            return Config(16, 16, num_warps=4, num_stages=2)
         return Config(16, 32, num_warps=8, num_stages=2)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if rows >= 1024 and dim <= 128 and 90 <= arch < 100:
@@ -50,14 +52,14 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
     return Config(block_m, block_n, num_warps=8 if block_m >= 64 else 4, num_stages=stages)
 
 
-@triton.jit(do_not_specialize=["queries", "group", "slots", "tokens"])
+@triton.jit(do_not_specialize=["queries", "group", "slots", "tokens", "tokens_per_split"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr,
     count_ptr,  # [1] int32 or None: how many of the tokens there are
     part_ptr,  # [splits, queries, heads, D] fp32
     lse_ptr,  # [splits, queries, heads] fp32, base 2
     fault_ptr,
-    scale_log2, queries, group, slots, tokens,
+    scale_log2, queries, group, slots, tokens, tokens_per_split,
     q_stride_n, q_stride_h, q_stride_d,
     k_stride_s, k_stride_h, k_stride_d,
     v_stride_s, v_stride_h, v_stride_d,
@@ -87,8 +89,7 @@ def _attention_kernel(
         if (count < 0) | (count > tokens):
             tl.atomic_or(fault_ptr, bits.PLAN)
         tokens = tl.minimum(tl.maximum(count, 0), tokens)
-    # Whole tiles; however many tokens there are, all splits get their share.
-    tokens_per_split = tl.cdiv(tl.cdiv(tokens, tl.num_programs(2)), BLOCK_N) * BLOCK_N
+        tokens_per_split = tl.cdiv(tokens, tl.num_programs(2))  # however many there are, all splits get their share
     first_token = split * tokens_per_split
     last_token = tl.minimum(first_token + tokens_per_split, tokens)
     tile = tl.arange(0, TILES)
@@ -178,11 +179,12 @@ def _join_kernel(
     tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (base + tl.log2(mass)) * 0.6931471805599453))
 
 
-def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: Chip) -> int:
-    """Splits of the tokens: enough programs to fill the chip, none without a tile of `block_n` tokens."""
+def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: Chip) -> tuple[int, int]:
+    """Splits of the tokens, and tokens in each (a multiple of `block_n`): enough programs to fill the chip."""
     wanted = cdiv(_PROGRAMS_PER_PROCESSOR * on.processors, row_tiles * kv_heads)
     tiles = max(1, cdiv(tokens, block_n))
-    return cdiv(tiles, cdiv(tiles, wanted))
+    tiles_per_split = cdiv(tiles, wanted)
+    return cdiv(tiles, tiles_per_split), tiles_per_split * block_n
 
 
 def tree_attention(
@@ -210,14 +212,14 @@ def tree_attention(
     on = chip(q.device)
     block_m, block_n, num_warps, num_stages = config(head_dim, rows, q.element_size(), on.arch)
     row_tiles = cdiv(rows, block_m)
-    splits = num_splits(tokens, row_tiles, kv_heads, block_n, on)
+    splits, tokens_per_split = num_splits(tokens, row_tiles, kv_heads, block_n, on)
     part = torch.empty(splits, queries, heads, head_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, queries, heads, dtype=torch.float32, device=q.device)
     block_d = next_power_of_2(max(16, head_dim))
     launch(
         _attention_kernel, (row_tiles, kv_heads, splits),
         q, k_cache, v_cache, slot, begin, end, count, part, part_lse, faults.word(q.device),
-        scale * 1.4426950408889634, queries, heads // kv_heads, slots, tokens,
+        scale * 1.4426950408889634, queries, heads // kv_heads, slots, tokens, tokens_per_split,
         *q.stride(), *k_cache.stride(), *v_cache.stride(),
         D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
