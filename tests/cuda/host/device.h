@@ -242,6 +242,7 @@ T atomic(T* address, Change change) {
   may_switch();
   const T before = *address;
   *address = change(before);
+  told(address);
   return before;
 }
 

@@ -248,6 +248,16 @@ void may_switch() {
   if (scheduler.shuffled && scheduler.random() % 2) yield();
 }
 
+void told(const void* address) {
+  if (!scheduler.ranked || scheduler.random() % 2) return;
+  RunningBlock& block = block_of(*scheduler.running);
+  const auto* at = static_cast<const unsigned char*>(address);
+  if (at >= block.memory.data() && at < block.memory.data() + block.memory.size()) return;
+  for (Fiber* fiber : block.fibers) {
+    if (fiber != scheduler.running) fiber->rank = 0;
+  }
+}
+
 int block_count(bool predicate) {
   Fiber& fiber = *scheduler.running;
   RunningBlock& block = block_of(fiber);

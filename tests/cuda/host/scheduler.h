@@ -77,6 +77,11 @@ void run(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
 /// A point where another thread may take over.
 void may_switch();
 
+/// The running thread has changed what lies at `address` by an atomic operation. If that is not its
+/// block's own memory, in some orders the rest of its block falls behind from here: what they had
+/// to have done before, and have not, then shows in the blocks that heard of it.
+void told(const void* address);
+
 /// A point where another thread takes over: for loops that wait for another block.
 void yield();
 
