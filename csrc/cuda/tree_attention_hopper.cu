@@ -57,56 +57,6 @@ __device__ __forceinline__ void load_q(const Arguments& a, Warp<C>& own, int kv_
   }
 }
 
-/// Leaves in `score` what the tokens of a tile weigh in the rows of this warp, having adapted the
-/// result so far to the largest score. `all`: every row sees every token, nothing is masked.
-template <class C>
-__device__ __forceinline__ void weigh(const Arguments& a, const int* begins, const int* ends,
-                                      Warp<C>& own, float (&score)[C::kTokens / 8][4], bool all) {
-  constexpr int kBlocks = C::kTokens / 8;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  float largest[2] = {own.largest[0], own.largest[1]};
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) score[block][i] *= a.scale_log2;
-    if (!all) {
-      const int token = block * 8 + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int query = own.query[i / 2];
-        if (query < begins[token + i % 2] || query >= ends[token + i % 2]) {
-          score[block][i] = -INFINITY;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[block][i]);
-  }
-  float decay[2], base[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 1));
-    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 2));
-    base[r] = largest[r] == -INFINITY ? 0.f : largest[r];  // no -inf - -inf
-    decay[r] = ptx::exp2(own.largest[r] - base[r]);
-    own.largest[r] = largest[r];
-    own.total[r] *= decay[r];
-  }
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      score[block][i] = ptx::exp2(score[block][i] - base[i / 2]);
-      own.total[i / 2] += score[block][i];
-    }
-  }
-#pragma unroll
-  for (int d = 0; d < C::kD / 8; ++d) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) own.acc[d][i] *= decay[i / 2];
-  }
-}
-
 /// Adds the tile of a stage to the result of the rows of a warpgroup, all warps of which call it.
 template <class C>
 __device__ __forceinline__ void attend_tile(const Arguments& a, const typename C::Shared& s,
@@ -128,7 +78,7 @@ __device__ __forceinline__ void attend_tile(const Arguments& a, const typename C
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>(score);
 
-  weigh<C>(a, s.begin[stage], s.end[stage], own, score, all);
+  weigh(own, score, a.scale_log2, s.begin[stage], s.end[stage], all);
 
   uint32_t p[C::kTokens / 16][4];
 #pragma unroll

@@ -223,6 +223,55 @@ __device__ __forceinline__ void load_q(const typename C::Shared& s, uint32_t (&q
   ptx::load_matrices(q, &s.q[row * C::kStride + step * 16 + lane / 16 * 8]);
 }
 
+/// Leaves in `score` what the tokens of a tile weigh in the rows of this warp, having adapted the
+/// result so far to the largest score. `all`: every row sees every token, nothing is masked.
+template <class C, int kBlocks>
+__device__ __forceinline__ void weigh(Warp<C>& own, float (&score)[kBlocks][4], float scale_log2,
+                                      const int* begins, const int* ends, bool all) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float largest[2] = {own.largest[0], own.largest[1]};
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[block][i] *= scale_log2;
+    if (!all) {
+      const int token = block * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int query = own.query[i / 2];
+        if (query < begins[token + i % 2] || query >= ends[token + i % 2]) {
+          score[block][i] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[block][i]);
+  }
+  float decay[2], base[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 1));
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 2));
+    base[r] = largest[r] == -INFINITY ? 0.f : largest[r];  // no -inf - -inf
+    decay[r] = ptx::exp2(own.largest[r] - base[r]);
+    own.largest[r] = largest[r];
+    own.total[r] *= decay[r];
+  }
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      score[block][i] = ptx::exp2(score[block][i] - base[i / 2]);
+      own.total[i / 2] += score[block][i];
+    }
+  }
+#pragma unroll
+  for (int d = 0; d < C::kD / 8; ++d) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own.acc[d][i] *= decay[i / 2];
+  }
+}
+
 /// Adds the tokens of one tile, `first ..` in the list, to the result of the warp's rows.
 template <class C>
 __device__ __forceinline__ void attend(const Arguments& a, const typename C::Shared& s,
@@ -262,47 +311,8 @@ __device__ __forceinline__ void attend(const Arguments& a, const typename C::Sha
     }
   }
 
-  float largest[2] = {own.largest[0], own.largest[1]};
   const float scale_log2 = C::kConvert ? own.scale_log2 : a.scale_log2;
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) score[block][i] *= scale_log2;
-    if (!all) {
-      const int token = first + block * 8 + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int begin = s.begin[token + i % 2], end = s.end[token + i % 2];
-        const int query = own.query[i / 2];
-        if (query < begin || query >= end) score[block][i] = -INFINITY;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[block][i]);
-  }
-  float decay[2], base[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 1));
-    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 2));
-    base[r] = largest[r] == -INFINITY ? 0.f : largest[r];  // no -inf - -inf
-    decay[r] = ptx::exp2(own.largest[r] - base[r]);
-    own.largest[r] = largest[r];
-    own.total[r] *= decay[r];
-  }
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      score[block][i] = ptx::exp2(score[block][i] - base[i / 2]);
-      own.total[i / 2] += score[block][i];
-    }
-  }
-#pragma unroll
-  for (int d = 0; d < C::kD / 8; ++d) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) own.acc[d][i] *= decay[i / 2];
-  }
+  weigh(own, score, scale_log2, s.begin + first, s.end + first, all);
 
   const uint16_t* v = s.kv[tile][1];
   const int v_row = warp_n * C::kWarpTokens + lane % 16, v_column = lane / 16 * 8;
