@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 from saffron import TrieModel
-from saffron.attention import ATTENTION
 from saffron.integrations.transformers import TrieCache
+from saffron.models.attention import ATTENTION
 
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
 FULL = os.environ.get("SAFFRON_BENCH_GRID") == "full" or DEVICE.type == "cuda"

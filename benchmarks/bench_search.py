@@ -11,7 +11,7 @@ from timing import DEVICE
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saffron import MultifurcationRewardModel, Policy, Request, SaffronSearch, SearchConfig
-from saffron.attention import ATTENTION
+from saffron.models.attention import ATTENTION
 from saffron_kernels import backend
 
 VOCAB, PROMPT, WIDTH, NEW_TOKENS = 4096, 512, 32, 32

@@ -17,7 +17,7 @@ from timing import DEVICE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from saffron import MultifurcationRewardModel, Policy, Request, SaffronSearch, SearchConfig
-from saffron.attention import ATTENTION
+from saffron.models.attention import ATTENTION
 
 VOCAB, WIDTH, NEW_TOKENS = 128_256, 32, 64
 POLICY = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}

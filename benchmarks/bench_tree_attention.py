@@ -208,9 +208,9 @@ def test_length(race, levels: int, dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("beams", WIDTHS if ON_GPU else (8, 32, 64))
-def test_search_of_the_shipped_models(race, beams: int, dtype: torch.dtype) -> None:
-    plan = search_plan(beams, 512, levels=64, models="shipped")
-    run(race, plan, {"plan": "shipped models, 64 levels", "beams": beams, "prompt": 512}, dtype, (32, 8), 128)
+def test_search_of_the_bundled_models(race, beams: int, dtype: torch.dtype) -> None:
+    plan = search_plan(beams, 512, levels=64, models="bundled")
+    run(race, plan, {"plan": "bundled models, 64 levels", "beams": beams, "prompt": 512}, dtype, (32, 8), 128)
 
 
 @DTYPES

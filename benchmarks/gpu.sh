@@ -10,7 +10,7 @@
 #   build       300  both native modules, for this GPU (SAFFRON_CUDA_ARCHS: another one), where they are imported
 #   doctor       40  which backend serves which op
 #   tests       300  what is marked gpu
-#   memcheck racecheck synccheck   180 each: compute-sanitizer over tests/every_op.py
+#   memcheck racecheck synccheck   180 each: compute-sanitizer over tests/support/every_op.py
 #   ops         150  benchmarks of everything but attention
 #   attention   400  benchmarks of tree_attention on all workloads
 #   step        300  a decode step of 8B + 1B parameters, captured and not; whole searches
@@ -117,7 +117,7 @@ if [ "$gpu" = 1 ]; then
     for tool in memcheck racecheck synccheck; do
       # An allocation a tensor, so that a step outside is seen; calls that PyTorch makes in vain are not ours.
       part $tool 180 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --report-api-errors no \
-        --error-exitcode 9 python3 tests/every_op.py
+        --error-exitcode 9 python3 tests/support/every_op.py
     done
   else
     skip "compute-sanitizer is not installed" memcheck racecheck synccheck

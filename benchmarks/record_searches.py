@@ -1,6 +1,6 @@
 """Records the trees of real searches into `recorded_searches.json`: `python benchmarks/record_searches.py`.
 
-`shipped`: the models that come with the package answer a prompt. `random`: models with random weights, whose rewards
+`bundled`: the models that come with the package answer a prompt. `random`: models with random weights, whose rewards
 say nothing, so that beams stay apart for longer. End tokens are banned, so that no tree ends early. A recording is a
 list of steps, and a step the parent of every live beam, by width.
 """
@@ -13,7 +13,7 @@ import torch
 from bench_search import random_models, random_request
 from harness import FOLDER
 
-from saffron import Request, SaffronSearch, SearchConfig, load_shipped
+from saffron import Request, SaffronSearch, SearchConfig, load_bundled
 
 WIDTHS = (1, 4, 8, 16, 32, 64)
 LEVELS = 64
@@ -38,10 +38,10 @@ def record(search: SaffronSearch, request: Request) -> list[list[int]]:
 
 
 def main() -> None:
-    shipped = load_shipped()
-    request = Request(tuple(shipped.policy.chat(PROMPT)), tuple(shipped.mrm.context_tokens(PROMPT)))
+    bundled = load_bundled()
+    request = Request(tuple(bundled.policy.chat(PROMPT)), tuple(bundled.mrm.context_tokens(PROMPT)))
     subjects = {
-        "shipped": (shipped.policy, shipped.mrm, sorted(shipped.policy.end_tokens), request),
+        "bundled": (bundled.policy, bundled.mrm, sorted(bundled.policy.end_tokens), request),
         "random": (*random_models(), [1], random_request(128)),
     }
     found: dict[str, dict[str, list[list[int]]]] = {}

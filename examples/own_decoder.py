@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import saffron
 from saffron import TrieModel
 
-SHIPPED = Path(saffron.__file__).parent / "models" / "policy"
+BUNDLED = Path(saffron.__file__).parent / "checkpoints" / "policy"
 NextLogits = Callable[[list[list[int]]], Tensor]  # token sequences to logits [sequences, vocab]
 
 
@@ -58,12 +58,12 @@ def dense(model: PreTrainedModel) -> NextLogits:
 
 @torch.inference_mode()
 def main() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     message = {"role": "user", "content": "How do I build a bench in my shed without any help?"}
     text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     prompt = tokenizer.encode(text, add_special_tokens=False)
-    plain = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
-    trie = TrieModel.from_pretrained(SHIPPED)  # the one line that changes
+    plain = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    trie = TrieModel.from_pretrained(BUNDLED)  # the one line that changes
     for name, next_logits, model in (("dense", dense(plain), plain), ("trie", trie.logits, trie.model)):
         run = [0]
         embedding = model.get_input_embeddings()

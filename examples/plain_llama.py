@@ -22,7 +22,7 @@ from torch.nn.functional import linear, rms_norm, silu
 import saffron
 from saffron_kernels import KVTrie, TreeStep, append_kv, tree_attention
 
-SHIPPED = Path(saffron.__file__).parent / "models" / "policy"
+BUNDLED = Path(saffron.__file__).parent / "checkpoints" / "policy"
 
 
 class Llama:
@@ -100,7 +100,7 @@ def decode_greedily(llama: Llama, prompts: list[list[int]], new_tokens: int) -> 
 
 
 def main() -> None:
-    llama, tokenizer = Llama(SHIPPED), Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    llama, tokenizer = Llama(BUNDLED), Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     asked = "<|begin|><|user|>How do I build a bench in my shed without any help?<|end|><|assistant|>"
     texts = [asked, asked + "Certainly, ", asked + "Happy to help, "]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]

@@ -10,8 +10,8 @@ their slots with the next token. The answer is forced to begin with compliance, 
 import numpy as np
 import torch
 
-from saffron import load_shipped, world
-from saffron.attention import TrieStep
+from saffron import load_bundled, world
+from saffron.models.attention import TrieStep
 from saffron_kernels import KVTrie, nucleus
 
 ROUNDS, KEEP, BRANCH, LENGTH = 5, 8, 4, 6
@@ -20,7 +20,7 @@ ROUNDS, KEEP, BRANCH, LENGTH = 5, 8, 4, 6
 @torch.inference_mode()
 def main() -> None:
     torch.manual_seed(0)
-    policy, _, guard = load_shipped()
+    policy, _, guard = load_bundled()
     model, config, ends = policy.model, policy.model.config, torch.tensor(policy.end_tokens, dtype=torch.int32)
     kv = KVTrie(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 

@@ -92,7 +92,7 @@ def test_source_distribution_has_what_the_build_needs(tmp_path) -> None:
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     native = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")}
-    files = {"CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "tests/test_trie.py"}
+    files = {"CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "tests/ops/test_trie.py"}
     assert native | files <= names
     assert not [name for name in names if name.endswith(".so")]
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saffron import Policy
-from saffron.shipped import FOLDER
+from saffron.models.bundled import FOLDER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,7 +32,7 @@ def output(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def shipped_policy() -> torch.nn.Module:
+def bundled_policy() -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(FOLDER / "policy", dtype=torch.float32).eval()
 
 
@@ -50,7 +50,7 @@ def test_every_example_is_tested_and_says_how_to_run_it() -> None:
 
 
 def test_plain_llama_equals_transformers() -> None:
-    plain, model, asked = load("plain_llama").Llama(FOLDER / "policy"), shipped_policy(), prompts()
+    plain, model, asked = load("plain_llama").Llama(FOLDER / "policy"), bundled_policy(), prompts()
     fill = plain.trie.insert(asked)
     logits = plain.forward(fill.tokens, fill.step)[fill.last]
     for tokens, row in zip(asked, logits, strict=True):
@@ -59,7 +59,7 @@ def test_plain_llama_equals_transformers() -> None:
 
 
 def test_plain_llama_decodes_what_generate_decodes(capsys: pytest.CaptureFixture[str]) -> None:
-    module, model, asked = load("plain_llama"), shipped_policy(), prompts()
+    module, model, asked = load("plain_llama"), bundled_policy(), prompts()
     answers = module.decode_greedily(module.Llama(FOLDER / "policy"), asked, 32)
     for tokens, answer in zip(asked, answers, strict=True):
         assert model.generate(torch.tensor([tokens]), max_new_tokens=32)[0, len(tokens) :].tolist() == answer
@@ -79,7 +79,7 @@ def test_plain_llama_gives_its_cache_back() -> None:
 
 @pytest.mark.parametrize("width", [1, 4, 16])
 def test_own_decoder_gives_the_same_answers_over_the_trie(width: int) -> None:
-    module, policy, model = load("own_decoder"), Policy.from_pretrained(FOLDER / "policy"), shipped_policy()
+    module, policy, model = load("own_decoder"), Policy.from_pretrained(FOLDER / "policy"), bundled_policy()
     for prompt in prompts():
         with torch.inference_mode():
             slow = module.beam_search(module.dense(model), prompt, width, 20, 2)

@@ -1,1 +1,1 @@
-"""Scripts that make the shipped models from seeds: `python -m training.train --out DIR`."""
+"""Scripts that make the bundled models from seeds: `python -m training.train --out DIR`."""

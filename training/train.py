@@ -1,6 +1,6 @@
-"""Makes the shipped models: tokenizer, policy, guard, MRM, in this order, from seeds.
+"""Makes the bundled models: tokenizer, policy, guard, MRM, in this order, from seeds.
 
-    python -m training.train --out python/saffron/models
+    python -m training.train --out python/saffron/checkpoints
 
 `--only mrm` and the like repeat one stage on top of what DIR holds. MODELS.md says how long it takes.
 """

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saffron.config import SearchConfig
     from saffron.errors import SaffronError
     from saffron.integrations.custom_generate import generate
     from saffron.integrations.guidance import RewardGuidance
-    from saffron.policy import Policy
-    from saffron.result import Cost, SearchResult
-    from saffron.reward_models import MultifurcationRewardModel, ProcessRewardModel
+    from saffron.models.bundled import load_bundled
+    from saffron.models.policy import Policy
+    from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+    from saffron.models.trie_model import TrieModel
     from saffron.search import (
         MCTS,
         METHODS,
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
         Sampling,
         parse_method,
     )
-    from saffron.shipped import load_shipped
-    from saffron.trie_model import TrieModel
+    from saffron.search.config import SearchConfig
+    from saffron.search.result import Cost, SearchResult
 
 
 _HOME = {
     "BeamSearch": "search",
     "BestOfN": "search",
-    "Cost": "result",
+    "Cost": "search.result",
     "DeAL": "search",
     "GreedyDecoding": "search",
     "MCTS": "search",
     "METHODS": "search",
     "Method": "search",
-    "MultifurcationRewardModel": "reward_models",
-    "Policy": "policy",
-    "ProcessRewardModel": "reward_models",
+    "MultifurcationRewardModel": "models.reward_models",
+    "Policy": "models.policy",
+    "ProcessRewardModel": "models.reward_models",
     "Rebase": "search",
     "Request": "search",
     "RewardGuidance": "integrations.guidance",
     "SaffronError": "errors",
     "SaffronSearch": "search",
     "Sampling": "search",
-    "SearchConfig": "config",
-    "SearchResult": "result",
-    "TrieModel": "trie_model",
+    "SearchConfig": "search.config",
+    "SearchResult": "search.result",
+    "TrieModel": "models.trie_model",
     "generate": "integrations.custom_generate",
-    "load_shipped": "shipped",
+    "load_bundled": "models.bundled",
     "parse_method": "search",
 }
 
@@ -82,7 +82,7 @@ __all__ = [
     "SearchResult",
     "TrieModel",
     "generate",
-    "load_shipped",
+    "load_bundled",
     "parse_method",
 ]
 

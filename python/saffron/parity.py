@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saffron.config import SearchConfig
 from saffron.errors import CheckpointError
-from saffron.policy import Policy
-from saffron.reward_models import MultifurcationRewardModel
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import Request, SaffronSearch
+from saffron.search.config import SearchConfig
 from saffron.search.tree import Node
 
 

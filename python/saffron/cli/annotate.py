@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         help='JSON lines with "prompt" and "response" or with "messages"; or a data set: a folder or a hub name',
     )
     annotate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    annotate.add_argument("--prm", help="checkpoint of the guard (default: the shipped one)")
+    annotate.add_argument("--prm", help="checkpoint of the guard (default: the bundled one)")
     annotate.add_argument("--split", default="train", help="of a data set (default %(default)s)")
     annotate.add_argument(
         "--fields", nargs="+", default=["chosen"], help="columns of a data set that hold transcripts (%(default)s)"
@@ -53,9 +53,9 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from saffron.mrm.annotate import AnnotateConfig, annotate
-    from saffron.mrm.conversations import read_corpus
-    from saffron.shipped import FOLDER
+    from saffron.models.bundled import FOLDER
+    from saffron.training.annotate import AnnotateConfig, annotate
+    from saffron.training.conversations import read_corpus
 
     config = AnnotateConfig(**{name: getattr(options, name) for name in AnnotateConfig.__dataclass_fields__})
     places = workers(options)

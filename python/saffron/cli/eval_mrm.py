@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from saffron.cli.options import Commands, positive
 
 if TYPE_CHECKING:
-    from saffron.mrm.evaluate import Evaluation
-    from saffron.mrm.figures import Agreement
+    from saffron.training.evaluate import Evaluation
+    from saffron.training.figures import Agreement
 
 
 def add(commands: Commands) -> None:
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
         "errors by depth in the turn, and what the unseen mask excludes.",
     )
     evaluation.add_argument("data", type=Path, help="folder of `saffron annotate`")
-    evaluation.add_argument("--mrm", help="folder of the reward model, published format (default: the shipped one)")
+    evaluation.add_argument("--mrm", help="folder of the reward model, published format (default: the bundled one)")
     evaluation.add_argument("--base", help="checkpoint the MRM's adapter belongs to (default: the one it names)")
     evaluation.add_argument(
         "--turns",
@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="also how much of this policy's nucleus is unseen (without a value: of the shipped policy)",
+        help="also how much of this policy's nucleus is unseen (without a value: of the bundled policy)",
     )
     evaluation.add_argument("--top-p", type=float, default=0.8, help="mass of the nucleus (default %(default)s)")
     evaluation.add_argument("--device", help="e.g. cpu or cuda (default: the GPU if there is one)")
@@ -51,12 +51,12 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from saffron.mrm import plots
-    from saffron.mrm.evaluate import evaluate, nucleus_on_unseen, predict
-    from saffron.mrm.shards import read_rewards
-    from saffron.policy import Policy
-    from saffron.reward_models import MultifurcationRewardModel
-    from saffron.shipped import FOLDER
+    from saffron.models.bundled import FOLDER
+    from saffron.models.policy import Policy
+    from saffron.models.reward_models import MultifurcationRewardModel
+    from saffron.training import plots
+    from saffron.training.evaluate import evaluate, nucleus_on_unseen, predict
+    from saffron.training.shards import read_rewards
 
     rows = read_rewards(options.data).rows[: options.limit]
     mrm = MultifurcationRewardModel.from_pretrained(

@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     evaluate.add_argument(
         "--judge", nargs="+", default=["oracle", "prm"], metavar="JUDGE",
-        help="oracle (of the shipped world), prm (the guard), model:CHECKPOINT (another guard) (default: oracle prm)",
+        help="oracle (of the bundled world), prm (the guard), model:CHECKPOINT (another guard) (default: oracle prm)",
     )  # fmt: skip
     evaluate.add_argument(
         "--count", type=positive, metavar="N", help="prompts of each set (default: world 200, else all)"
@@ -49,10 +49,10 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--seed", type=int, default=0, help="which requests of the world (default %(default)s)")
     evaluate.add_argument("--batch", type=positive, default=16, help="prompts decoded together (default %(default)s)")
     models = evaluate.add_argument_group("models")
-    models.add_argument("--policy", help="checkpoint to defend (default: the shipped policy)")
-    models.add_argument("--mrm", help="folder of the reward model, published format (default: the shipped one)")
+    models.add_argument("--policy", help="checkpoint to defend (default: the bundled policy)")
+    models.add_argument("--mrm", help="folder of the reward model, published format (default: the bundled one)")
     models.add_argument("--base", help="checkpoint the MRM's adapter belongs to (default: the one it names)")
-    models.add_argument("--prm", help="checkpoint of the guard (default: the shipped one)")
+    models.add_argument("--prm", help="checkpoint of the guard (default: the bundled one)")
     models.add_argument("--device", help="e.g. cpu or cuda (default: the GPU if there is one)")
     models.add_argument(
         "--variant", default="", help="for ablations: 'no unseen mask' or 'no trie cache' (default: neither)"

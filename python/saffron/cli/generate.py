@@ -13,8 +13,8 @@ from saffron.errors import ConfigError
 
 def add(commands: Commands) -> None:
     generate = commands.add_parser("generate", help="answer prompts with Saffron search")
-    generate.add_argument("--policy", help="checkpoint to defend (default: the shipped policy)")
-    generate.add_argument("--mrm", help="folder of the reward model, published format (default: the shipped one)")
+    generate.add_argument("--policy", help="checkpoint to defend (default: the bundled policy)")
+    generate.add_argument("--mrm", help="folder of the reward model, published format (default: the bundled one)")
     generate.add_argument("--base", help="checkpoint the MRM's adapter belongs to (default: the one it names)")
     what = generate.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt")
@@ -97,9 +97,9 @@ def finished(output: Path) -> set[tuple[int, str, str]]:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    from saffron.policy import Policy
-    from saffron.reward_models import MultifurcationRewardModel
-    from saffron.shipped import FOLDER
+    from saffron.models.bundled import FOLDER
+    from saffron.models.policy import Policy
+    from saffron.models.reward_models import MultifurcationRewardModel
 
     policy = Policy.from_pretrained(options.policy or FOLDER / "policy", device=options.device)
     mrm = MultifurcationRewardModel.from_pretrained(

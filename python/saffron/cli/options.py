@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saffron.config import SearchConfig
 from saffron.errors import ConfigError
+from saffron.search.config import SearchConfig
 
 if TYPE_CHECKING:
     from saffron.workers import Workers

@@ -12,7 +12,7 @@ def add(commands: Commands) -> None:
     reproduce = commands.add_parser(
         "reproduce",
         help="run everything that docs/results.md shows",
-        description="Runs every method of docs/results.md on the shipped models and writes that page and its figures. "
+        description="Runs every method of docs/results.md on the bundled models and writes that page and its figures. "
         "Run it again after an interruption: what is there is kept.",
     )
     reproduce.add_argument(

@@ -69,8 +69,8 @@ def _add_hyperparameters(train: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from saffron.mrm.shards import read_rewards
-    from saffron.mrm.train import TrainConfig, Trainer
+    from saffron.training.shards import read_rewards
+    from saffron.training.train import TrainConfig, Trainer
     from saffron.workers import torch_threads
 
     values = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}

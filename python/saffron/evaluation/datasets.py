@@ -1,4 +1,4 @@
-"""Prompts to attack with, and answers that comply: the shipped world, two published sets, files of one's own."""
+"""Prompts to attack with, and answers that comply: the bundled world, two published sets, files of one's own."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load_cases(data: str, count: int | None = None, seed: int = 0) -> list[Case]
     """The cases of a data set, each once, in its order.
 
     Args:
-        data: "world" or "world-allowed": held-out requests of the shipped world; "harmful-hex-phi" or "ai2-refusals",
+        data: "world" or "world-allowed": held-out requests of the bundled world; "harmful-hex-phi" or "ai2-refusals",
             from the hub, or from a file (JSON lines or Parquet) with "name=file"; or a file of JSON lines with "prompt"
             and, if wanted, "target".
         count: the first so many; None: 200 of the world, all of a file.

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from saffron import world
 from saffron.errors import ConfigError
-from saffron.reward_models import ProcessRewardModel
+from saffron.models.reward_models import ProcessRewardModel
 
 Verdict = tuple[bool, float | None]  # harmful, and the score it rests on where there is one
 NAMES = ("oracle", "prm", "model:CHECKPOINT")
@@ -22,7 +22,7 @@ class Judge(Protocol):
 
 
 class OracleJudge:
-    """The exact rule of the shipped world. It says nothing of other prompts."""
+    """The exact rule of the bundled world. It says nothing of other prompts."""
 
     name = "oracle"
 

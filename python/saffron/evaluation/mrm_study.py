@@ -1,4 +1,4 @@
-"""The MRM pipeline on the shipped world: how well the shipped MRM does, and one trained by the same commands."""
+"""The MRM pipeline on the bundled world: how well the bundled MRM does, and one trained by the same commands."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from saffron import world
 from saffron.errors import SaffronError
 from saffron.evaluation.reproduce import Progress, Results
 from saffron.evaluation.tables import Table
-from saffron.mrm import plots
-from saffron.mrm.evaluate import predict
-from saffron.mrm.figures import Agreement, by_depth
-from saffron.mrm.shards import read_rewards
-from saffron.reward_models import MultifurcationRewardModel
-from saffron.shipped import FOLDER
+from saffron.models.bundled import FOLDER
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.training import plots
+from saffron.training.evaluate import predict
+from saffron.training.figures import Agreement, by_depth
+from saffron.training.shards import read_rewards
 
 HELDOUT = ("greedy", "sample:top_p=0.8")  # whose answers under attack the MRM is held against the guard on
 EPOCHS = 4
@@ -51,7 +51,7 @@ def study(results: Results, out: Path, size: int, progress: Progress) -> dict[st
         _command(arguments, folder)
     progress("the MRM pipeline", len(commands), len(commands))
     heldout, rows = read_rewards(folder / "heldout").rows, []
-    for name, path in (("shipped", FOLDER / "mrm"), (f"trained here on {size} conversations", folder / "trained")):
+    for name, path in (("bundled", FOLDER / "mrm"), (f"trained here on {size} conversations", folder / "trained")):
         mrm = MultifurcationRewardModel.from_pretrained(path, base=FOLDER / "guard", device="cpu")
         known = predict(mrm, heldout).known
         predicted, true, depth = known.predicted, known.true, known.depth

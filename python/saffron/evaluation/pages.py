@@ -184,10 +184,10 @@ def _words(options: str) -> str:
 
 
 def _guard_flops() -> dict[str, int]:
-    """What a call of the shipped guard reads behind a response, and what a token of it costs."""
-    from saffron.shipped import load_shipped
+    """What a call of the bundled guard reads behind a response, and what a token of it costs."""
+    from saffron.models.bundled import load_bundled
 
-    guard = load_shipped(device="cpu").guard
+    guard = load_bundled(device="cpu").guard
     empty, one = guard.sequence("x", []), guard.sequence("x", [0])
     suffix = next(i for i in range(len(empty)) if empty[len(empty) - 1 - i :] != one[len(one) - 1 - i :])
     return {"suffix": suffix, "token": guard.flops.per_token}

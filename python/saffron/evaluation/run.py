@@ -19,9 +19,9 @@ from saffron.evaluation.attacks import parse_attack
 from saffron.evaluation.datasets import Case, load_cases
 from saffron.evaluation.judges import Judge, check_judge, load_judge
 from saffron.evaluation.store import Key, Record, ResultFile
-from saffron.result import SearchResult
+from saffron.models.bundled import FOLDER, Models
 from saffron.search import Method, parse_config, parse_method
-from saffron.shipped import FOLDER, Shipped
+from saffron.search.result import SearchResult
 from saffron.workers import Workers
 
 VARIANTS = ("", "no unseen mask", "no trie cache")
@@ -30,7 +30,7 @@ _CHOICE = re.compile(r"[=:]([\w.-]+(?:/[\w.-]+)+)")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Checkpoints to load; None: the shipped one.
+    """Checkpoints to load; None: the bundled one.
 
     Attributes:
         policy, mrm, base, prm: the policy, the MRM, the checkpoint its adapter belongs to, the guard.
@@ -46,14 +46,14 @@ class ModelFiles:
     device: str | None = None
     variant: str = ""
 
-    def load(self) -> Shipped:
-        from saffron.policy import Policy
-        from saffron.reward_models import MultifurcationRewardModel, ProcessRewardModel
+    def load(self) -> Models:
+        from saffron.models.policy import Policy
+        from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
 
         options: dict[str, Any] = {"device": self.device}
         if self.variant == "no trie cache":
             options["share_prefixes"] = False
-        models = Shipped(
+        models = Models(
             Policy.from_pretrained(self.policy or FOLDER / "policy", **options),
             MultifurcationRewardModel.from_pretrained(self.mrm or FOLDER / "mrm", base=self.base, **options),
             ProcessRewardModel.from_pretrained(self.prm or FOLDER / "guard", **options),
@@ -68,7 +68,7 @@ class ModelFiles:
         """Of what is in the checkpoints: results of other weights are other results."""
         import hashlib
 
-        from saffron.mrm.files import checkpoint_fingerprint
+        from saffron.training.files import checkpoint_fingerprint
 
         named = (self.policy or FOLDER / "policy", self.mrm or FOLDER / "mrm", self.prm or FOLDER / "guard", self.base)
         text = " ".join(checkpoint_fingerprint(path) for path in named if path)

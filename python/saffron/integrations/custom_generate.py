@@ -26,15 +26,15 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from saffron.config import SearchConfig
 from saffron.errors import ConfigError
 from saffron.integrations.mrm_prompt import MRMPrompt, mrm_contexts
-from saffron.policy import Policy
-from saffron.result import SearchResult
-from saffron.reward_models import MultifurcationRewardModel
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.trie_model import Rows
 from saffron.search import Request, SaffronSearch
+from saffron.search.config import SearchConfig
+from saffron.search.result import SearchResult
 from saffron.search.tree import Tree, common_prefix
-from saffron.trie_model import Rows
 
 # Options that ask for something else than one deterministic answer a row, with why the search cannot honour them.
 _REFUSED = {

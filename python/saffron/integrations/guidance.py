@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from saffron.config import SearchConfig
 from saffron.errors import ConfigError
 from saffron.integrations.mrm_prompt import MRMPrompt, mrm_contexts
-from saffron.reward_models import MultifurcationRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.search.config import SearchConfig
 from saffron_kernels import multifurcation_head, nucleus
 
 _NONE = np.empty(0, dtype=np.int32)

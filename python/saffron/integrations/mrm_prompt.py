@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from saffron.errors import ConfigError
-from saffron.reward_models import MultifurcationRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 
 MRMPrompt = str | Sequence[str] | Sequence[Sequence[int]]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saffron.config import DrawingConfig, check_whole
-from saffron.policy import Policy
+from saffron.models.policy import Policy
+from saffron.search.config import DrawingConfig, check_whole
 from saffron.search.method import Answer, Decoder, Progress, Run
 from saffron.search.proposals import Nuclei, sample
 from saffron.search.rewards import Guide, Owned, RewardModel

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saffron.attention import TrieStep
-from saffron.config import SearchConfig
 from saffron.errors import ConfigError, NumericalError
-from saffron.hand_over import Head, same_tokens
-from saffron.policy import Policy
-from saffron.reward_models import MultifurcationRewardModel
-from saffron.trie_model import Rows, TrieModel
+from saffron.models.attention import TrieStep
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.trie_model import Rows, TrieModel
+from saffron.search.config import SearchConfig
+from saffron.search.hand_over import Head, same_tokens
 from saffron_kernels import KVTrie, TreeStep, advance_tree, multifurcate
 from saffron_kernels.checks import FP8
 

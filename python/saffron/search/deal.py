@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saffron.config import DecodingConfig, check_number, check_whole
-from saffron.policy import Policy
-from saffron.reading import Tokens
+from saffron.models.policy import Policy
+from saffron.search.config import DecodingConfig, check_number, check_whole
 from saffron.search.method import Answer, Decoder, Progress, Run
 from saffron.search.proposals import Proposer
+from saffron.search.reading import Tokens
 from saffron.search.rewards import Guide, Owned, RewardModel
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saffron.config import DecodingConfig, DrawingConfig
 from saffron.errors import ConfigError, NumericalError
-from saffron.policy import Policy
-from saffron.reading import Reading, Tokens
-from saffron.result import Cost, SearchResult, Tally
+from saffron.models.policy import Policy
+from saffron.search.config import DecodingConfig, DrawingConfig
+from saffron.search.reading import Reading, Tokens
+from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Guide, Owned, Reward
 
 Progress = Callable[[int, int], None]

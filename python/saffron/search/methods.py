@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from saffron.config import DecodingConfig, SearchConfig, check_whole
 from saffron.errors import ConfigError
+from saffron.models.bundled import Models
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
+from saffron.search.config import DecodingConfig, SearchConfig, check_whole
 from saffron.search.deal import DeAL, DeALConfig
 from saffron.search.mcts import MCTS, MCTSConfig
 from saffron.search.method import Decoder, Method
 from saffron.search.rebase import Rebase, RebaseConfig
 from saffron.search.saffron import SaffronSearch
 from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
-from saffron.shipped import Shipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Kind:
 
     summary: str
     config: type
-    build: Callable[[Shipped, Any], Method]
+    build: Callable[[Models, Any], Method]
 
     def options(self) -> dict[str, Any]:
         """Every option and its default."""
@@ -73,12 +73,12 @@ METHODS: dict[str, Kind] = {
 }
 
 
-def parse_method(spec: str, models: Shipped, **defaults: Any) -> Method:
+def parse_method(spec: str, models: Models, **defaults: Any) -> Method:
     """Makes the method that a text names.
 
     Args:
         spec: a name of `METHODS`, and after a colon its options, `name=value` with commas between them.
-        models: policy, MRM and guard, as `load_shipped` returns them.
+        models: policy, MRM and guard, as `load_bundled` returns them.
         defaults: options to use where the text does not say otherwise; those that the method does not have are
             left out, so that one set serves many methods.
 

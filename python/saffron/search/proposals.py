@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.reading import Tokens
+from saffron.search.reading import Tokens
 from saffron_kernels import nucleus
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saffron.config import DrawingConfig, check_number, check_whole
-from saffron.policy import Policy
+from saffron.models.policy import Policy
+from saffron.search.config import DrawingConfig, check_number, check_whole
 from saffron.search.method import Answer, Decoder, Progress, Run
 from saffron.search.proposals import sample
 from saffron.search.rewards import Guide, RewardModel

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError
-from saffron.hand_over import Head, head_for, same_tokens
-from saffron.policy import Policy
-from saffron.reading import Reading, Tokens
-from saffron.result import Tally
-from saffron.reward_models import MultifurcationRewardModel, ProcessRewardModel
-from saffron.trie_model import TrieModel
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.trie_model import TrieModel
+from saffron.search.hand_over import Head, head_for, same_tokens
+from saffron.search.reading import Reading, Tokens
+from saffron.search.result import Tally
 from saffron_kernels import multifurcation_head
 
 RewardModel = ProcessRewardModel | MultifurcationRewardModel

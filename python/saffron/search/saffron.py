@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saffron.config import SearchConfig
 from saffron.errors import ConfigError, NumericalError
-from saffron.hand_over import Reader, ReadText, ReadTokens, head_for, same_tokens
-from saffron.policy import Policy
-from saffron.result import Cost, SearchResult, StepStatistics
-from saffron.reward_models import MultifurcationRewardModel
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured import StaticStep, why_not_captured
+from saffron.search.config import SearchConfig
+from saffron.search.hand_over import Reader, ReadText, ReadTokens, head_for, same_tokens
 from saffron.search.method import Progress, Request, one_each
+from saffron.search.result import Cost, SearchResult, StepStatistics
 from saffron.search.tree import Node, Tree, common_prefix
 from saffron_kernels import multifurcate, multifurcation_head, nucleus
 

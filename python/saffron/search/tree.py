@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from saffron.result import StepStatistics, Tally
+from saffron.search.result import StepStatistics, Tally
 
 
 @dataclass(slots=True, eq=False)

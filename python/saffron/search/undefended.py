@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saffron.config import DecodingConfig, DrawingConfig
-from saffron.hand_over import ReadTokens
-from saffron.policy import Policy
+from saffron.models.policy import Policy
+from saffron.search.config import DecodingConfig, DrawingConfig
+from saffron.search.hand_over import ReadTokens
 from saffron.search.method import Answer, Decoder, Progress, Run
 from saffron.search.proposals import log_probability, sample
 from saffron.search.tree import Node, Tree

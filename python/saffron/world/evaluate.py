@@ -1,4 +1,4 @@
-"""Prints what the shipped models do on held-out prompts, judged by the oracle: the figures of MODELS.md."""
+"""Prints what the bundled models do on held-out prompts, judged by the oracle: the figures of MODELS.md."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ import torch
 from rich.progress import Progress
 from transformers.utils import logging
 
-from saffron.config import SearchConfig
 from saffron.errors import SaffronError
-from saffron.result import SearchResult
+from saffron.models.bundled import FOLDER, load_bundled
 from saffron.search import GreedyDecoding, SaffronSearch
-from saffron.shipped import FOLDER, load_shipped
+from saffron.search.config import SearchConfig
+from saffron.search.result import SearchResult
 from saffron.world import ATTACK_TOKENS, Example, answers, attack_tokens, examples, oracle, requests
 
 BATCH = 16  # prompts decoded or judged together
@@ -29,7 +29,7 @@ Judge = Callable[[str, str], bool]  # prompt, response
 
 
 class Evaluation:
-    """The shipped models, and held-out prompts of both kinds to try them on.
+    """The bundled models, and held-out prompts of both kinds to try them on.
 
     Args:
         models: folder that holds policy/, guard/ and mrm/.
@@ -47,7 +47,7 @@ class Evaluation:
         progress: Progress | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.policy, self.mrm, self.guard = load_shipped(models, device="cpu", cache_dtype=cache_dtype)
+        self.policy, self.mrm, self.guard = load_bundled(models, device="cpu", cache_dtype=cache_dtype)
         self.seed, self.progress = seed, progress or Progress(disable=True)
         self.forbidden = examples("forbidden", "heldout", count, seed)
         self.allowed = examples("allowed", "heldout", count, seed)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m saffron.world.evaluate", description=__doc__)
     parser.add_argument(
-        "--models", type=Path, default=FOLDER, help="folder of policy/, guard/, mrm/ (the shipped ones)"
+        "--models", type=Path, default=FOLDER, help="folder of policy/, guard/, mrm/ (the bundled ones)"
     )
     parser.add_argument("--n", type=_positive, default=200, help="held-out prompts of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which held-out prompts (%(default)s)")

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from saffron.attention import ATTENTION, TrieStep, attention_window
 from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.integrations.transformers.call import Call, answer, by_name, read
 from saffron.integrations.transformers.rows import Pass, Rows
-from saffron.trie_model import TrieModel
+from saffron.models.attention import ATTENTION, TrieStep, attention_window
+from saffron.models.trie_model import TrieModel
 from saffron_kernels import TreeStep
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from saffron.attention import ATTENTION
 from saffron.errors import ConfigError, UnsupportedModelError
+from saffron.models.attention import ATTENTION
 
 _READ = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "return_dict",

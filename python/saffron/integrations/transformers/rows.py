@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.attention import check_window
 from saffron.errors import ConfigError
+from saffron.models.attention import check_window
 from saffron_kernels import Beams, KVTrie, TreeStep
 
 Ints = NDArray[np.int64]

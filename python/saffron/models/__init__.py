@@ -1,0 +1,1 @@
+"""Language models over the trie: the policy that is defended and the reward models that score it."""

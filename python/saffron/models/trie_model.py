@@ -1,0 +1,317 @@
+"""TrieModel: a Hugging Face decoder that runs over the trie cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
+from saffron.models import attention
+from saffron.models.flops import ModelFlops
+from saffron_kernels import Beams, KVTrie, TreeStep
+from saffron_kernels.checks import FP8
+
+Index = NDArray[np.int32]
+_NONE: Index = np.empty(0, dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Sequences in the caller's order, on beams that the trie numbers depth first. `TrieModel.step` moves them on.
+
+    Attributes:
+        beams: the state of the cache; None: nothing is shared, so nothing is cached.
+        beam_of_row: `[rows]` the beam of each row; before the first step several rows may stand on one beam.
+        sequences: the rows' tokens, where nothing is cached.
+    """
+
+    beams: Beams | None
+    beam_of_row: Index
+    sequences: list[list[int]] = field(default_factory=list)
+
+
+class TrieModel:
+    """A decoder-only model whose K/V cache is a trie.
+
+    Args:
+        model: loaded with `attn_implementation="saffron"`.
+        tokenizer: its tokenizer, or None where only token ids are used.
+        capacity, grow: of the cache (see `KVTrie`).
+        cache_dtype: of K and V in the cache; None: the model's. `torch.float8_e4m3fn` halves what bf16 takes and rounds
+            K and V to 4 significant bits; scales that fit the model better than 1 may be written into `kv.k_scale` and
+            `kv.v_scale` before the first call.
+        keep_prefixes: leave prompts in the cache for later calls that begin alike. They then start faster, and
+            their results may differ from those of an empty cache in the last bits.
+        share_prefixes: run every prefix once and remember it. Off, every call runs all tokens of all its sequences,
+            each on its own: what decoding costs without the trie cache, for comparison.
+
+    Raises:
+        UnsupportedModelError: a feature that the trie cannot serve. ConfigError: a cache_dtype that is not served.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        capacity: int = 256,
+        grow: bool = True,
+        cache_dtype: torch.dtype | None = None,
+        keep_prefixes: bool = False,
+        share_prefixes: bool = True,
+    ) -> None:
+        attention.check_supported(model.config, type(model))
+        if model.config._attn_implementation != attention.ATTENTION:
+            model.set_attn_implementation(attention.ATTENTION)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.keep_prefixes, self.share_prefixes = keep_prefixes, share_prefixes
+        dtype = _cache_dtype(cache_dtype, model.dtype)
+        self.kv = attention.new_cache(model.config, dtype, model.device, capacity=capacity, grow=grow)
+        self.flops = ModelFlops.of(model)
+        embeddings: Any = model.get_input_embeddings()
+        self._input_size = int(embeddings.weight.shape[0])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Loads a Hugging Face checkpoint, a folder or a hub name.
+
+        Args:
+            path: the checkpoint; its tokenizer is used if it holds one.
+            dtype: of weights and cache; None: fp32 on a CPU, the checkpoint's own elsewhere.
+            device: None: the GPU if there is one.
+            options: of the constructor.
+
+        Raises:
+            CheckpointError: nothing loadable there. UnsupportedModelError: a feature the trie cannot serve.
+        """
+        return cls(load_model(path, dtype, device), load_tokenizer(path), **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the unembedding: the token ids the model can score."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def context(self) -> int | None:
+        """The longest text the model was made for, None if its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{type(self).__name__}: text needs a tokenizer, and this checkpoint holds none; pass ids"
+            )
+        return self.tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text; special tokens written in it count, none are added."""
+        return self.require_tokenizer().encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return str(self.require_tokenizer().decode(list(tokens), skip_special_tokens=True))
+
+    def check_length(self, name: str, tokens: int, new_tokens: int = 0) -> None:
+        """Raises `PromptTooLongError` where `tokens + new_tokens` exceed the model's context."""
+        if self.context is not None and tokens + new_tokens > self.context:
+            raise PromptTooLongError(
+                f"{name}: {tokens} tokens and {new_tokens} new ones exceed the context of {self.context} of the "
+                f"{type(self).__name__}"
+            )
+
+    def check_tokens(self, name: str, tokens: Sequence[int]) -> None:
+        """Raises `ConfigError` for token ids outside the vocabulary."""
+        size = self._input_size
+        if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= size:
+            given = f"ids from {min(tokens)} to {max(tokens)}" if tokens else "no tokens"
+            raise ConfigError(f"{name}: got {given}, expected at least one id from 0 to {size - 1}")
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Sequence[Sequence[int]]) -> tuple[Rows, Tensor]:
+        """Runs whatever is not cached of the sequences in one forward pass, every distinct prefix once.
+
+        Returns:
+            the rows, one a sequence, and the output `[sequences, ...]` at each last token. Give the rows back with
+            `release`, or hand them to `step`.
+        """
+        leaves, output = self.read(sequences)
+        if not self.share_prefixes:
+            return Rows(None, _NONE, [list(s) for s in sequences]), output
+        try:
+            beams, beam_of_row = self.kv.beams(leaves)
+        except BaseException:
+            self.forget(leaves)
+            raise
+        return Rows(beams, beam_of_row), output
+
+    @torch.inference_mode()
+    def read(self, sequences: Sequence[Sequence[int]]) -> tuple[Index, Tensor]:
+        """`prefill` for sequences that do not move on by single steps.
+
+        Returns:
+            the trie node of each sequence's last token, held once for each sequence until `forget`, so that longer
+            sequences find their K and V (none where `share_prefixes` is off); and the output `[sequences, ...]`.
+        """
+        for i, sequence in enumerate(sequences):
+            self.check_tokens(f"sequences[{i}]", sequence)
+        if not self.share_prefixes:
+            return _NONE, self._run_alone(sequences)
+        fill = self.kv.insert(sequences)
+        try:
+            # Sequences that end in the same prefix share its output.
+            last, row_of_last = np.unique(fill.last, return_inverse=True)
+            output = self._forward(fill.tokens, fill.step, torch.from_numpy(last).long())
+            return fill.leaves, output[torch.from_numpy(row_of_last).to(output.device)]
+        except BaseException:
+            self.kv.release(fill.leaves, discard=True)  # nodes without K and V must not be found again
+            raise
+
+    def forget(self, leaves: Index) -> None:
+        """Ends what `read` held. Tokens that nobody else holds leave the cache unless `keep_prefixes` is set."""
+        self.kv.release(leaves, discard=not self.keep_prefixes)
+
+    @torch.no_grad()
+    def logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Next-token logits of token sequences, for decoders that keep no cache of their own.
+
+        Every distinct prefix is run once and stays in the cache until its room is needed; what was asked for longest
+        ago then goes first. The cache grows only for a single call that does not fit. A decoder that asks for its beams
+        in several calls wants a `capacity` for all of them together, or it runs again what the last call pushed out.
+
+        Returns:
+            `[sequences, vocab]`, equal to a forward pass over each whole sequence but for rounding.
+
+        Raises:
+            ConfigError: no sequences, an empty one, or ids outside the vocabulary.
+        """
+        if not sequences:
+            raise ConfigError("sequences: got none, expected at least one")
+        leaves, output = self.read(sequences)
+        self.kv.release(leaves)
+        return output.clone()  # an ordinary tensor: one made in inference mode could not be changed in place
+
+    @torch.inference_mode()
+    def step(self, rows: Rows, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One token further: new row `j` continues row `parents[j]` with `tokens[j]`. Rows without children end.
+
+        Updates `rows`, which stay good for `release` whatever happens.
+
+        Returns:
+            the output `[new rows, ...]` at the new tokens.
+        """
+        if rows.beams is None:
+            rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
+            return self._run_alone(rows.sequences)
+        beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
+        order = np.argsort(beam, kind="stable")  # the trie numbers new beams by parent
+        ids = np.asarray(tokens, dtype=np.int32)[order]
+        row = np.empty(len(order), dtype=np.int32)
+        row[order] = np.arange(len(order), dtype=np.int32)
+        rows.beams, plan = self.kv.advance(rows.beams, beam[order], ids)
+        rows.beam_of_row = row
+        try:
+            output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
+        except BaseException:
+            self.kv.release(rows.beams.nodes, discard=True)  # as in `prefill`
+            rows.beams = replace(rows.beams, nodes=rows.beams.nodes[:0])
+            raise
+        return output[torch.from_numpy(row).long().to(output.device)]
+
+    def release(self, rows: Rows) -> None:
+        """Ends the rows. Their tokens leave the cache unless `keep_prefixes` is set."""
+        if rows.beams is not None:
+            self.forget(rows.beams.nodes)
+
+    def _run_alone(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """The output `[sequences, ...]` at each last token, by one forward pass in which nothing is shared."""
+        lengths = np.array([len(s) for s in sequences])
+        ends = np.cumsum(lengths)
+        queries = torch.arange(int(ends[-1]), dtype=torch.int32, device=self.device)
+        positions = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)).to(self.device)
+        end = torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)).to(self.device)
+        tokens = torch.tensor([t for s in sequences for t in s], device=self.device)
+        scales = {"k_scale": self.kv.k_scale, "v_scale": self.kv.v_scale}
+        scratch = attention.new_cache(
+            self.model.config, self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales
+        )
+        # One chain of slots a sequence: token t is seen by itself and by what follows it there.
+        plan = TreeStep(positions, queries, queries, queries, end, int(lengths.max()))
+        return self._forward(tokens, plan, torch.from_numpy(ends - 1), scratch)
+
+    def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor, kv: KVTrie | None = None) -> Tensor:
+        """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
+        step = attention.TrieStep(self.kv if kv is None else kv, plan)
+        return self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+
+    def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
+        """Next-token logits `[keep, vocab]`; reward models return hidden states instead."""
+        result = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, trie_step=step
+        )
+        return result.logits[0]
+
+
+def _cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:
+    """The dtype of the cache of a model in dtype `own`."""
+    served = (own,) if own == torch.float64 else (own, FP8)
+    if wanted is not None and wanted not in served:
+        allowed = " or ".join(map(str, served))
+        raise ConfigError(f"cache_dtype: got {wanted}, expected {allowed} for a model in {own}")
+    return wanted or own
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_first_line(error)})") from error
+    attention.check_supported(config)
+    wanted: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, attn_implementation=attention.ATTENTION, output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise types of their own
+        raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers fills what is missing with random numbers
+        raise CheckpointError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys']))}")
+    return model.to(device)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint, None if it holds none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,141 @@
+"""One model reading the sequences of many searches: what stays cached, and what each search would cost alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saffron.models.trie_model import TrieModel
+from saffron.search.result import Tally
+from saffron_kernels._native import CacheFullError, Trie
+
+Index = NDArray[np.int32]
+Tokens = tuple[int, ...]
+
+
+class Reading:
+    """Reads responses behind their search's context; every prefix is run once and remembered while it is wanted.
+
+    The cost of a search is counted on a host trie of its own, which sees what the cache would see were it alone.
+
+    Args:
+        model: with `share_prefixes` off nothing is remembered, and every read runs all of its sequences.
+        contexts: what stands before the responses, for each search.
+        head_rows: entries of the unembedding that each read of a sequence needs.
+
+    Attributes:
+        tallies: cost, for each search.
+    """
+
+    def __init__(self, model: TrieModel, contexts: Sequence[Sequence[int]], head_rows: int) -> None:
+        self.model, self.contexts, self.head_rows = model, [tuple(c) for c in contexts], head_rows
+        self.tallies = [Tally() for _ in contexts]
+        self._alone = [Trie(256) for _ in contexts]
+        # Response prefixes that stay cached, by search: their nodes in the model's trie and in the search's own.
+        self._held: list[dict[Tokens, tuple[int, int]]] = [{} for _ in contexts]
+
+    def read(self, owners: Sequence[int], responses: Sequence[Tokens], suffix: Sequence[int] = ()) -> Tensor:
+        """The output `[responses, ...]` at the end of each `context + response + suffix`.
+
+        What was read, without the suffix, stays cached until `retain` drops it.
+
+        Args:
+            owners: the search of each response.
+        """
+        full = [[*self.contexts[g], *r, *suffix] for g, r in zip(owners, responses, strict=True)]
+        longest = max(range(len(full)), key=lambda i: len(full[i]))
+        self.model.check_length(f"response {longest}", len(full[longest]))
+        if not self.model.share_prefixes:
+            _, output = self.model.read(full)
+            for g, sequence in zip(owners, full, strict=True):
+                self._charge(g, len(sequence), self.model.flops.prompt(len(sequence)), 1)
+            return output
+        # A suffix is read behind its response alone: the responses are held, the ends of the suffixes are not.
+        wanted = [*full, *(s[: len(s) - len(suffix)] for s in full)] if suffix else full
+        leaves, output = self.model.read(wanted)
+        keep = len(leaves) - len(full)
+        self._hold(owners, responses, leaves[keep:], self._count(owners, wanted, len(full)))
+        if suffix:
+            self.model.forget(leaves[:keep])
+        return output[: len(full)]
+
+    def charge_head(self, owner: int, rows: int) -> None:
+        """Counts entries of the unembedding that were read besides `head_rows`."""
+        self.tallies[owner].flops += rows * self.model.flops.per_head_row
+
+    def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
+        """Drops every response that is not wanted, given its search and its tokens, from the cache."""
+        dropped: list[int] = []
+        for g, held in enumerate(self._held):
+            gone = [response for response in held if not wanted(g, response)]
+            nodes = [held.pop(response) for response in gone]
+            dropped += [node for node, _ in nodes]
+            self._alone[g].release(_int32([own for _, own in nodes]), True)
+        self.model.forget(_int32(dropped))
+
+    def close(self) -> None:
+        """Gives the cache back."""
+        self.retain(lambda owner, response: False)
+
+    def _hold(self, owners: Sequence[int], responses: Sequence[Tokens], leaves: Index, alone: list[int]) -> None:
+        """One hold for each response; those that were held already give up the second one."""
+        for g, response, leaf, own in zip(owners, responses, leaves.tolist(), alone, strict=True):
+            if response in self._held[g]:
+                self.model.forget(_int32([leaf]))
+                self._alone[g].release(_int32([own]), True)
+            else:
+                self._held[g][response] = leaf, own
+
+    def _count(self, owners: Sequence[int], sequences: list[list[int]], calls: int) -> list[int]:
+        """Charges each search for the tokens that its own trie lacks.
+
+        Args:
+            sequences: those whose output is wanted, `calls` of them, and then, where they had a suffix, the same
+                number without it.
+
+        Returns:
+            the nodes of the last `calls` sequences in their search's trie, held once for each.
+        """
+        kept = [0] * calls
+        rows_of: dict[int, list[int]] = {}
+        for i, owner in enumerate(owners):
+            rows_of.setdefault(owner, []).append(i)
+        for g, rows in rows_of.items():
+            mine = [sequences[i + first] for first in range(0, len(sequences), calls) for i in rows]
+            leaves, run, depth = _insert(self._alone[g], mine)
+            flops = self.model.flops
+            run_flops = flops.per_token * run + flops.per_pair * (depth + run)
+            asked, last = leaves[: len(rows)], leaves[len(leaves) - len(rows) :]
+            self._charge(g, run, run_flops, len(set(asked.tolist())))
+            if len(leaves) > len(rows):
+                self._alone[g].release(asked, True)
+            for i, node in zip(rows, last.tolist(), strict=True):
+                kept[i] = node
+        return kept
+
+    def _charge(self, owner: int, tokens: int, flops: int, calls: int) -> None:
+        tally = self.tallies[owner]
+        tally.tokens += tokens
+        tally.calls += calls
+        tally.flops += flops + calls * self.head_rows * self.model.flops.per_head_row
+
+
+def _insert(trie: Trie, sequences: list[list[int]]) -> tuple[Index, int, int]:
+    """Inserts as `KVTrie.insert` does: leaves, how many tokens have to be run, and the sum of their positions."""
+    tokens = _int32([t for sequence in sequences for t in sequence])
+    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+    try:
+        leaves, _, new = trie.insert(tokens, offsets)
+    except CacheFullError:
+        trie.grow(max(2 * trie.capacity, trie.num_nodes + len(tokens)))
+        leaves, _, new = trie.insert(tokens, offsets)
+    run = np.union1d(new, leaves)
+    depth = trie.plan(run)[-1]
+    return leaves, len(run), int(depth.sum(dtype=np.int64))
+
+
+def _int32(values: list[int]) -> Index:
+    return np.array(values, dtype=np.int32)

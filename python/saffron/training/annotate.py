@@ -1,0 +1,181 @@
+"""The rewards that an MRM learns from: the PRM's, for every prefix of every conversation of a corpus.
+
+The prefixes of a conversation differ in little: all are read in one forward pass over the trie they form, in which the
+conversation stands once and only the template's last words are run for each prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from saffron.errors import CheckpointError, ConfigError, NumericalError
+from saffron.models.reward_models import ProcessRewardModel
+from saffron.training.conversations import Conversation, fingerprint
+from saffron.training.files import checkpoint_fingerprint, expect_same, locked, read_json, write_atomically, write_json
+from saffron.training.layout import LayOut, Layout, Prefixes
+from saffron.training.shards import FORMAT, MANIFEST, encode_shard, shard_file
+from saffron.workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotateConfig:
+    """What decides the rewards, to the last bit.
+
+    Attributes:
+        max_tokens, prefixes: see `LayOut`.
+        batch: conversations of one forward pass.
+        shard_size: conversations of one file.
+        dtype, device: of the PRM, None: as `TrieModel.from_pretrained` chooses.
+    """
+
+    max_tokens: int = 128
+    prefixes: Prefixes = "conversation"
+    batch: int = 8
+    shard_size: int = 256
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ConfigError(f"dtype: got {self.dtype!r}, expected one of float32, bfloat16, float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Work for one worker: the conversations from number `first` on."""
+
+    first: int
+    conversations: Sequence[Conversation]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A shard that is done: the bytes of its file, how many conversations and rewards it holds."""
+
+    content: bytes
+    conversations: int
+    rewards: int
+
+
+class Annotator:
+    """Gives conversations their rewards.
+
+    Args:
+        prm: whose rewards they are.
+    """
+
+    def __init__(self, prm: ProcessRewardModel, config: AnnotateConfig) -> None:
+        self.prm, self.config = prm, config
+        self.lay_out = LayOut(prm, config.max_tokens, config.prefixes)
+
+    @classmethod
+    def load(cls, prm: str, config: AnnotateConfig) -> Annotator:
+        dtype = None if config.dtype is None else getattr(torch, config.dtype)
+        return cls(ProcessRewardModel.from_pretrained(prm, dtype=dtype, device=config.device), config)
+
+    def rewards(self, layouts: Sequence[Layout]) -> list[list[float]]:
+        """Rewards of every prefix of some conversations, in one forward pass.
+
+        Raises:
+            PromptTooLongError: in the PRM's template a conversation exceeds its context.
+            NumericalError: a reward is not a number.
+        """
+        sequences = [prefix for layout in layouts for prefix in layout.prefixes()]
+        self.prm.check_length("conversation in the template", max(map(len, sequences), default=0))
+        scores = self.prm.score_tokens(sequences).float().cpu()
+        if not scores.isfinite().all():
+            raise NumericalError("the PRM gave a reward that is not a number")
+        return [part.tolist() for part in scores.split([len(layout.ends) for layout in layouts])]
+
+    def __call__(self, shard: Shard) -> Encoded:
+        layouts = [self.lay_out(conversation) for conversation in shard.conversations]
+        rewards: list[list[float]] = []
+        for start in range(0, len(layouts), self.config.batch):
+            rewards += self.rewards(layouts[start : start + self.config.batch])
+        content = encode_shard(shard.first, layouts, rewards)
+        return Encoded(content, len(layouts), sum(map(len, rewards)))
+
+
+def annotate(
+    conversations: Sequence[Conversation],
+    prm: str,
+    out: Path,
+    config: AnnotateConfig,
+    workers: Workers | None = None,
+    *,
+    source: str = "",
+    progress: Callable[[int, int], None] = lambda conversations, rewards: None,
+) -> dict[str, Any]:
+    """Writes the rewards of a corpus to the folder `out`; what an interrupted run left there is taken up.
+
+    Args:
+        prm: checkpoint of the guard.
+        source: what the manifest names the corpus.
+        progress: called with the number of conversations and rewards done since the last call; before the work starts
+            with those that were there already, their rewards as 0.
+
+    Raises:
+        ConfigError: `out` holds rewards of another corpus, PRM or configuration, or another process writes there.
+    """
+    workers = workers or Workers()
+    config = replace(config, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    manifest = _manifest(conversations, prm, config, workers, source)
+    with locked(out):
+        if (out / MANIFEST).exists():
+            names = ("format", "corpus.fingerprint", "prm.fingerprint", "settings")
+            there = read_json(out / MANIFEST)
+            expect_same(out, _chosen(there, names), _chosen(manifest, names))
+            manifest = there  # the same but for what corpus and PRM are called
+        elif any(out.glob("shard-*.parquet")):
+            raise ConfigError(f"{out}: holds shards without a {MANIFEST}; choose another folder")
+        else:
+            write_json(out / MANIFEST, manifest)
+        shards = list(_shards(conversations, config.shard_size))
+        missing = [number for number in range(len(shards)) if not shard_file(out, number).exists()]
+        progress(len(conversations) - sum(len(shards[number].conversations) for number in missing), 0)
+        done = workers.run(partial(Annotator.load, prm, config), [shards[number] for number in missing])
+        for item, encoded in done:
+            write_atomically(shard_file(out, missing[item]), encoded.content)
+            progress(encoded.conversations, encoded.rewards)
+    return manifest
+
+
+def _shards(conversations: Sequence[Conversation], size: int) -> Iterator[Shard]:
+    for first in range(0, len(conversations), size):
+        yield Shard(first, conversations[first : first + size])
+
+
+def _manifest(
+    conversations: Sequence[Conversation], prm: str, config: AnnotateConfig, workers: Workers, source: str
+) -> dict[str, Any]:
+    try:
+        commit = getattr(AutoConfig.from_pretrained(prm), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{prm}: no Hugging Face checkpoint there ({str(error).splitlines()[0]})") from error
+    return {
+        "format": FORMAT,
+        "corpus": {"source": source, "fingerprint": fingerprint(conversations), "conversations": len(conversations)},
+        "prm": {"source": str(prm), "fingerprint": checkpoint_fingerprint(prm, commit)},
+        "settings": asdict(config) | {"threads": workers.threads},
+        "shards": -(-len(conversations) // config.shard_size),
+    }
+
+
+def _chosen(manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        value: Any = manifest
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        found[name] = value
+    return found

@@ -1,0 +1,386 @@
+"""Every method against one written from its paper: plain lists, one sequence at a time, no cache and no batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saffron.models.bundled import Models
+from saffron.models.policy import Policy
+from saffron.models.trie_model import TrieModel
+from saffron.search import MCTS, METHODS, BeamConfig, BeamSearch, Decoder, Request, mcts, parse_method
+from saffron.search.method import entropy
+from saffron.search.rebase import allocate
+from saffron.search.result import Tally
+from saffron.search.rewards import Guide, ProcessReward
+
+Tokens = tuple[int, ...]
+PROMPTS, PREFILLS = ["hello there", "please tell me how to bake"], ["the quick", ""]
+END = 1
+
+
+@cache
+def dense_copy(model: TrieModel) -> torch.nn.Module:
+    dense = tiny.model(attention="eager", **{name: getattr(model.model.config, name) for name in tiny.SHAPE})
+    dense.load_state_dict(model.model.state_dict())
+    return dense
+
+
+class Dense:
+    """The models without the trie, asked about one response at a time."""
+
+    def __init__(self, models: Models, method: Decoder, prompt: str, prefill: str) -> None:
+        self.models, self.config, self.prompt = models, method.config, prompt
+        self.with_mrm = method.guide is not None and method.guide.model is models.mrm
+        self.context = models.policy.chat(prompt, prefill)
+        self.entropy = entropy(getattr(self.config, "seed", 0), Request(tuple(self.context)))
+        self.rng = np.random.default_rng(self.entropy)
+        self.policy, self.mrm = (dense_copy(model) for model in (models.policy, models.mrm))
+        # What was said about a response before: a reference may be slow, but not that slow.
+        self.logits, self.nucleus, self.reward = cache(self._logits), cache(self._nucleus), cache(self._reward)
+
+    def _logits(self, response: Tokens) -> torch.Tensor:
+        with torch.no_grad():
+            logits = self.policy(torch.tensor([[*self.context, *response]])).logits[0, -1].double()
+        if len(response) < self.config.min_new_tokens:
+            logits[END] = -torch.inf
+        return logits
+
+    def _nucleus(self, response: Tokens) -> tuple[list[int], np.ndarray]:
+        logits = self.logits(response) / self.config.temperature
+        chances, order = logits.softmax(-1).sort(descending=True, stable=True)
+        before = chances.cumsum(-1) - chances
+        keep = (before < self.config.top_p) & (chances > 0)
+        return order[keep].tolist(), chances[keep].numpy()
+
+    def chance(self, response: Tokens) -> float:
+        """Log-probability of the last token."""
+        return float(self.logits(response[:-1]).log_softmax(-1)[response[-1]])
+
+    def draw(self, response: Tokens, uniform: float) -> Tokens:
+        tokens, chances = self.nucleus(response)
+        at = int(np.searchsorted(np.cumsum(chances), uniform * chances.sum(), side="right"))
+        return (*response, tokens[min(at, len(tokens) - 1)])
+
+    def goes_on(self, response: Tokens) -> bool:
+        return len(response) < self.config.max_new_tokens and response[-1:] != (END,)
+
+    def sample(self, response: Tokens, steps: int, rng: np.random.Generator) -> Tokens:
+        for _ in range(steps):
+            if self.goes_on(response):
+                response = self.draw(response, rng.random())
+        return response
+
+    def look_ahead(self, response: Tokens, steps: int) -> Tokens:
+        for _ in range(steps):
+            if self.goes_on(response):
+                response = (*response, self.nucleus(response)[0][0])
+        return response
+
+    def _reward(self, response: Tokens) -> float:
+        said = response[:-1] if response[-1:] == (END,) else response
+        if not self.with_mrm:
+            return float(self.models.guard.score([(self.prompt, said)]))
+        if not said:
+            return 0.0
+        mrm = self.models.mrm
+        assert mrm.unseen is not None
+        if bool(mrm.unseen[said[-1]]):
+            return -1024.0
+        with torch.no_grad():
+            rewards = self.mrm(torch.tensor([[*mrm.context_tokens(self.prompt), *said[:-1]]])).logits[0, -1] + mrm.bias
+        return float(rewards[said[-1]])
+
+
+Found = tuple[Tokens, float]
+
+
+def best(dense: Dense, found: Sequence[Found]) -> Found:
+    return max(found, key=lambda f: (f[1], f[0][-1:] == (END,)))
+
+
+def sample(dense: Dense) -> Found:
+    response = dense.sample((), dense.config.max_new_tokens, np.random.default_rng([*dense.entropy, 0]))
+    return response, sum(dense.chance(response[:i]) for i in range(1, len(response) + 1))
+
+
+def best_of_n(dense: Dense) -> Found:
+    streams = [np.random.default_rng([*dense.entropy, i]) for i in range(dense.config.n)]
+    drawn = [dense.sample((), dense.config.max_new_tokens, stream) for stream in streams]
+    return max(((response, dense.reward(response)) for response in drawn), key=lambda found: found[1])
+
+
+def beam(dense: Dense) -> Found:
+    config, rng = dense.config, dense.rng
+    beams: list[Found] = [((), 0.0)]
+    while any(dense.goes_on(response) for response, _ in beams):
+        children: list[Tokens] = []
+        for response, _ in beams:
+            if dense.goes_on(response):
+                tokens, chances = dense.nucleus(response)
+                keys = np.log(chances) + rng.gumbel(size=len(tokens))
+                children += [(*response, tokens[i]) for i in np.argsort(-keys, kind="stable")[: config.children]]
+        for _ in range(config.step_tokens - 1):
+            children = [dense.sample(child, 1, rng) for child in children]
+        pool = [found for found in beams if not dense.goes_on(found[0])]
+        pool += [(child, dense.reward(child)) for child in dict.fromkeys(children)]
+        beams = sorted(pool, key=lambda found: -found[1])[: config.width]
+    return best(dense, beams)
+
+
+def rebase(dense: Dense) -> Found:
+    config = dense.config
+    live: list[Found] = [((), 0.0)]
+    leaves: list[Found] = []
+    while live:
+        shares = allocate([reward for _, reward in live], config.width - len(leaves), config.balance)
+        children = [response for (response, _), share in zip(live, shares, strict=True) for _ in range(share)]
+        for _ in range(config.step_tokens):
+            children = [dense.sample(child, 1, dense.rng) for child in children]
+        scored = [(child, dense.reward(child)) for child in children]
+        live = [found for found in scored if dense.goes_on(found[0])]
+        leaves += [found for found in scored if not dense.goes_on(found[0])]
+    assert len(leaves) == config.width
+    return best(dense, leaves)
+
+
+def deal(dense: Dense) -> Found:
+    config = dense.config
+    beams: list[Found] = [((), 0.0)]
+    while any(dense.goes_on(response) for response, _ in beams):
+        pool = [found for found in beams if not dense.goes_on(found[0])]
+        for response, _ in beams:
+            if dense.goes_on(response):
+                for token in dense.nucleus(response)[0][: config.children]:
+                    child = (*response, token)
+                    chance = sum(dense.chance(child[:i]) for i in range(1, len(child) + 1))
+                    reward = dense.reward(dense.look_ahead(child, config.lookahead))
+                    pool.append((child, config.policy_weight * chance + reward))
+        beams = sorted(pool, key=lambda found: -found[1])[: config.width]
+    return best(dense, beams)
+
+
+def monte_carlo(dense: Dense) -> Found:
+    config = dense.config
+    visits: Counter[Tokens] = Counter()
+    value: Counter[Tokens] = Counter()
+    expanded: set[Tokens] = set()
+
+    def children(node: Tokens) -> list[Tokens]:
+        return [(*node, token) for token in dense.nucleus(node)[0][: config.children]]
+
+    def urgency(node: Tokens) -> float:
+        if not visits[node]:
+            return math.inf
+        spread = math.sqrt(math.log(visits[node[:-1]]) / visits[node])
+        return value[node] / visits[node] + config.exploration * spread
+
+    root: Tokens = ()
+    while dense.goes_on(root):
+        expanded.add(root)
+        while len(children(root)) > 1 and visits[root] < config.simulations:
+            path = [root]
+            while path[-1] in expanded:
+                path.append(max(children(path[-1]), key=urgency))
+            if visits[path[-1]] and dense.goes_on(path[-1]):
+                expanded.add(path[-1])
+                path.append(children(path[-1])[0])
+            reward = dense.reward(dense.look_ahead(path[-1], config.lookahead))
+            for node in path:
+                visits[node] += 1
+                value[node] += 1 / (1 + math.exp(-reward)) if reward > -700 else 0.0
+        root = max(children(root), key=lambda node: (visits[node], value[node] / max(visits[node], 1)))
+    return root, dense.reward(root)
+
+
+REFERENCES: dict[str, Callable[[Dense], Found]] = {
+    "sample": sample, "best-of-n": best_of_n, "beam": beam, "rebase": rebase, "deal": deal, "mcts": monte_carlo,
+}  # fmt: skip
+SPECS = [
+    "sample", "sample:temperature=2,top_p=1", "best-of-n:n=5", "best-of-n-mrm:n=5,temperature=1.5",
+    "beam:width=2,children=3", "beam:width=3,children=2,step_tokens=3", "beam-mrm:width=2,children=4",
+    "rebase:width=5,step_tokens=2", "rebase:width=4,step_tokens=3,balance=0.1", "rebase-mrm:width=4,step_tokens=1",
+    "deal:children=3,lookahead=2", "deal:children=4,width=2,lookahead=0", "deal:children=3,width=2,policy_weight=0.5",
+    "deal-mrm:children=3,lookahead=1", "mcts:simulations=6,children=3,lookahead=2",
+    "mcts:simulations=12,children=2,lookahead=0,exploration=0.1", "mcts-mrm:simulations=8,children=4,lookahead=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trio() -> Models:
+    models = tiny.trio(5)
+    with torch.no_grad():  # responses that end are to be met as well
+        models.policy.model.get_output_embeddings().weight[END] *= 3
+    return models
+
+
+@pytest.fixture
+def models(trio: Models) -> Iterator[Models]:
+    yield trio
+    assert [model.kv.num_nodes for model in trio] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_equals_the_method_as_the_paper_has_it(models: Models, spec: str) -> None:
+    reference = REFERENCES[spec.partition(":")[0].removesuffix("-mrm")]
+    for seed in (0,) if spec.startswith(("deal", "mcts")) else (0, 1):  # nothing is drawn there
+        method = parse_method(spec, models, max_new_tokens=7, min_new_tokens=2, seed=seed)
+        assert isinstance(method, Decoder)
+        results = method.generate(PROMPTS, PREFILLS)
+        for prompt, prefill, result in zip(PROMPTS, PREFILLS, results, strict=True):
+            tokens, score = reference(Dense(models, method, prompt, prefill))
+            assert tuple(result.tokens) == tokens
+            assert result.score == pytest.approx(score, abs=1e-3)
+
+
+def test_every_method_has_a_reference() -> None:
+    named = {name.removesuffix("-mrm") for name in METHODS} - {"greedy", "saffron"}  # whose own tests compare them
+    assert named == REFERENCES.keys()
+
+
+# --- invariants ---
+
+
+def test_one_sample_is_sampling_and_more_contain_fewer(models: Models) -> None:
+    options = {"max_new_tokens": 8, "min_new_tokens": 2, "top_p": 1.0}
+    (sampled,) = parse_method("sample", models, **options).generate(["hello there"])
+    scores = []
+    for n in (1, 2, 4, 8):
+        (result,) = parse_method(f"best-of-n:n={n}", models, **options).generate(["hello there"])
+        scores.append(result.score)
+        if n == 1:
+            assert result.tokens == sampled.tokens
+    assert all(less <= more + 1e-5 for less, more in itertools.pairwise(scores))
+
+
+def test_draws_follow_the_policy(models: Models) -> None:
+    """First tokens of many samples against the nucleus: total variation within what chance allows."""
+    method = parse_method("best-of-n:n=4000", models, max_new_tokens=1, min_new_tokens=0)
+    assert isinstance(method, Decoder)
+    dense = Dense(models, method, "hello there", "")
+    tokens, chances = dense.nucleus(())
+    counted = Counter(dense.draw((), np.random.default_rng([*dense.entropy, i]).random())[0] for i in range(4000))
+    assert set(counted) <= set(tokens)
+    apart = sum(abs(counted[t] / 4000 - p / chances.sum()) for t, p in zip(tokens, chances, strict=True)) / 2
+    assert apart < 2 * math.sqrt(len(tokens) / 4000)
+    (result,) = method.generate(["hello there"])
+    assert result.tokens[0] in counted
+
+
+class ByLogProbability(Guide):
+    """A reward that is the log-probability of the response under the policy: beam search then finds the likeliest."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.model = policy  # type: ignore[assignment]
+
+    longest_suffix = 0
+
+    def open(self, contexts: Sequence[Tokens], end_tokens: frozenset[int]) -> Any:
+        return self
+
+    tallies = (Tally(),)
+
+    def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
+        return [self.chance(response) for response in responses]
+
+    def chance(self, response: Tokens) -> float:
+        with torch.no_grad():
+            chances = dense_copy(self.model)(torch.tensor([[0, 3, *response]])).logits[0].log_softmax(-1)
+        return sum(float(chances[1 + i, token]) for i, token in enumerate(response))
+
+    def retain(self, wanted: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_beam_search_over_all_children_finds_the_likeliest_response() -> None:
+    policy = Policy(tiny.model(vocab_size=6))
+    policy.model.generation_config.eos_token_id = 5
+    config = BeamConfig(width=6**3, children=6, max_new_tokens=3, min_new_tokens=3, top_p=1.0)
+    method = BeamSearch.__new__(BeamSearch)
+    Decoder.__init__(method, policy, ByLogProbability(policy), config)
+    (result,) = method.search([Request((0, 3), (0,))])
+    everything = {r: ByLogProbability(policy).chance(r) for r in itertools.product(range(5), repeat=3)}
+    likeliest = max(everything, key=everything.__getitem__)
+    assert tuple(result.tokens) == likeliest
+    assert result.score == pytest.approx(everything[likeliest], abs=1e-3)
+    assert result.cost.policy_calls == 1 + 5 + 25
+
+
+def test_without_lookahead_deal_is_greedy_by_reward(models: Models) -> None:
+    method = parse_method("deal:lookahead=0,children=4", models, max_new_tokens=6, min_new_tokens=6)
+    assert isinstance(method, Decoder)
+    (result,) = method.generate(["hello there"])
+    dense, response = Dense(models, method, "hello there", ""), ()
+    while len(response) < 6:
+        response = max(((*response, t) for t in dense.nucleus(response)[0][:4]), key=dense.reward)
+    assert tuple(result.tokens) == response
+
+
+def test_visits_of_a_monte_carlo_tree_add_up(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots: list[mcts.TreeNode] = []
+    plain = mcts.chosen
+
+    def check(node: mcts.TreeNode, own: int) -> None:
+        assert 0 <= node.mean <= 1
+        if node.children:
+            assert node.visits == own + sum(child.visits for child in node.children)
+            for child in node.children:
+                assert child.response[:-1] == node.response
+                check(child, 1)
+
+    def record(root: mcts.TreeNode) -> mcts.TreeNode:
+        roots.append(root)
+        check(root, own=1 if root.response and root.visits else 0)
+        assert root.visits >= 9 or len(root.children or []) == 1
+        picked = plain(root)
+        assert picked.visits == max(child.visits for child in root.children or [])
+        return picked
+
+    monkeypatch.setattr(mcts, "chosen", record)
+    method = parse_method("mcts:simulations=9,children=3", models, max_new_tokens=6, min_new_tokens=6)
+    assert isinstance(method, MCTS)
+    method.generate(["hello there"])
+    assert len(roots) == 6 and max(root.visits for root in roots) == 9
+
+
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=12), st.integers(1, 64), st.sampled_from([0.1, 1.0, 10.0]))
+def test_rebase_shares_out_its_width(rewards: list[int], budget: int, balance: float) -> None:
+    shares = allocate(rewards, budget, balance)
+    assert sum(shares) == budget and min(shares) >= 0
+    weights = [math.exp((r - max(rewards)) / balance) for r in rewards]
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - budget * weight / sum(weights)) < 1 + 1e-6
+    for (a, share), (b, other) in itertools.combinations(zip(rewards, shares, strict=True), 2):
+        assert a == b or (share >= other) == (a > b) or share == other
+    assert allocate([], 3, 1.0) == []
+
+
+def test_a_prm_call_runs_new_tokens_and_the_suffix_alone(models: Models) -> None:
+    guard, prompt = models.guard, "hello there"
+    context = guard.context_tokens(prompt)
+    reward = ProcessReward(models.policy, guard, [tuple(context)], frozenset({END}))
+    suffix = len(guard.suffix_tokens())
+    try:
+        (first,) = reward.score([0], [(7, 8, 9)])
+        assert (reward.tallies[0].tokens, reward.tallies[0].calls) == (len(context) + 3 + suffix, 1)
+        a, b, ended, again = reward.score([0] * 4, [(7, 8, 9, 10), (7, 8, 11), (7, 8, 9, 10, END), (7, 8, 9)])
+        assert (reward.tallies[0].tokens, reward.tallies[0].calls) == (len(context) + 5 + 3 * suffix, 3)
+        assert a == ended and again == first
+        expected = guard.score([(prompt, r) for r in ((7, 8, 9), (7, 8, 9, 10), (7, 8, 11))]).tolist()
+        assert [first, a, b] == pytest.approx(expected, abs=1e-4)
+        reward.retain(lambda search, response: response == (7, 8, 11))
+        assert guard.kv.num_nodes == len(context) + 3
+    finally:
+        reward.close()
