@@ -9,8 +9,7 @@ import cuda_host
 import pytest
 import tiny
 import torch
-from test_captured import make
-from test_search import CONFIG, REQUESTS, comparable
+from searches import CONFIG, REQUESTS, comparable, make
 from torch import Tensor
 
 from saffron.models.policy import Policy

@@ -8,8 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_captured import make, recorded, same
-from test_search import CONFIG, REQUESTS
+from searches import CONFIG, REQUESTS, make, recorded, same
 from torch import Tensor, nn
 from transformers import AttentionInterface
 

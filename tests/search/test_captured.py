@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ import tiny
 import torch
 from cases import Forest, forests
 from hypothesis import given
-from test_search import CONFIG, REQUESTS, comparable
+from searches import CONFIG, REQUESTS, make, recorded, same
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,36 +24,6 @@ from saffron.search import Request, SaffronSearch, captured
 from saffron.search import saffron as module
 from saffron.search.captured import EVERY, StaticStep, context_plan
 from saffron_kernels import Beams, multifurcate
-
-
-def recorded(body: Callable[[], object]) -> Callable[[], object]:
-    """What a CUDA graph is on the CPU: the ops of one run with the tensors they worked on, to be run again.
-
-    Tracing fails where the host would have to know what a tensor holds. It runs the body, which a graph does not: the
-    first replay has been had then.
-    """
-
-    def run(dummy: Tensor) -> Tensor:
-        body()
-        return dummy
-
-    graph = make_fx(run)(torch.zeros(()))
-    replays = iter([lambda: None])
-    return lambda: next(replays, partial(graph, torch.zeros(())))()
-
-
-def make(monkeypatch: pytest.MonkeyPatch, capture: object, policy, mrm, config=CONFIG) -> SaffronSearch:
-    """A search in captured steps, on the CPU."""
-    search = SaffronSearch(policy, mrm, config)
-    search.capture = True
-    monkeypatch.setattr(module, "StaticStep", partial(StaticStep, capture=capture))
-    return search
-
-
-def same(results, expected) -> None:
-    for result, other in zip(results, expected, strict=True):
-        assert comparable(result) == comparable(other)
-        assert result.score == pytest.approx(other.score, abs=1e-4)
 
 
 @pytest.mark.parametrize("seed, eos_score", [(0, "parent"), (1, "mrm"), (2, "parent")])

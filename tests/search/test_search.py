@@ -9,22 +9,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from searches import CONFIG, REQUESTS, comparable
 
 from saffron.errors import ConfigError, NumericalError, PromptTooLongError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import Request, SaffronSearch
 from saffron.search.config import SearchConfig
-from saffron.search.result import SearchResult
 from saffron.search.tree import Node
-
-CONFIG = SearchConfig(width=5, top_p=0.8, max_new_tokens=12, min_new_tokens=3)
-REQUESTS = [
-    Request((0, 5, 6, 7), (0, 4, 6, 7)),
-    Request((0, 5, 6), (0, 4, 6)),
-    Request((0, 30, 31, 32, 33, 34, 35), (0, 4, 31, 32, 33, 34, 35)),
-    Request((0, 30, 31, 32, 40), (0, 4, 31, 32, 33, 34, 35)),  # another prefill: the MRM reads the same text
-]
 
 
 def dense_search(
@@ -83,12 +75,6 @@ def test_equals_a_dense_search(seed: int, eos_score: str) -> None:
         assert result.tokens == tokens
         assert result.score == pytest.approx(score, abs=1e-4)
         assert result.stop == ("eos" if tokens[-1] == 1 else "length")
-
-
-def comparable(result: SearchResult) -> dict[str, object]:
-    data = result.to_json()
-    del data["score"], data["cost"]["seconds"]
-    return data
 
 
 @pytest.mark.parametrize("ranking", ["paper", "released"])

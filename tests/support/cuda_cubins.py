@@ -1,6 +1,7 @@
 """Compiles every CUDA kernel for GPUs that need not be here, each source once for an architecture.
 
-Needs the standard library alone, so that CI can begin (`python tests/support/cuda_cubins.py`) while packages are installed.
+Needs only the standard library, so that CI can start it (`python tests/support/cuda_cubins.py`) while packages are
+installed.
 """
 
 from __future__ import annotations
