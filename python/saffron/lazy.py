@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that a help text or `import saffron` costs nothing."""
+"""Names of a package that are imported when they are first used: a help text or `import saffron` costs nothing."""
 
 from __future__ import annotations
 
