@@ -17,6 +17,23 @@ COLOURS = {
     "mcts-mrm": "#cc79a7", "deal-mrm": "#e69f00",
 }  # fmt: skip
 MARKERS = "osD^vP*X<>"
+# One style for the figures of results, of training and of the benchmarks.
+STYLE = {
+    "svg.hashsalt": "saffron",  # the same figure is the same file
+    "figure.constrained_layout.use": True,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
+CYCLE = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#000000"]
 
 
 def pyplot() -> Any:
@@ -30,8 +47,10 @@ def pyplot() -> Any:
     except ImportError as error:
         raise MissingDependencyError("matplotlib", "plots") from error
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "saffron"  # the same figure is the same file
     import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    matplotlib.rcParams.update(STYLE | {"axes.prop_cycle": cycler(color=CYCLE)})
 
     return plt
 
