@@ -65,7 +65,7 @@ def _curves(plt: Any, op: str, panels: dict[str, Points]) -> Any:
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines + 0.5), squeeze=False)
-    found = {name for points in panels.values() for name, curve in points.items() if curve}
+    found = {name for points in panels.values() for name, curve in points.items() if len(curve) > (name == FLOOR)}
     names = sorted(found, key=lambda name: (name != OURS, name == FLOOR, name))
     styles = {
         name: {"color": f"C{i}", "marker": "osD^vP*X"[i % 8], "linewidth": 2 if name == OURS else 1.2}
@@ -74,7 +74,7 @@ def _curves(plt: Any, op: str, panels: dict[str, Points]) -> Any:
     }
     drawn: dict[str, Any] = {}
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
-        for name in filter(points.get, names):
+        for name in (name for name in names if len(points.get(name, ())) > (name == FLOOR)):
             (drawn[name],) = axis.plot(*zip(*sorted(points[name]), strict=True), markersize=4, **styles[name])
         sizes = sorted({size for curve in points.values() for size, _ in curve})
         axis.set(xscale="log", yscale="log", title=title, xlabel=AXES[op][0])
