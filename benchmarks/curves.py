@@ -51,7 +51,7 @@ def _panels(op: str, rows: Sequence[Row]) -> dict[str, Points]:
         kinds = [name for name, there in (("graph", shape.get("graph")), ("warm", shape.get("l2"))) if there]
         panel, how = panels[shape[shared], row["dtype"]], f" ({', '.join(kinds)})" if kinds else ""
         panel[(row["competitor"] or OURS) + how].append((shape[x], float(row["median_us"]) / 1e3))
-        if row["floor_us"] and not row["competitor"] and not how:
+        if float(row["floor_us"] or 0) > 0 and not row["competitor"] and not how:
             panel[FLOOR].append((shape[x], float(row["floor_us"]) / 1e3))
     return {
         f"{value} {shared}, {dtype}" if shared == "beams" else f"{shared} {value}, {dtype}": points
