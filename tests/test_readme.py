@@ -9,16 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+SNIPPETS = {
+    document: re.findall(r"^```python\n(.*?)^```", document.read_text(), re.S | re.M)
+    for document in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_snippets_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(SNIPPETS[number], f"README.md, snippet {number}", "exec"), {})
+@pytest.mark.parametrize("document", [d for d, found in SNIPPETS.items() if found], ids=lambda path: path.name)
+def test_snippets_run(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In their order, each knowing what stood before it on the page."""
+    names: dict[str, object] = {}
+    for number, snippet in enumerate(SNIPPETS[document]):
+        exec(compile(snippet, f"{document.name}, snippet {number}", "exec"), names)
 
 
 def test_readme_has_snippets() -> None:
-    assert len(SNIPPETS) >= 2
+    assert len(SNIPPETS[ROOT / "README.md"]) >= 1
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
