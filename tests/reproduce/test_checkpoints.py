@@ -169,9 +169,7 @@ def test_corpus_is_read_back_token_by_token(tmp_path):
 def test_models_md_has_the_commands():
     """They ask for what `reward_and_train` does."""
     text = MODELS_MD.read_text().replace("\\\n", " ")
-    given = [
-        cli.parser().parse_args(shlex.split(line)[1:]) for line in text.splitlines() if line.startswith("saffron ")
-    ]
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("saffron ")]
     options = train.parser().parse_args(["--out", "DIR"])
     work, guard = options.work, str(options.out / "guard")
     *annotations, training = map(cli.parser().parse_args, commands)
