@@ -158,3 +158,13 @@ def test_the_installed_command_starts_quickly_and_helps() -> None:
     )
     assert "generate" in help_text.stdout and "demo" in help_text.stdout
     assert "transformers" not in help_text.stderr  # nothing heavy is imported for a help text
+
+
+def test_reproduce_needs_a_clone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from saffron.cli import reproduce
+
+    monkeypatch.setattr(reproduce, "__file__", str(tmp_path / "lib" / "site-packages" / "saffron" / "cli" / "x.py"))
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "reproduce", "--output", str(tmp_path / "out"))
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "from a clone of the repository only" in err
+    assert not (tmp_path / "out").exists()

@@ -289,7 +289,7 @@ def test_files_that_hold_no_results(tmp_path):
 def test_kill_9_loses_nothing_and_repeats_nothing(tmp_path):
     file = tmp_path / "r.jsonl"
     # A method slow enough to be interrupted; the same command again goes on where it was.
-    arguments = ["eval", "--out", str(file), "--count", "48", "--batch", "2", "--judge", "oracle", "--workers", "2",
+    arguments = ["eval", "--output", str(file), "--count", "48", "--batch", "2", "--judge", "oracle", "--workers", "2",
                  "--method", "best-of-n:n=8,max_new_tokens=12,min_new_tokens=1"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "saffron.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -312,7 +312,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(tmp_path):
 
 
 def test_command_prints_a_summary(tmp_path, capsys):
-    arguments = ["eval", "--out", str(tmp_path / "r.jsonl"), "--count", "2", "--method", FAST, "--judge", "oracle"]
+    arguments = ["eval", "--output", str(tmp_path / "r.jsonl"), "--count", "2", "--method", FAST, "--judge", "oracle"]
     assert main([*arguments, "--data", "world", "world-allowed", "--attack", "prefill:0/2", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert [(r["data"], r["attack"]) for r in results] == [

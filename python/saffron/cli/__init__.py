@@ -19,7 +19,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     _quiet_transformers()
     from saffron_kernels import CacheFullError
 
@@ -36,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="saffron", description=f"{_summary()} Try `saffron demo`.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    made = _Parser(prog="saffron", description=f"{_summary()} Try `saffron demo`.")
+    commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (demo, generate, parity, doctor, annotate, train_mrm, eval_mrm, evaluate, report, reproduce):
         command.add(commands)
-    return parser
+    return made
 
 
 def _summary() -> str:

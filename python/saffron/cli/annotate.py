@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saffron.cli.options import Commands, add_worker_options, positive, workers
+from saffron.cli.progress import progress
+
+if TYPE_CHECKING:
+    from saffron.training.annotate import AnnotateConfig
 
 
 def add(commands: Commands) -> None:
@@ -24,7 +26,7 @@ def add(commands: Commands) -> None:
         "corpus",
         help='JSON lines with "prompt" and "response" or with "messages"; or a data set: a folder or a hub name',
     )
-    annotate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    annotate.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     annotate.add_argument("--prm", help="checkpoint of the guard (default: the bundled one)")
     annotate.add_argument("--split", default="train", help="of a data set (default %(default)s)")
     annotate.add_argument(
@@ -54,50 +56,38 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from saffron.models.bundled import FOLDER
-    from saffron.training.annotate import AnnotateConfig, annotate
+    from saffron.training.annotate import annotate
     from saffron.training.conversations import read_corpus
 
-    config = AnnotateConfig(**{name: getattr(options, name) for name in AnnotateConfig.__dataclass_fields__})
-    places = workers(options)
+    config, places = annotate_config(options), workers(options)
     conversations = read_corpus(options.corpus, split=options.split, fields=options.fields, limit=options.limit)
-    began, done = time.monotonic(), {"conversations": len(conversations), "found": 0, "rewards": 0}
-    with _progress(len(conversations)) as advance:
+    began, done = time.monotonic(), {"conversations": len(conversations), "seen": 0, "found": 0, "rewards": 0}
+    with progress("annotating") as show:
 
         def count(new_conversations: int, new_rewards: int) -> None:
             if not new_rewards and not done["rewards"]:
                 done["found"] = new_conversations
             done["rewards"] += new_rewards
-            advance(new_conversations, done["rewards"] / (time.monotonic() - began))
+            done["seen"] += new_conversations
+            show(done["seen"], len(conversations), f"{done['rewards'] / (time.monotonic() - began):.0f} rewards/s")
 
         prm = options.prm or str(FOLDER / "guard")
-        annotate(conversations, prm, options.out, config, places, source=options.corpus, progress=count)
+        annotate(conversations, prm, options.output, config, places, source=options.corpus, progress=count)
     _report(options, done, time.monotonic() - began)
     return 0
+
+
+def annotate_config(options: argparse.Namespace) -> AnnotateConfig:
+    from saffron.training.annotate import AnnotateConfig
+
+    return AnnotateConfig(**{name: getattr(options, name) for name in AnnotateConfig.__dataclass_fields__})
 
 
 def _report(options: argparse.Namespace, done: dict[str, Any], seconds: float) -> None:
     rate = done["rewards"] / seconds
     if options.json:
-        print(json.dumps({"out": str(options.out), **done, "seconds": seconds, "rewards_per_second": rate}))
+        print(json.dumps({"out": str(options.output), **done, "seconds": seconds, "rewards_per_second": rate}))
         return
     kept = f" ({done['found']} were there already)" if done["found"] else ""
-    print(f"{options.out}: {done['conversations']} conversations{kept}")
+    print(f"{options.output}: {done['conversations']} conversations{kept}")
     print(f"{done['rewards']} rewards in {seconds:.1f} s, {rate:.0f} a second")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar on stderr; yields what to call with conversations done and rewards a second."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("annotating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} rewards/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total, rate=0.0)
-        yield lambda count, rate: progress.update(task, advance=count, rate=rate)

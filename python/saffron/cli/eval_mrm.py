@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saffron.cli.options import Commands, positive
+from saffron.cli.progress import progress
 
 if TYPE_CHECKING:
+    from saffron.training.agreement import Agreement
     from saffron.training.evaluate import Evaluation
-    from saffron.training.figures import Agreement
 
 
 def add(commands: Commands) -> None:
@@ -65,7 +65,13 @@ def run(options: argparse.Namespace) -> int:
     policy = None
     if options.policy is not None:
         policy = Policy.from_pretrained(options.policy or FOLDER / "policy", device=options.device)
-    with _progress(len(rows) * (1 if policy is None else 2)) as advance:
+    with progress("evaluating") as show:
+        passes = itertools.count(1)
+        total = len(rows) * (1 if policy is None else 2)
+
+        def advance(_: int) -> None:
+            show(next(passes), total)
+
         predictions = predict(mrm, rows, options.turns, advance)
         nucleus = None if policy is None else nucleus_on_unseen(policy, mrm, rows, options.top_p, advance)
     found = evaluate(predictions, mrm, nucleus)
@@ -103,14 +109,3 @@ def _row(name: str, one: Agreement) -> str:
         f"{name:>12} {one.tokens:>8} {one.within_1:>9.3f} {one.correlation:>12.3f} {one.mean_error:>11.3f} "
         f"{one.root_mean_square_error:>10.3f}"
     )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields what to call with the number done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("evaluating", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saffron.cli.options import Commands, add_worker_options, positive, workers
+from saffron.cli.progress import progress
 
 if TYPE_CHECKING:
     from saffron.evaluation.metrics import Group
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "eval", help="attack a defended policy and judge what it says", description=DESCRIPTION
     )
-    evaluate.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines to add results to")
+    evaluate.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to add results to")
     evaluate.add_argument(
         "--data", nargs="+", default=["world"], metavar="DATA",
         help="world, world-allowed (its allowed requests), harmful-hex-phi, ai2-refusals (from the hub, or NAME=FILE), "
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
         batch=options.batch,
         models=ModelFiles(options.policy, options.mrm, options.base, options.prm, options.device, options.variant),
     )
-    with progress() as update:
-        records = run_plans([plan], options.out, workers(options), progress=update)
+    with progress("attacking") as show:
+        records = run_plans([plan], options.output, workers(options), progress=show)
     asked = [
         one
         for one in group(records, variant=plan.models.variant)
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     asked.sort(key=lambda g: (plan.data.index(g.data), plan.attacks.index(g.attack), plan.methods.index(g.method)))
     if options.json:
-        print(json.dumps({"out": str(options.out), "results": [summary(one) for one in asked]}))
+        print(json.dumps({"out": str(options.output), "results": [summary(one) for one in asked]}))
     else:
         _print(asked)
     return 0
@@ -116,15 +116,3 @@ def _print(groups: Sequence[Group]) -> None:
         )
     # Lines are broken for a terminal alone.
     Console(width=None if Console().is_terminal else 200).print(table)
-
-
-@contextmanager
-def progress(title: str = "attacking") -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields what to call with prompts done and prompts in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: tuple[Any, ...] = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

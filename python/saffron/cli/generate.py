@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from saffron.cli.options import Commands, add_search_options, json_lines, positive, progress, search_config
+from saffron.cli.options import Commands, add_search_options, json_lines, positive, search_config
+from saffron.cli.progress import progress
 from saffron.errors import ConfigError
 
 
@@ -46,14 +47,14 @@ def run(options: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
         print()
         return 0
-    with progress(len(work)) as advance:
+    with progress("searching", shown=len(work) > 1) as show:
         for start in range(0, len(work), options.batch):
             batch = work[start : start + options.batch]
             prompts, prefills = [p for _, p, _ in batch], [f for _, _, f in batch]
             results = search.generate(prompts, prefills, trace=options.trace is not None)
             for (number, _, _), result in zip(batch, results, strict=True):
                 _emit({"id": number, **result.to_json()}, options)
-            advance(len(batch))
+            show(start + len(batch), len(work))
     if options.trace:
         results[0].write_trace(options.trace)
     return 0

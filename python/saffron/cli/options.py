@@ -1,11 +1,9 @@
-"""What several commands share: options of the search, JSON lines, progress."""
+"""What several commands share: options of the search, JSON lines."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,17 +64,6 @@ def json_lines(file: Path) -> list[dict[str, Any]]:
     if not all(isinstance(record, dict) for record in records):
         raise ConfigError(f"{file}: every line must be a JSON object")
     return records
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """A progress bar on stderr for more than one prompt; yields what to call with the number done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=total < 2, transient=True) as progress:
-        task = progress.add_task("searching", total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def positive(text: str) -> int:

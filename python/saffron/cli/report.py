@@ -16,7 +16,9 @@ def add(commands: Commands) -> None:
         "are like. Writes report.md, report.html and figures/.",
     )
     report.add_argument("results", type=Path, nargs="+", help="files that `saffron eval` wrote")
-    report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="folder to write (%(default)s)")
+    report.add_argument(
+        "--output", type=Path, default=Path("report"), metavar="DIR", help="folder to write (%(default)s)"
+    )
     report.add_argument("--judge", default="oracle", help="whose verdicts count (default %(default)s)")
     report.add_argument(
         "--reference", metavar="METHOD", help="compare at the compute of this one (default: best-of-n with n=32)"
@@ -42,6 +44,6 @@ def run(options: argparse.Namespace) -> int:
         formats=tuple(options.format),
         scatter=options.scatter,
     )
-    for file in write_report(read_results(options.results), options.out, chosen):
+    for file in write_report(read_results(options.results), options.output, chosen):
         print(file)
     return 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saffron.cli.options import Commands, positive
+from saffron.cli.progress import progress
+
+if TYPE_CHECKING:
+    from saffron.training.train import TrainConfig
 
 
 def add(commands: Commands) -> None:
@@ -22,7 +23,7 @@ def add(commands: Commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument("data", type=Path, help="folder of `saffron annotate`")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the MRM, published format")
+    train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the MRM, published format")
     train.add_argument("--base", default=argparse.SUPPRESS, help="the guard (default: the one that made the data)")
     train.add_argument(
         "--run", dest="run_folder", type=Path, default=argparse.SUPPRESS, metavar="DIR",
@@ -70,11 +71,10 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from saffron.training.shards import read_rewards
-    from saffron.training.train import TrainConfig, Trainer
+    from saffron.training.train import Trainer
     from saffron.workers import torch_threads
 
-    values = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
-    config = TrainConfig(**values | {"target_modules": tuple(options.target_modules)})
+    config = train_config(options)
     data = read_rewards(options.data)
     heldout = read_rewards(options.heldout) if "heldout" in options else None
     base = getattr(options, "base", None) or data.manifest["prm"]["source"]
@@ -82,45 +82,33 @@ def run(options: argparse.Namespace) -> int:
         trainer = Trainer(
             base,
             data,
-            options.out,
+            options.output,
             config,
             run=getattr(options, "run_folder", None),
             heldout=heldout,
             device=getattr(options, "device", None),
         )
-        with _progress(len(trainer.order)) as advance:
-            trainer.train(advance)
+        with progress("training") as show:
+            trainer.train(lambda step, text: show(step, len(trainer.order), text))
     if trainer.accelerator.is_main_process:
         _report(trainer.run / "summary.json", options)
     return 0
 
 
+def train_config(options: argparse.Namespace) -> TrainConfig:
+    from saffron.training.train import TrainConfig
+
+    values = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
+    return TrainConfig(**values | {"target_modules": tuple(options.target_modules)})
+
+
 def _report(file: Path, options: argparse.Namespace) -> None:
     summary: dict[str, Any] = json.loads(file.read_text())
     if "json" in options:
-        print(json.dumps({"out": str(options.out), **summary}))
+        print(json.dumps({"out": str(options.output), **summary}))
         return
-    print(f"{options.out}: {summary['steps']} steps on {summary['rewards']} rewards")
+    print(f"{options.output}: {summary['steps']} steps on {summary['rewards']} rewards")
     print(f"{summary['unseen']} of {summary['vocabulary']} tokens are unseen")
     if found := summary["heldout"]:
         print(f"held out: {found['within_1']:.3f} within 1, correlation {found['correlation']:.3f}")
     print(f"log and pictures: {file.parent}")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr, of the main process alone; yields what to call with steps done and a text."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )
-    main = os.environ.get("RANK", "0") == "0"
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not main) as progress:
-        task = progress.add_task("", total=total, text="")
-        yield lambda step, text: progress.update(task, completed=step, text=text)

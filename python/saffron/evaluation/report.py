@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saffron.errors import ConfigError
-from saffron.evaluation import figures
+from saffron.evaluation import plots
 from saffron.evaluation.metrics import Curve, Group, curves, group
 from saffron.evaluation.store import Record
 from saffron.evaluation.tables import Table, by_width, efficiency, matched, overview, utility
@@ -58,7 +58,7 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     groups = group(records)
     if not groups:
         raise ConfigError("results: there are none")
-    figures.pyplot()
+    plots.pyplot()
     (out / "figures").mkdir(parents=True, exist_ok=True)
     places = list(dict.fromkeys((g.data, g.attack, g.variant) for g in groups))
     sections = [
@@ -114,7 +114,7 @@ def _figures(
     drawn = []
     for title, stem, shown in wanted:
         files = [out / "figures" / f"{name}-{stem}.{suffix}" for suffix in options.formats]
-        figures.scaling(shown, options.judge, files, title.partition(". ")[2], undefended)
+        plots.scaling(shown, options.judge, files, title.partition(". ")[2], undefended)
         drawn.append((title, files[0]))
     return drawn
 

@@ -13,7 +13,7 @@ from saffron.errors import ConfigError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.hand_over import head_for, same_tokens
-from saffron.training.figures import Agreement, by_depth
+from saffron.training.agreement import Agreement, by_depth
 from saffron.training.layout import AGENT, USER
 from saffron.training.shards import Rewarded
 from saffron_kernels import nucleus

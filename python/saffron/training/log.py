@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError
-from saffron.training.figures import Agreement
+from saffron.training.agreement import Agreement
 from saffron.training.files import write_atomically
 
 EVERY = 20  # steps whose loss is fetched from the device together

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saffron.errors import ConfigError, MissingDependencyError
-from saffron.training.figures import Agreement
+from saffron.training.agreement import Agreement
 
 SMOOTHED = 50  # points of the smoothed curve of the loss
 MOST_POINTS = 20_000

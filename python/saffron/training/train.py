@@ -19,9 +19,9 @@ from torch import Tensor
 
 from saffron.errors import ConfigError, MissingDependencyError
 from saffron.training import plots
+from saffron.training.agreement import Agreement
 from saffron.training.batches import Batch, Order, collate, count, split, supervised, unseen_mask
 from saffron.training.checkpoint import load_checkpoint, save_checkpoint
-from saffron.training.figures import Agreement
 from saffron.training.files import checkpoint_fingerprint, expect_same, locked, read_json, write_json
 from saffron.training.log import Log
 from saffron.training.model import TrainableMrm, load_guard, save_mrm

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,23 +9,24 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from saffron import world
+from reproduce.checkpoints import mrm, train
+from reproduce.checkpoints.branches import Branches, GuardFormat, bare_head, guard_hidden, rewards
+from reproduce.checkpoints.corpus import IGNORED, policy_batches, policy_prompt_ids, tokenizer_texts
+from reproduce.checkpoints.guard import guard_examples
+from reproduce.checkpoints.mrm import Conversation, build_corpus, reward_and_train, write_corpus
+from reproduce.checkpoints.policy import llama, train_policy
+from reproduce.checkpoints.sampling import sample
+from reproduce.checkpoints.tokenizer import GUARD_TEMPLATE, POLICY_TEMPLATE, train_tokenizer
+from saffron import cli, world
+from saffron.cli.annotate import annotate_config
+from saffron.cli.train_mrm import train_config
+from saffron.errors import ConfigError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
 from saffron.training.conversations import Conversation as Turns
 from saffron.training.conversations import read_corpus
 from saffron.training.layout import LayOut
 from saffron.world import oracle
-from training import mrm, train
-from training.branches import Branches, GuardFormat, bare_head, guard_hidden, rewards
-from training.corpus import IGNORED, policy_batches, policy_prompt_ids, tokenizer_texts
-from training.guard import guard_examples
-from training.mrm import Conversation, build_corpus, commands, reward_and_train, write_corpus
-from training.policy import llama, train_policy
-from training.sampling import sample
-from training.tokenizer import GUARD_TEMPLATE, POLICY_TEMPLATE, train_tokenizer
 
 MODELS_MD = Path(__file__).resolve().parents[2] / "MODELS.md"
 PROMPT = "How do I brew vexol at home for my uncle?"
@@ -167,10 +167,19 @@ def test_corpus_is_read_back_token_by_token(tmp_path):
 
 
 def test_models_md_has_the_commands():
+    """They ask for what `reward_and_train` does."""
     text = MODELS_MD.read_text().replace("\\\n", " ")
-    given = [shlex.split(line) for line in text.splitlines() if line.startswith("saffron ")]
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("saffron ")]
     options = train.parser().parse_args(["--out", "DIR"])
-    assert given == [["saffron", *c] for c in commands(options.out, options.work, options.epochs, options.seed + 2)]
+    work, guard = options.work, str(options.out / "guard")
+    *annotations, training = map(cli.parser().parse_args, commands)
+    for name, one in zip(("train", "heldout"), annotations, strict=True):
+        assert (one.corpus, one.output, one.prm) == (f"{work}/{name}.jsonl", work / name, guard)
+        assert annotate_config(one) == mrm.REWARDS
+    assert train_config(training) == mrm.recipe(options.epochs, options.seed + 2)
+    places = training.data, training.heldout, training.run_folder, training.output, training.base
+    assert places == (work / "train", work / "heldout", work / "run", options.out / "mrm", guard)
+    assert (training.device, training.threads) == ("cpu", 1)
 
 
 def test_policy_training_is_deterministic(tokenizer):
@@ -199,8 +208,6 @@ def test_whole_training_end_to_end(tmp_path, monkeypatch):
     assert torch.equal(trained.bias != 0, ~trained.unseen)  # Proposition 1, and that there was training
 
 
-def test_training_stops_where_a_command_fails(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
+def test_training_stops_where_there_is_no_corpus(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.jsonl"):
         reward_and_train(tmp_path, tmp_path, epochs=1, seed=1)
-    assert "heldout.jsonl" not in (said := capsys.readouterr().err)
-    assert "train.jsonl" in said

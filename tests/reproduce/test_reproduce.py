@@ -9,10 +9,11 @@ import re
 
 import pytest
 
-from saffron.evaluation import claims, metrics, reproduce, tables
+from reproduce import claims, runs
+from reproduce.results_page import Material, write_pages
+from reproduce.runs import FULL, QUICK, Results, Scale
+from saffron.evaluation import metrics, tables
 from saffron.evaluation.metrics import group
-from saffron.evaluation.pages import Material, write_pages
-from saffron.evaluation.reproduce import FULL, QUICK, Results, Scale
 from saffron.evaluation.run import Plan
 from saffron.search import parse_config
 
@@ -25,14 +26,14 @@ def test_every_method_of_every_run_is_one(scale):
         "deal": "children=8,lookahead=4,top_p=0.8",
         "mcts": "children=8,lookahead=0,exploration=1,top_p=0.8",
     }
-    plans = [reproduce.tuning_plan(scale), *reproduce.main_plans(scale, chosen), reproduce.unmasked_plan(scale)]
+    plans = [runs.tuning_plan(scale), *runs.main_plans(scale, chosen), runs.unmasked_plan(scale)]
     for plan in plans:
         for method in plan.methods:
             parse_config(method)
     methods = {method for plan in plans for method in plan.methods}
-    assert set(reproduce.representatives(scale, chosen)) <= methods
-    assert set(reproduce.exploration(scale, chosen)) <= methods
-    assert FULL.prompts >= 200 and reproduce.overlap(FULL) == 0
+    assert set(runs.representatives(scale, chosen)) <= methods
+    assert set(runs.exploration(scale, chosen)) <= methods
+    assert FULL.prompts >= 200 and runs.overlap(FULL) == 0
 
 
 def test_the_best_candidate_at_the_compute_is_chosen():
@@ -44,12 +45,12 @@ def test_the_best_candidate_at_the_compute_is_chosen():
         ]  # fmt: skip
 
     records = results("best-of-n:n=32,top_p=0.8", 5, 4)
-    for name in reproduce.BASELINES:
+    for name in runs.BASELINES:
         records += results(f"{name}:width=1,a=1", 8, 1) + results(f"{name}:width=4,a=1", 4, 8)  # 0.53 at 4 GFLOP
         records += results(f"{name}:width=1,a=2", 6, 1) + results(f"{name}:width=4,a=2", 5, 8)  # 0.53, then 0.5
         records += results(f"{name}:width=1,a=3", 1, 5)  # lower, and too dear
-    assert reproduce.choose(records) == dict.fromkeys(reproduce.BASELINES, "a=1")
-    assert reproduce.choose([r for r in records if r["method"][-1] in "38"])["beam"] == "a=3"
+    assert runs.choose(records) == dict.fromkeys(runs.BASELINES, "a=1")
+    assert runs.choose([r for r in records if r["method"][-1] in "38"])["beam"] == "a=3"
 
 
 def made_up(scale: Scale) -> Results:
@@ -73,12 +74,12 @@ def made_up(scale: Scale) -> Results:
             ]  # fmt: skip
 
     done: dict[str, set] = {name: set() for name in records}
-    add("tuning", reproduce.tuning_plan(scale))
-    chosen = reproduce.choose(records["tuning"])
-    for plan in [*reproduce.main_plans(scale, chosen), reproduce.unmasked_plan(scale)]:
+    add("tuning", runs.tuning_plan(scale))
+    chosen = runs.choose(records["tuning"])
+    for plan in [*runs.main_plans(scale, chosen), runs.unmasked_plan(scale)]:
         add("main", plan)
     for variant in ("", "no trie cache"):
-        for plan in reproduce.timing_plans(scale, variant):
+        for plan in runs.timing_plans(scale, variant):
             add("timing", plan)
     return Results(records["main"], records["tuning"], records["timing"], chosen)
 

@@ -7,9 +7,9 @@ import shutil
 import time
 from pathlib import Path
 
-from saffron.evaluation.mrm_study import study
-from saffron.evaluation.pages import write_pages
-from saffron.evaluation.reproduce import QUICK, Progress, Scale, run_all
+from reproduce.mrm_study import study
+from reproduce.results_page import write_pages
+from reproduce.runs import QUICK, Progress, Scale, run_all
 from saffron.workers import Workers
 
 
@@ -32,7 +32,7 @@ def reproduce(scale: Scale, out: Path, docs: Path | None, workers: Workers, prog
     clock.tick()
     options = [f"--workers {workers.count}"] if workers.count else []
     options += [*(["--quick"] if scale is QUICK else []), *(["--docs docs"] if docs else [])]
-    command = " ".join(["saffron reproduce --out DIR", *options])
+    command = " ".join(["saffron reproduce --output DIR", *options])
     count = max(workers.count, 1)
     context = {
         "command": command,

@@ -1,4 +1,4 @@
-"""docs/results.md from the runs of `reproduce`: tables, figures, and what they say of SAFFRON-1's claims."""
+"""docs/results.md from the runs of `reproduce.runs`: tables, figures, and what they say of SAFFRON-1's claims."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from saffron.evaluation import figures
-from saffron.evaluation.claims import (
+from reproduce.claims import (
     Saving,
     Trend,
     at_every_budget,
@@ -24,8 +23,7 @@ from saffron.evaluation.claims import (
     verdict,
     with_suffix,
 )
-from saffron.evaluation.metrics import Curve, Group, curves, group, option
-from saffron.evaluation.reproduce import (
+from reproduce.runs import (
     ATTACK,
     BASELINES,
     CHANGES,
@@ -38,6 +36,8 @@ from saffron.evaluation.reproduce import (
     overlap,
     representatives,
 )
+from saffron.evaluation import plots
+from saffron.evaluation.metrics import Curve, Group, curves, group, option
 from saffron.evaluation.store import Record
 from saffron.evaluation.tables import (
     TITLES,
@@ -92,7 +92,7 @@ def write_pages(scale: Scale, results: Results, out: Path, mrm: dict[str, str], 
     _draw(material, out / "figures")
     found = _main(material) | _more(material) | _cost(material)
     environment = Environment(
-        loader=PackageLoader("saffron"), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     text = environment.get_template("results.md").render(**found, mrm=mrm, machine=machine(), **context)
     page = out / "results.md"
@@ -343,12 +343,12 @@ def _draw(material: Material, folder: Path) -> None:
         sweeps = material.sweeps(nucleus)
         shown = [sweeps[name] for name in ("saffron", "best-of-n", *BASELINES)]
         text = f"Attack success over compute ({nucleus.replace('=', ' ').replace('_', '-')})"
-        figures.scaling(shown, JUDGE, [folder / f"{stem}.svg"], text, undefended)
+        plots.scaling(shown, JUDGE, [folder / f"{stem}.svg"], text, undefended)
     sweeps = material.sweeps()
     conventional = [sweeps[name] for name in ("best-of-n", *BASELINES)]
-    figures.scaling(conventional, JUDGE, [folder / "dilemma.svg"], "Search with a PRM", undefended)
+    plots.scaling(conventional, JUDGE, [folder / "dilemma.svg"], "Search with a PRM", undefended)
     both = [c for name, c in sweeps.items() if name.removesuffix("-mrm") in ("best-of-n", "mcts", "saffron")]
-    figures.scaling(both, JUDGE, [folder / "mrm.svg"], "PRM (solid) and MRM (dashed)", undefended)
+    plots.scaling(both, JUDGE, [folder / "mrm.svg"], "PRM (solid) and MRM (dashed)", undefended)
     attacks = sorted({r["attack"] for r in material.results.main if _is_prefill(r)}, key=_length)
     methods = {
         "no defence": "greedy",
@@ -360,4 +360,4 @@ def _draw(material: Material, folder: Path) -> None:
         for name, m in methods.items()
     }
     files, names = [folder / "prefill.svg"], {"x": "prefilled tokens", "y": "attack success rate"}
-    figures.lines(points, files, heading="Prefilling", **names, ylim=(-0.02, 1.02))
+    plots.lines(points, files, heading="Prefilling", **names, ylim=(-0.02, 1.02))

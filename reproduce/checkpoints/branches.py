@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training.tokenizer import MRM_BEFORE_PROMPT, MRM_BEFORE_RESPONSE
+from reproduce.checkpoints.tokenizer import MRM_BEFORE_PROMPT, MRM_BEFORE_RESPONSE
 
 PROMPT_MARK, RESPONSE_MARK = "PROMPTMARK", "RESPONSEMARK"
 

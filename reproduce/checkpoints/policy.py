@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training.corpus import IGNORED, policy_batches
-from training.tokenizer import CONTEXT, POLICY_TEMPLATE, save_tokenizer
+from reproduce.checkpoints.corpus import IGNORED, policy_batches
+from reproduce.checkpoints.tokenizer import CONTEXT, POLICY_TEMPLATE, save_tokenizer
 
 BATCH, LEARNING_RATE, WARMUP = 64, 3e-3, 50
 

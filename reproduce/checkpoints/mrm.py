@@ -1,5 +1,5 @@
-"""Makes the multifurcation reward model from the guard, with the commands that make any: `saffron annotate` and
-`saffron train-mrm`. What is made here is their corpus."""
+"""Makes the multifurcation reward model from the guard, as `saffron annotate` and `saffron train-mrm` make any. What is
+made here is their corpus."""
 
 import json
 import random
@@ -11,12 +11,17 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saffron.cli import main as saffron
+from reproduce.checkpoints.corpus import policy_prompt_ids
+from reproduce.checkpoints.sampling import sample
+from saffron.training.annotate import AnnotateConfig, annotate
+from saffron.training.conversations import read_corpus
+from saffron.training.shards import read_rewards
+from saffron.training.train import TrainConfig, Trainer
+from saffron.workers import torch_threads
 from saffron.world import Request, answers, attack_tokens, requests
-from training.corpus import policy_prompt_ids
-from training.sampling import sample
 
 LONGEST_RESPONSE = 48
+REWARDS = AnnotateConfig(prefixes="response", device="cpu")
 CHUNK = 64  # conversations sampled at a time
 
 
@@ -29,31 +34,28 @@ class Conversation:
 
 
 def reward_and_train(out: Path, work: Path, epochs: int, seed: int) -> float:
-    """Has the guard reward what `write_corpus` wrote to `work`, and trains.
+    """Has the guard reward what `write_corpus` wrote to `work`, and trains, as the commands in MODELS.md do.
 
     Returns:
         the share of next tokens whose reward is within 1 of the guard's, on conversations not trained on.
     """
-    for arguments in commands(out, work, epochs, seed):
-        if status := saffron(arguments):
-            raise SystemExit(status)
-    return json.loads((work / "run/summary.json").read_text())["heldout"]["within_1"]
+    guard = str(out / "guard")
+    for name in ("train", "heldout"):
+        corpus = str(work / f"{name}.jsonl")
+        annotate(read_corpus(corpus), guard, work / name, REWARDS, source=corpus)
+    data, heldout = read_rewards(work / "train"), read_rewards(work / "heldout")
+    with torch_threads(1):
+        trainer = Trainer(
+            guard, data, out / "mrm", recipe(epochs, seed), run=work / "run", heldout=heldout, device="cpu"
+        )
+        agreement = trainer.train().heldout
+    assert agreement is not None
+    return agreement.within_1
 
 
-def commands(out: Path, work: Path, epochs: int, seed: int) -> list[list[str]]:
-    """Arguments of `saffron`, one list a command.
-
-    On a corpus this small few steps have to be enough: the learning rate is higher than the paper's.
-    """
-    guard, train, heldout = f"{out}/guard", f"{work}/train", f"{work}/heldout"
-    annotate = [
-        ["annotate", f"{data}.jsonl", "--out", data, "--prm", guard, "--prefixes", "response", "--device", "cpu"]
-        for data in (train, heldout)
-    ]
-    places = ["--base", guard, "--heldout", heldout, "--out", f"{out}/mrm", "--run", f"{work}/run"]
-    recipe = ["--batch", "32", "--lr", "5e-3", "--schedule", "cosine", "--warmup", "50", "--epochs", str(epochs)]
-    bits = ["--seed", str(seed), "--device", "cpu", "--threads", "1"]
-    return [*annotate, ["train-mrm", train, *places, *recipe, *bits]]
+def recipe(epochs: int, seed: int) -> TrainConfig:
+    """On a corpus this small few steps have to be enough: the learning rate is higher than the paper's."""
+    return TrainConfig(batch=32, lr=5e-3, schedule="cosine", warmup=50, epochs=epochs, seed=seed)
 
 
 def write_corpus(file: Path, conversations: Iterable[Conversation]) -> None:

@@ -1,4 +1,4 @@
-"""The runs behind docs/results.md: which methods, at which budgets, against what. `pages` writes them up."""
+"""The runs behind docs/results.md: which methods, at which budgets, against what. `results_page` writes them up."""
 
 from __future__ import annotations
 

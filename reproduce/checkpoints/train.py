@@ -1,6 +1,6 @@
 """Makes the bundled models: tokenizer, policy, guard, MRM, in this order, from seeds.
 
-    python -m training.train --out python/saffron/checkpoints
+    python -m reproduce.checkpoints.train --out python/saffron/checkpoints
 
 `--only mrm` and the like repeat one stage on top of what DIR holds. MODELS.md says how long it takes.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training.corpus import tokenizer_texts
-from training.guard import train_guard
-from training.mrm import build_corpus, reward_and_train, write_corpus
-from training.policy import save_model, train_policy
-from training.tokenizer import GUARD_TEMPLATE, POLICY_TEMPLATE, train_tokenizer
+from reproduce.checkpoints.corpus import tokenizer_texts
+from reproduce.checkpoints.guard import train_guard
+from reproduce.checkpoints.mrm import build_corpus, reward_and_train, write_corpus
+from reproduce.checkpoints.policy import save_model, train_policy
+from reproduce.checkpoints.tokenizer import GUARD_TEMPLATE, POLICY_TEMPLATE, train_tokenizer
 
 STAGES = ("policy", "guard", "mrm")
 TOKENIZER_TEXTS = 8000

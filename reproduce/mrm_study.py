@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from reproduce.runs import Progress, Results
 from saffron import world
-from saffron.errors import SaffronError
-from saffron.evaluation.reproduce import Progress, Results
 from saffron.evaluation.tables import Table
 from saffron.models.bundled import FOLDER
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.training import plots
+from saffron.training.agreement import Agreement, by_depth
+from saffron.training.annotate import AnnotateConfig, annotate
+from saffron.training.conversations import read_corpus
 from saffron.training.evaluate import predict
-from saffron.training.figures import Agreement, by_depth
 from saffron.training.shards import read_rewards
+from saffron.training.train import TrainConfig, Trainer
 
 HELDOUT = ("greedy", "sample:top_p=0.8")  # whose answers under attack the MRM is held against the guard on
-EPOCHS = 4
+COMMANDS = """\
+saffron annotate heldout.jsonl --output heldout --prefixes response
+saffron annotate corpus.jsonl --output rewards --prefixes response
+saffron train-mrm rewards --output trained --heldout heldout --epochs 4"""
+REWARDS, RECIPE = AnnotateConfig(prefixes="response"), TrainConfig(epochs=4)  # what the options above say
 
 
 def study(results: Results, out: Path, size: int, progress: Progress) -> dict[str, str]:
-    """Annotates and trains with the commands that users have, and compares both MRMs with the guard.
+    """Annotates and trains as the commands do that users have, and compares both MRMs with the guard.
 
     Args:
         size: conversations that the MRM made here is trained on.
@@ -41,15 +45,7 @@ def study(results: Results, out: Path, size: int, progress: Progress) -> dict[st
         folder / "heldout.jsonl", ({"prompt": r["prompt"], "response": r["text"]} for r in results.main if _judged(r))
     )
     _write(folder / "corpus.jsonl", _conversations(size))
-    commands = [
-        ["annotate", "heldout.jsonl", "--out", "heldout", "--prefixes", "response"],
-        ["annotate", "corpus.jsonl", "--out", "rewards", "--prefixes", "response"],
-        ["train-mrm", "rewards", "--out", "trained", "--heldout", "heldout", "--epochs", str(EPOCHS)],
-    ]
-    for done, arguments in enumerate(commands):
-        progress("the MRM pipeline", done, len(commands))
-        _command(arguments, folder)
-    progress("the MRM pipeline", len(commands), len(commands))
+    _train(folder, lambda done: progress("the MRM pipeline", done, 3))
     heldout, rows = read_rewards(folder / "heldout").rows, []
     for name, path in (("bundled", FOLDER / "mrm"), (f"trained here on {size} conversations", folder / "trained")):
         mrm = MultifurcationRewardModel.from_pretrained(path, base=FOLDER / "guard", device="cpu")
@@ -62,7 +58,7 @@ def study(results: Results, out: Path, size: int, progress: Progress) -> dict[st
         rows += [_row(name, depths, one) for depths, one in found.items()]
     header = ("MRM", "tokens into the answer", "tokens", "within 1", "correlation", "mean error", "rms error")
     return {
-        "commands": "\n".join(" ".join(["saffron", *arguments]) for arguments in commands),
+        "commands": COMMANDS,
         "table": Table("Reward of the next token, MRM against guard", header, tuple(rows)).markdown(),
         "picture": picture.relative_to(out).as_posix(),
     }
@@ -92,13 +88,13 @@ def _write(file: Path, records: Iterable[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def _command(arguments: list[str], folder: Path) -> dict[str, Any]:
-    """Runs a command inside a folder; returns what it prints with --json."""
-    from saffron.cli import main
-
-    said, failed = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
-        status = main([*arguments, "--json"])
-    if status:
-        raise SaffronError(f"saffron {' '.join(arguments)}: {failed.getvalue().strip()}")
-    return json.loads(said.getvalue())
+def _train(folder: Path, progress: Callable[[int], None]) -> None:
+    """What `COMMANDS` do inside a folder."""
+    progress(0)
+    for done, (corpus, out) in enumerate((("heldout.jsonl", "heldout"), ("corpus.jsonl", "rewards")), 1):
+        annotate(read_corpus(str(folder / corpus)), str(FOLDER / "guard"), folder / out, REWARDS, source=corpus)
+        progress(done)
+    heldout = read_rewards(folder / "heldout")
+    base = str(FOLDER / "guard")
+    Trainer(base, read_rewards(folder / "rewards"), folder / "trained", RECIPE, heldout=heldout).train()
+    progress(3)

@@ -10,10 +10,10 @@ from torch.nn.functional import log_softmax, mse_loss
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reproduce.checkpoints.branches import Branches, GuardFormat, bare_head, guard_hidden, rewards
+from reproduce.checkpoints.policy import llama, schedule
+from reproduce.checkpoints.tokenizer import GUARD_TEMPLATE, SPECIAL_TOKENS
 from saffron.world import Request, answers, oracle, requests
-from training.branches import Branches, GuardFormat, bare_head, guard_hidden, rewards
-from training.policy import llama, schedule
-from training.tokenizer import GUARD_TEMPLATE, SPECIAL_TOKENS
 
 BATCH, PREFIXES, LEARNING_RATE = 32, 6, 2e-3
 LONGEST_RESPONSE = 44  # tokens; a search makes 32
