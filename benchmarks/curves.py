@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saffron.evaluation.figures import pyplot
+from saffron.evaluation.plots import pyplot
 
 Row = dict[str, str]
 Points = dict[str, list[tuple[float, float]]]  # (size, milliseconds) per contender

@@ -18,7 +18,7 @@ COLOURS = {
 }  # fmt: skip
 MARKERS = "osD^vP*X<>"
 # One style for the figures of results, of training and of the benchmarks.
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "saffron",  # the same figure is the same file
     "figure.constrained_layout.use": True,
     "axes.grid": True,
