@@ -33,7 +33,7 @@ def test_files_are_short() -> None:
 
 
 def test_functions_are_short() -> None:
-    """Docstrings do not count: a formula is no reason to split a function. The bodies of Triton kernels may be longer."""
+    """Docstrings do not count: a formula is no reason to split a function. Triton kernels may be longer."""
     long = {}
     for file in PYTHON:
         if "backends/triton" in file.as_posix():
