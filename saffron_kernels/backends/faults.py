@@ -36,7 +36,7 @@ _MESSAGES = {
     ),
     CANDIDATE: "tokens, offsets: an op was given a token outside the vocabulary of the head, or bad offsets",
     REWARD: (
-        "rewards, scores, carried_scores: the reward of a candidate is NaN, by what hidden, weight and bias hold, or by "
+        "rewards, scores, carried_scores: the reward of a candidate is NaN, by what hidden, weight and bias hold or by "
         "the score that it takes; rewards and scores must be numbers"
     ),
     GROUP: "groups: a row or a carried node belongs to a group that does not exist",

@@ -45,7 +45,7 @@ def select_beam(
     groups: Tensor,
     num_groups: int,
     width: int,
-    widths: Tensor | None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, candidates, device = groups.shape[0], rewards.shape[0], rewards.device
     launchers = native.module(rewards)
@@ -82,7 +82,7 @@ def multifurcate(
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
-    widths: Tensor | None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op, in two launches. Its workspace is 16 bytes a logit.
 
@@ -111,8 +111,8 @@ def multifurcate(
         launchers.multifurcate(
             view(logits), CODE[logits.dtype], view(hidden), view(weight), CODE[hidden.dtype], view(bias), _code(bias),
             view(unseen), unseen_reward, view(groups), view(widths), limits(top_p, banned, rows),
-            view(scores), _code(scores), view(end_tokens), view(carried_scores), _code(carried_scores), view(carried_groups),
-            *map(view, (*beam, counts, blind, workspace, counters(logits))),
+            view(scores), _code(scores), view(end_tokens), view(carried_scores), _code(carried_scores),
+            *map(view, (carried_groups, *beam, counts, blind, workspace, counters(logits))),
             rows, vocab, hidden.shape[1], num_groups, width, 0 if end_tokens is None else end_tokens.shape[1], carried,
             view(faults.word(device)), native.stream(logits),
         )  # fmt: skip
