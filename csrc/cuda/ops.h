@@ -48,6 +48,8 @@ enum Fault : int32_t {
   kGroupFault = 16,
   kPlanFault = 32,
   kBannedFault = 64,
+  kWidthFault = 128,
+  kTopPFault = 256,
 };
 
 /// A tensor of at most four dimensions in device memory; strides count elements.
@@ -131,6 +133,16 @@ struct Candidates {
   int32_t* count;  // [rows]
 };
 
+/// How many of the most probable tokens are in the nucleus of a row, and which can never be.
+/// Everything may be strided; rows may share theirs (a stride of 0).
+struct Limits {
+  double top_p;  // of all rows,
+  View top_ps;   // or, if given, `[rows]` of each, in fp32 or
+  bool wide;     // fp64
+  View banned;   // `[rows, num_banned]` int32, -1 pads
+  int64_t num_banned;
+};
+
 /// The largest vocabulary that find_nuclei serves.
 constexpr int64_t kMaxVocab = 1 << 20;
 
@@ -138,23 +150,22 @@ constexpr int64_t kMaxVocab = 1 << 20;
 int64_t nucleus_workspace(int64_t rows, int64_t vocab);
 
 /// The nuclei of logits `[rows, vocab]` of any layout, at most kCounters rows, in one launch.
-/// banned
-/// `[num_banned]`, may be none. groups `[rows]`, if given: a row whose group is not from 0 to
-/// `num_groups - 1` takes no part: count 0, its logits are not read. A row of bad logits has count
-/// 0 too, and sets kLogitsFault. stats `[rows, 2]` contiguous, if given, gets each row's largest
-/// logit and its sum of e^(logit - largest), in fp32; nonsense for a row of count 0.
+/// groups
+/// `[rows]`, if given: a row whose group is not from 0 to `num_groups - 1` takes no part: count 0,
+/// nothing of it is read. A row of bad logits has count 0 too, and sets kLogitsFault; so has one
+/// with a bad top_p, and sets kTopPFault. stats `[rows, 2]` contiguous, if given, gets each row's
+/// largest logit and its sum of e^(logit - largest), in fp32; nonsense for a row of count 0.
 ///
 /// `counters` as for tree_attention.
-void find_nuclei(const View& logits, double top_p, const View& banned, int64_t num_banned,
-                 const View& groups, int64_t num_groups, const Candidates& found, const View& stats,
-                 const View& workspace, const View& counters, int64_t rows, int64_t vocab,
-                 DType dtype, const View& fault, Stream stream);
+void find_nuclei(const View& logits, const Limits& limits, const View& groups, int64_t num_groups,
+                 const Candidates& found, const View& stats, const View& workspace,
+                 const View& counters, int64_t rows, int64_t vocab, DType dtype, const View& fault,
+                 Stream stream);
 
 /// find_nuclei for the op: tokens, values `[rows, vocab]` and counts `[rows]`, contiguous.
-void nucleus(const View& logits, double top_p, const View& banned, int64_t num_banned,
-             const View& tokens, const View& values, const View& counts, const View& stats,
-             const View& workspace, const View& counters, int64_t rows, int64_t vocab, DType dtype,
-             const View& fault, Stream stream);
+void nucleus(const View& logits, const Limits& limits, const View& tokens, const View& values,
+             const View& counts, const View& stats, const View& workspace, const View& counters,
+             int64_t rows, int64_t vocab, DType dtype, const View& fault, Stream stream);
 
 /// What `nucleus` found, in order: tokens and probabilities `[candidates]`, where row `r` begins at
 /// offsets[r]. `most` is the largest count. All contiguous; the workspace is that of `nucleus`.
@@ -178,29 +189,30 @@ constexpr int64_t kMaxRows = 4096, kMaxWidth = 4096, kMaxGroups = kCounters - 1;
 /// Bytes of workspace, 16-byte aligned, that select_beam needs on the current device.
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width);
 
-/// rewards, reward in `dtype`; everything contiguous but rewards. Groups that do not ascend, or bad
-/// offsets, leave all places empty. `counters` as for tree_attention.
+/// rewards, reward in `dtype`; everything contiguous but rewards. widths `[num_groups]`, if given:
+/// one that is not from 1 to `width` sets kWidthFault. Groups that do not ascend, or bad offsets,
+/// leave all places empty. `counters` as for tree_attention.
 void select_beam(const View& rewards, const View& tokens, const View& offsets, const View& groups,
-                 const View& parent, const View& token, const View& reward, const View& workspace,
-                 const View& counters, int64_t rows, int64_t candidates, int64_t num_groups,
-                 int64_t width, DType dtype, const View& fault, Stream stream);
+                 const View& widths, const View& parent, const View& token, const View& reward,
+                 const View& workspace, const View& counters, int64_t rows, int64_t candidates,
+                 int64_t num_groups, int64_t width, DType dtype, const View& fault, Stream stream);
 
 /// Bytes of workspace, 16-byte aligned, that multifurcate needs on the current device.
 int64_t multifurcate_workspace(int64_t rows, int64_t vocab, int64_t num_groups, int64_t width,
                                int64_t carried);
 
-/// Two launches. logits, hidden, weight, bias, unseen, banned, scores and carried_scores of any
-/// layout; groups, end_tokens, carried_groups and outputs contiguous; none where there is nothing.
-/// reward in fp32. What is said of find_nuclei and select_beam holds.
+/// Two launches. logits, hidden, weight, bias, unseen, scores, end_tokens `[rows, num_end_tokens]`
+/// and carried_scores of any layout; groups, widths, carried_groups and outputs contiguous; none
+/// where there is nothing. reward in fp32. What is said of find_nuclei and select_beam holds.
 void multifurcate(const View& logits, DType logits_dtype, const View& hidden, const View& weight,
                   DType dtype, const View& bias, DType bias_dtype, const View& unseen,
-                  double unseen_reward, const View& groups, double top_p, const View& banned,
-                  const View& scores, DType scores_dtype, const View& end_tokens,
-                  const View& carried_scores, DType carried_dtype, const View& carried_groups,
-                  const View& parent, const View& token, const View& reward, const View& counts,
-                  const View& blind, const View& workspace, const View& counters, int64_t rows,
-                  int64_t vocab, int64_t size, int64_t num_groups, int64_t width,
-                  int64_t num_banned, int64_t num_end_tokens, int64_t carried, const View& fault,
-                  Stream stream);
+                  double unseen_reward, const View& groups, const View& widths,
+                  const Limits& limits, const View& scores, DType scores_dtype,
+                  const View& end_tokens, const View& carried_scores, DType carried_dtype,
+                  const View& carried_groups, const View& parent, const View& token,
+                  const View& reward, const View& counts, const View& blind, const View& workspace,
+                  const View& counters, int64_t rows, int64_t vocab, int64_t size,
+                  int64_t num_groups, int64_t width, int64_t num_end_tokens, int64_t carried,
+                  const View& fault, Stream stream);
 
 }  // namespace saffron::cuda

@@ -194,9 +194,9 @@ def _steps() -> None:
             hidden, weight = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocab, size, dtype=dtype)
             head = hidden, weight, None, None, 0.0
             rewards = cuda.multifurcation_head(*head, tokens, offsets)
-            cuda.select_beam(rewards, tokens, offsets, groups, 1, width)
+            cuda.select_beam(rewards, tokens, offsets, groups, 1, width, None)
             logits = torch.zeros(rows, vocab, dtype=dtype)
-            cuda.multifurcate(logits, *head, groups, 1, width, 0.5, *[None] * 5)
+            cuda.multifurcate(logits, *head, groups, 1, width, 0.5, *[None] * 6)
 
 
 def _attention() -> None:

@@ -185,8 +185,9 @@ template <class T>
 __device__ __forceinline__ void select(const Arguments& a, Shared& s, int64_t row) {
   const int thread = static_cast<int>(threadIdx.x);
   // A member iff the mass before it is less than this. Rounded up, as mass is a whole number.
+  const double top_p = top_p_of(a, row);
   const uint64_t limit =
-      a.top_p >= 1 ? ~uint64_t{0} : static_cast<uint64_t>(ceil(a.top_p * (s.sum * a.mass_unit)));
+      top_p >= 1 ? ~uint64_t{0} : static_cast<uint64_t>(ceil(top_p * (s.sum * a.mass_unit)));
   if (thread < kBins) {
     uint64_t mass = 0;
 #pragma unroll 4
@@ -216,6 +217,14 @@ __device__ __forceinline__ void find_nucleus(const Arguments& a, int64_t row, in
       if (leads && index == 0) a.found.count[row] = 0;
       return;
     }
+  }
+  const double top_p = top_p_of(a, row);
+  if (!(top_p > 0 && top_p <= 1)) {
+    if (leads && index == 0) {
+      atomicOr(a.fault, kTopPFault);
+      a.found.count[row] = 0;
+    }
+    return;
   }
   const auto parts = static_cast<uint32_t>(a.parts);
   uint32_t* counter = a.counter + row;
