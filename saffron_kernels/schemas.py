@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saffron_kernels import checks
+from saffron_kernels import backends, checks
 from saffron_kernels.backends import forced_backend, implementation
 from saffron_kernels.checks import compute_dtype
 
@@ -78,6 +78,7 @@ def forget_choices() -> None:
     """Has every op check its next arguments and choose its backend again: after the environment changed."""
     for chosen in _chosen.values():
         chosen.clear()
+    backends.asked_by_environment.cache_clear()
 
 
 def _storage(args: Iterable[Any]) -> set[torch.dtype]:

@@ -60,7 +60,7 @@ def implementation(op: str, device: torch.device, *dtypes: torch.dtype) -> Calla
     Raises:
         BackendError: a backend was asked for by name and cannot.
     """
-    forced = _forced.get() or _from_environment()
+    forced = _forced.get() or asked_by_environment()
     if forced is None:
         name = next(n for n in PREFERENCE.get(device.type, FALLBACK) if why_not(n, op, device, *dtypes) is None)
         return getattr(_module(name), op)
@@ -88,7 +88,7 @@ def why_not(name: str, op: str, device: torch.device, *dtypes: torch.dtype) -> s
 
 
 @functools.cache
-def _from_environment() -> str | None:
+def asked_by_environment() -> str | None:
     return os.environ.get("SAFFRON_BACKEND") or None
 
 
