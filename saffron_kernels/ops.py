@@ -2,8 +2,8 @@
 
 Every op is registered with PyTorch as `saffron_kernels::<name>` (`schemas.py`), so it works under
 `torch.compile(fullgraph=True)`. The functions below are what people call; each states the equivalent PyTorch
-expression. Arguments are checked before anything is written. Inference only: where gradients are enabled and an argument
-requires one, every op raises a RuntimeError.
+expression. Arguments are checked before anything is written. Inference only: every op raises a RuntimeError where
+gradients are enabled and an argument requires one.
 
 Index tensors (`slot`, `begin`, `end`, `tokens`, `offsets`, `parents`, `groups`, ...) are int32.
 """
@@ -85,9 +85,9 @@ def tree_attention(
     where K and V of fp8 caches are `k_cache * k_scale[:, None]` and `v_cache * v_scale[:, None]`. Soft-capping of
     scores is that of Gemma 2 (Gemma Team 2024, section 2), sinks are those of gpt-oss (Xiao et al. 2023).
 
-    NaN is never lost: a query that sees a token takes part in its NaN, no other does. NaN in a row of q, in K, `scale`,
-    `softcap`, a sink or a `k_scale` makes NaN of all of `out` and `lse` that depends on it, NaN in V or `v_scale` of the
-    elements of `out` that do. A score of inf counts as NaN; an infinity in V gives NaN or infinity.
+    NaN is never lost, and reaches nobody else: not the queries that do not see its token. In a row of q, in K, `scale`,
+    `softcap`, a sink or a `k_scale` it makes NaN of all of `out` and `lse` that depends on it, in V or a `v_scale` of
+    the elements of `out` that do. A score of inf counts as NaN; an infinity in V gives NaN or infinity.
 
     Args:
         q: `[queries, heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches).

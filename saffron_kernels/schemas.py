@@ -19,11 +19,19 @@ from saffron_kernels.checks import compute_dtype
 
 _library = torch.library.Library("saffron_kernels", "DEF")
 
-_MOST_CHOSEN = 4096  # entries of an op in `_chosen`; sizes change from step to step, and a long run must not fill memory
+_MOST_CHOSEN = (
+    4096  # entries of an op in `_chosen`; sizes change from step to step, and a long run must not fill memory
+)
 _chosen: dict[str, dict[tuple[object, ...], Callable[..., object]]] = {}
 
 NAMES: list[str] = []  # of all ops, in the order of this file
-_MULTIPLIERS = {"cos", "sin", "k_scale", "v_scale", "sinks"}  # read in whatever dtype they are: no backend is chosen by them
+_MULTIPLIERS = {
+    "cos",
+    "sin",
+    "k_scale",
+    "v_scale",
+    "sinks",
+}  # read in whatever dtype they are: no backend is chosen by them
 
 
 def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:

@@ -119,7 +119,9 @@ def tree_attention(
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores.masked_fill_(hidden[:, None, :], -torch.inf)
         # An empty block of tokens has no maximum; a query that sees nothing has -inf, which must not make NaN.
-        largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+        largest = (
+            scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+        )
         largest = largest if sink is None else torch.maximum(largest, sink)
         base = largest.masked_fill(largest == -torch.inf, 0)
         weights = scores.sub_(base).exp_()

@@ -92,7 +92,7 @@ def _attend(
         meets = (begin < end) & (begin <= last_query) & (end > first_query)
         if kv_head == 0:
             slot = tl.load(slot_ptr + token, begin < end, 0)
-            if tl.max(((slot < 0) | (slot >= slots)).to(tl.int32)) > 0:
+            if tl.max(((begin < end) & ((slot < 0) | (slot >= slots))).to(tl.int32)) > 0:
                 tl.atomic_or(fault_ptr, bits.SLOT)
         live = tl.max(meets.to(tl.int32), 1)  # [TILES]
         position = tl.cumsum(live, 0) - 1  # of each live tile among the live ones
