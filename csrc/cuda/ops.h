@@ -175,6 +175,10 @@ void multifurcation_head(const View& hidden, const View& weight, const View& bia
 /// what fits shared memory and the counters.
 constexpr int64_t kMaxRows = 4096, kMaxWidth = 4096, kMaxGroups = kCounters - 1;
 
+/// Whether the shared memory of a block of the current device, with keys of such a beam and a table
+/// of so many rows, is large enough: up to kMaxRows and kMaxWidth where a block may have 128 KB.
+bool beam_fits(int64_t rows, int64_t width);
+
 /// Bytes of workspace, 16-byte aligned, that select_beam needs on the current device.
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width);
 

@@ -21,6 +21,13 @@ struct Arguments {
   int32_t* fault;
 };
 
+/// The launches of mma_*.cu: products and caches in bf16 or fp16, or caches in fp8. How the work is
+/// cut is not in `a` yet.
+void launch_bf16(const Arguments& a, Stream stream);
+void launch_fp16(const Arguments& a, Stream stream);
+void launch_bf16_fp8(const Arguments& a, Stream stream);
+void launch_fp16_fp8(const Arguments& a, Stream stream);
+
 /// Whether a launch takes the path of tree_attention_hopper.cu, with q `[queries, group heads of
 /// every KV head, head_dim]` and caches in `stored`.
 ///

@@ -29,9 +29,9 @@ struct Configuration {
   static constexpr int kRows = 16 * kWarpsM;
   static constexpr int kTokens = kWarpsN > 1 || (kWarpsM == 8 && kD <= 128) ? 64 : 32;
   static constexpr int kWarpTokens = kTokens / kWarpsN;
-  static constexpr int kStages = kConvert || (kD > 128 && kWarpsN > 1) ? 2 : 3;
+  static constexpr int kStages = kConvert || (kD > 128 && kWarpsM != 4) ? 2 : 3;
   // Tiles as they are multiplied: with two of them the next is converted while one is in use.
-  static constexpr int kTiles = !kConvert ? kStages : kD > 128 && kWarpsN > 1 ? 1 : 2;
+  static constexpr int kTiles = !kConvert ? kStages : kD > 128 && kWarpsM != 4 ? 1 : 2;
   static constexpr int kChunk = 16 / sizeof(Stored);  // elements that are copied together
   static constexpr int kListed = 4 * kThreads;        // tokens that are looked at together
   static constexpr int kSlice = kRows > 16 ? 8 : 4;   // rows that are joined together
@@ -114,7 +114,7 @@ __device__ __forceinline__ void fetch_tile(const Arguments& a, typename C::Share
 template <class C>
 __device__ __forceinline__ void convert_tile(typename C::Shared& s, int stage, int tile) {
   constexpr int kChunks = C::kD / 16, kCopies = C::kTokens * kChunks / C::kThreads;
-#pragma unroll
+#pragma unroll(C::kThreads < 128 ? 2 : 4)  // registers
   for (int i = 0; i < kCopies; ++i) {
     const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
     const int row = place / kChunks, chunk = place % kChunks;
@@ -239,9 +239,9 @@ __device__ __forceinline__ void weigh(Warp<C>& own, float (&score)[kBlocks][4], 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int query = own.query[i / 2];
-        if (query < begins[token + i % 2] || query >= ends[token + i % 2]) {
-          score[block][i] = -INFINITY;
-        }
+        // Both are loaded and `|` decides: `||` would be a branch for every score.
+        const bool hidden = (query < begins[token + i % 2]) | (query >= ends[token + i % 2]);
+        score[block][i] = hidden ? -INFINITY : score[block][i];
       }
     }
 #pragma unroll

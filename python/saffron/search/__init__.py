@@ -1,37 +1,47 @@
 """Ways to decode: Saffron search, and what it is compared with. All answer `generate(prompts, prefill)`."""
 
-from saffron.search.beam import BeamConfig, BeamSearch
-from saffron.search.best_of_n import BestOfN, BestOfNConfig
-from saffron.search.deal import DeAL, DeALConfig
-from saffron.search.mcts import MCTS, MCTSConfig
-from saffron.search.method import Answer, Decoder, Method, Request
-from saffron.search.methods import METHODS, GreedyConfig, Kind, parse_config, parse_method
-from saffron.search.rebase import Rebase, RebaseConfig
-from saffron.search.saffron import SaffronSearch
-from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
+from __future__ import annotations
 
-__all__ = [
-    "MCTS",
-    "METHODS",
-    "Answer",
-    "BeamConfig",
-    "BeamSearch",
-    "BestOfN",
-    "BestOfNConfig",
-    "DeAL",
-    "DeALConfig",
-    "Decoder",
-    "GreedyConfig",
-    "GreedyDecoding",
-    "Kind",
-    "MCTSConfig",
-    "Method",
-    "Rebase",
-    "RebaseConfig",
-    "Request",
-    "SaffronSearch",
-    "Sampling",
-    "SamplingConfig",
-    "parse_config",
-    "parse_method",
-]
+from typing import TYPE_CHECKING
+
+from saffron.lazy import attach
+
+if TYPE_CHECKING:
+    from saffron.search.beam import BeamConfig, BeamSearch
+    from saffron.search.best_of_n import BestOfN, BestOfNConfig
+    from saffron.search.deal import DeAL, DeALConfig
+    from saffron.search.mcts import MCTS, MCTSConfig
+    from saffron.search.method import Answer, Decoder, Method, Request
+    from saffron.search.methods import METHODS, GreedyConfig, Kind, parse_config, parse_method
+    from saffron.search.rebase import Rebase, RebaseConfig
+    from saffron.search.saffron import SaffronSearch
+    from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Answer": "method",
+        "BeamConfig": "beam",
+        "BeamSearch": "beam",
+        "BestOfN": "best_of_n",
+        "BestOfNConfig": "best_of_n",
+        "DeAL": "deal",
+        "DeALConfig": "deal",
+        "Decoder": "method",
+        "GreedyConfig": "methods",
+        "GreedyDecoding": "undefended",
+        "Kind": "methods",
+        "MCTS": "mcts",
+        "MCTSConfig": "mcts",
+        "METHODS": "methods",
+        "Method": "method",
+        "Rebase": "rebase",
+        "RebaseConfig": "rebase",
+        "Request": "method",
+        "SaffronSearch": "saffron",
+        "Sampling": "undefended",
+        "SamplingConfig": "undefended",
+        "parse_config": "methods",
+        "parse_method": "methods",
+    },
+)

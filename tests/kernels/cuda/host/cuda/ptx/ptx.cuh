@@ -77,6 +77,15 @@ inline uint32_t multiply_half(uint32_t a, uint32_t b) {
 
 // --- memory between blocks ---
 
+inline void fence() { host::may_switch(); }
+
+inline uint32_t arrive(uint32_t* counter, uint32_t value = 1) {
+  fence();
+  const uint32_t before = atomicAdd(counter, value);
+  fence();
+  return before;
+}
+
 inline uint32_t load_acquire(const uint32_t* address) {
   host::yield();
   return *address;
