@@ -30,8 +30,8 @@ __device__ __forceinline__ void attend_range(const Arguments& a, typename C::Sha
     own.total[r] = 0.f;
     own.query[r] = (warp_row + lane / 4 + 8 * r) / a.group;
   }
-  if constexpr (C::kConvert) {  // else a.scale_log2, which would cost a register here
-    own.scale_log2 = a.k_scale != nullptr ? a.scale_log2 * a.k_scale[kv_head] : a.scale_log2;
+  if constexpr (C::kConvert) {  // else a.scale, which would cost a register here
+    own.scale = a.k_scale != nullptr ? a.scale * a.k_scale[kv_head] : a.scale;
   }
   own.first_query = warp_row / a.group;
   own.last_query = warp_row < rows ? (min(warp_row + 16, rows) - 1) / a.group : -1;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) attention_kernel(c
 template <template <class, int, int, int> class C, class T>
 void launch_tiles(Arguments a, Stream stream) {
   const int64_t rows = static_cast<int64_t>(a.queries) * a.group;
-  with_tile<C, T>(a.head_dim, rows, chip(), [&](auto tile) {
+  with_tile<C, T>(a.wide(), rows, chip(), [&](auto tile) {
     using Chosen = decltype(tile);
     const Cut cut = cut_work<Chosen>(a, chip());
     launch<attention_kernel<Chosen>>(dim3(cut.blocks), Chosen::kThreads,

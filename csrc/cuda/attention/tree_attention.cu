@@ -47,10 +47,11 @@ int64_t tree_attention_workspace(int64_t queries, int64_t heads, int64_t kv_head
 
 void tree_attention(const View& q, const View& k_cache, const View& v_cache, const View& slot,
                     const View& begin, const View& end, const View& count, const View& k_scale,
-                    const View& v_scale, double scale, const View& out, const View& lse,
-                    const View& workspace, const View& counters, int64_t queries, int64_t heads,
-                    int64_t kv_heads, int64_t head_dim, int64_t tokens, int64_t num_slots,
-                    DType dtype, DType stored, const View& fault, Stream stream) {
+                    const View& v_scale, const View& sinks, double scale, bool capped,
+                    double softcap, const View& out, const View& lse, const View& workspace,
+                    const View& counters, int64_t queries, int64_t heads, int64_t kv_heads,
+                    int64_t head_dim, int64_t v_dim, int64_t tokens, int64_t num_slots, DType dtype,
+                    DType stored, const View& fault, Stream stream) {
   if (queries == 0 || heads == 0) return;
   Arguments a = {};
   a.q = q.data;
@@ -68,6 +69,7 @@ void tree_attention(const View& q, const View& k_cache, const View& v_cache, con
   a.count = count.as<int32_t>();
   a.k_scale = k_scale.as<float>();
   a.v_scale = v_scale.as<float>();
+  a.sinks = sinks.as<float>();
   a.out = out.data;
   a.lse = lse.as<float>();
   a.part = workspace.as<float>();
@@ -79,10 +81,14 @@ void tree_attention(const View& q, const View& k_cache, const View& v_cache, con
   a.group = static_cast<int>(heads / kv_heads);
   a.kv_heads = static_cast<int>(kv_heads);
   a.head_dim = static_cast<int>(head_dim);
+  a.v_dim = static_cast<int>(v_dim);
   a.num_slots = static_cast<int>(num_slots);
-  a.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
+  constexpr double kLog2E = 1.4426950408889634;
+  a.scale = static_cast<float>(capped ? scale / softcap : scale * kLog2E);
+  a.cap = static_cast<float>(capped ? softcap * kLog2E : 0);
+  a.capped = capped;
   a.fault = fault.as<int32_t>();
-  if (hopper_takes(queries, a.group, head_dim, stored)) return launch_hopper(a, dtype, stream);
+  if (hopper_takes(queries, a.group, a.wide(), stored)) return launch_hopper(a, dtype, stream);
   const bool is_bf16 = dtype == DType::kBFloat16;
   if (stored == DType::kFloat8) {
     return is_bf16 ? launch_bf16_fp8(a, stream) : launch_fp16_fp8(a, stream);

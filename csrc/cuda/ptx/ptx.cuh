@@ -19,6 +19,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+/// 1 / x, to 1 unit in the last place; subnormal numbers count as 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Both rounded to nearest even; `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t both;

@@ -16,6 +16,8 @@ inline float exp2(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 
+inline float reciprocal(float x) { return 1.f / x; }
+
 /// A 16-bit float of `kMantissa` explicit bits and a largest exponent of `kBias`, nearest even.
 template <int kMantissa, int kBias>
 uint32_t round_to_16_bits(float x) {
