@@ -78,6 +78,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_ROWS") = kMaxRows;
   m.attr("MAX_WIDTH") = kMaxWidth;
   m.attr("MAX_GROUPS") = kMaxGroups;
+  m.def("beam_fits", &beam_fits);
   m.def("select_beam_workspace", &select_beam_workspace);
   m.def("select_beam", &select_beam, Unlocked());
   m.def("multifurcate_workspace", &multifurcate_workspace);

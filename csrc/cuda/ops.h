@@ -70,13 +70,13 @@ struct View {
 void append_kv(const View& k, const View& v, const View& slots, const View& k_cache,
                const View& v_cache, const View& cos, const View& sin, const View& k_scale,
                const View& v_scale, int64_t tokens, int64_t kv_heads, int64_t head_dim,
-               int64_t rotated, int64_t num_slots, DType dtype, DType stored, DType turn,
-               const View& fault, Stream stream);
+               int64_t v_dim, int64_t rotated, int64_t num_slots, DType dtype, DType stored,
+               DType turn, const View& fault, Stream stream);
 
 /// slots `[sequences, length]`; k, v `[sequences, kv_heads, length, head_dim]`, contiguous.
 void gather_kv(const View& k_cache, const View& v_cache, const View& slots, const View& k,
                const View& v, int64_t sequences, int64_t length, int64_t kv_heads, int64_t head_dim,
-               int64_t num_slots, DType dtype, const View& fault, Stream stream);
+               int64_t v_dim, int64_t num_slots, DType dtype, const View& fault, Stream stream);
 
 /// The largest head size that tree_attention serves.
 constexpr int64_t kMaxHeadDim = 256;
@@ -93,19 +93,22 @@ int64_t tree_attention_workspace(int64_t queries, int64_t heads, int64_t kv_head
 const char* tree_attention_path(int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                 DType stored);
 
-/// q `[queries, heads, head_dim]` in `dtype`, bf16 or fp16, and caches in `stored`, the same or
+/// q `[queries, heads, head_dim]` in `dtype`, bf16 or fp16, and caches `[num_slots, kv_heads,
+/// head_dim]` and `[num_slots, kv_heads, v_dim]` in `stored`, the same or
 /// fp8, whose rows begin at multiples of 16 bytes and are a multiple of that long, their last
 /// dimension contiguous; slot, begin, end `[tokens]` contiguous. out and lse contiguous. `count`,
 /// if given, holds on the device how many of the tokens there are; `tokens` is then the most there
-/// can be. k_scale, v_scale `[kv_heads]` fp32 contiguous, if given, for fp8 caches alone.
+/// can be. k_scale, v_scale `[kv_heads]` fp32 contiguous, if given, for fp8 caches alone; sinks
+/// `[heads]` fp32 contiguous, if given. `softcap` counts if `capped`.
 ///
 /// `counters` holds kCounters zeros and is left so; launches that share it must not overlap.
 void tree_attention(const View& q, const View& k_cache, const View& v_cache, const View& slot,
                     const View& begin, const View& end, const View& count, const View& k_scale,
-                    const View& v_scale, double scale, const View& out, const View& lse,
-                    const View& workspace, const View& counters, int64_t queries, int64_t heads,
-                    int64_t kv_heads, int64_t head_dim, int64_t tokens, int64_t num_slots,
-                    DType dtype, DType stored, const View& fault, Stream stream);
+                    const View& v_scale, const View& sinks, double scale, bool capped,
+                    double softcap, const View& out, const View& lse, const View& workspace,
+                    const View& counters, int64_t queries, int64_t heads, int64_t kv_heads,
+                    int64_t head_dim, int64_t v_dim, int64_t tokens, int64_t num_slots, DType dtype,
+                    DType stored, const View& fault, Stream stream);
 
 /// Identifies the graph that `stream` is being captured into; 0 if it is not being captured.
 uint64_t capture_id(Stream stream);
@@ -185,6 +188,10 @@ void multifurcation_head(const View& hidden, const View& weight, const View& bia
 /// The most rows and the widest beam that select_beam and multifurcate serve, and the most groups:
 /// what fits shared memory and the counters.
 constexpr int64_t kMaxRows = 4096, kMaxWidth = 4096, kMaxGroups = kCounters - 1;
+
+/// Whether the shared memory of a block of the current device, with keys of such a beam and a table
+/// of so many rows, is large enough: up to kMaxRows and kMaxWidth where a block may have 128 KB.
+bool beam_fits(int64_t rows, int64_t width);
 
 /// Bytes of workspace, 16-byte aligned, that select_beam needs on the current device.
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width);

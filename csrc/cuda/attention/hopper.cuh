@@ -116,10 +116,11 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, typename C::Share
 #pragma unroll 4
   for (int row = lane / kChunks; row < C::kTokens; row += kTogether) {
     const int64_t slot = s.slot[row];
-    const bool read = slot >= 0 && chunk * 8 < a.head_dim;
+    const bool read_k = slot >= 0 && chunk * 8 < a.head_dim;
+    const bool read_v = slot >= 0 && chunk * 8 < a.v_dim;
     const int at = row * 64 + (chunk % 8 ^ row % 8) * 8;  // as copy_box would
-    ptx::copy16(&s.kv[stage][0][half][at], read ? k + slot * a.k_stride_s : a.k, read);
-    ptx::copy16(&s.kv[stage][1][half][at], read ? v + slot * a.v_stride_s : a.v, read);
+    ptx::copy16(&s.kv[stage][0][half][at], read_k ? k + slot * a.k_stride_s : a.k, read_k);
+    ptx::copy16(&s.kv[stage][1][half][at], read_v ? v + slot * a.v_stride_s : a.v, read_v);
   }
   ptx::barrier_await_copies(&s.full[stage]);
 }

@@ -32,18 +32,18 @@ __device__ __forceinline__ void lay_down(typename C::Shared& s, Warp<C>& own, in
   }
 }
 
-/// Writes four numbers of one row of the result.
+/// Writes four numbers of one row of the result; of a row that has seen nothing they are 0.
 template <class C>
 __device__ __forceinline__ void store_out(const Arguments& a, int kv_head, int row, int column,
-                                          float4 x) {
+                                          float4 x, bool nothing) {
   using T = typename C::T;
-  if (column >= a.head_dim) return;
-  if (C::kConvert && a.v_scale != nullptr) {
+  if (column >= a.v_dim) return;
+  if (C::kConvert && a.v_scale != nullptr && !nothing) {
     const float scale = a.v_scale[kv_head];
     x = make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
   }
   const int64_t query = row / a.group, head = kv_head * a.group + row % a.group;
-  T* to = static_cast<T*>(a.out) + (query * a.kv_heads * a.group + head) * a.head_dim + column;
+  T* to = static_cast<T*>(a.out) + (query * a.kv_heads * a.group + head) * a.v_dim + column;
   *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
 }
 
@@ -51,6 +51,11 @@ __device__ __forceinline__ void store_lse(const Arguments& a, int kv_head, int r
                                           float log2_mass) {
   const int64_t query = row / a.group, head = kv_head * a.group + row % a.group;
   a.lse[query * a.kv_heads * a.group + head] = log2_mass * kLn2;
+}
+
+/// The logit that joins the softmax of a row, in base 2; -infinity where there is none.
+__device__ __forceinline__ float sink_of(const Arguments& a, int kv_head, int row) {
+  return a.sinks == nullptr ? -INFINITY : a.sinks[kv_head * a.group + row % a.group] * 1.44269504f;
 }
 
 /// Writes what `lay_down` laid down: the result, or the partial result of a unit.
@@ -64,8 +69,10 @@ __device__ __forceinline__ void store(const Arguments& a, const typename C::Shar
     float largest = s.largest[0][row];
 #pragma unroll
     for (int w = 1; w < C::kWarpsN; ++w) largest = fmaxf(largest, s.largest[w][row]);
-    const float base = largest == -INFINITY ? 0.f : largest;
-    float total = 0.f;
+    const bool nothing = largest == -INFINITY;
+    const float sink = a.splits == 1 ? sink_of(a, kv_head, first_row + row) : -INFINITY;
+    const float top = fmaxf(largest, sink), base = top == -INFINITY ? 0.f : top;
+    float total = ptx::exp2(sink - base);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int w = 0; w < C::kWarpsN; ++w) {
@@ -78,16 +85,18 @@ __device__ __forceinline__ void store(const Arguments& a, const typename C::Shar
       sum.z += weight * x.z;
       sum.w += weight * x.w;
     }
-    const bool nothing = total == 0.f;
+    // 1 / 0 where all scores that are seen are -infinity: the result is NaN.
     const float scale = nothing ? 0.f : 1.f / total;
-    const float lse = nothing ? -INFINITY : base + log2f(total);
+    const float lse = total == 0.f ? -INFINITY : base + log2f(total);
     sum = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
     if (a.splits == 1) {
-      store_out<C>(a, kv_head, first_row + row, column, sum);
+      store_out<C>(a, kv_head, first_row + row, column, sum, nothing);
       if (column == 0) store_lse(a, kv_head, first_row + row, lse);
     } else {
       const int64_t place = unit * C::kRows + row;
-      if (column == 0) a.part_lse[place] = lse;
+      if (column == 0) {
+        a.part_lse[place] = total == 0.f && !nothing ? kLowestSeen : lse;
+      }
       // A row that saw nothing is not written: its lse says so, and nobody will read it.
       if (!nothing) *reinterpret_cast<float4*>(a.part + place * C::kD + column) = sum;
     }
@@ -112,7 +121,8 @@ __device__ __forceinline__ void join(const Arguments& a, typename C::Shared& s, 
     for (int step = 16; step > 0; step /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
     }
-    const float base = largest == -INFINITY ? 0.f : largest;
+    const float sink = sink_of(a, kv_head, first_row + row), top = fmaxf(largest, sink);
+    const float base = top == -INFINITY ? 0.f : top;
     float total = 0.f;
     for (int split = lane; split < a.splits; split += 32) {
       const float weight = ptx::exp2(__ldcg(lse + split * groups * C::kRows) - base);
@@ -123,8 +133,12 @@ __device__ __forceinline__ void join(const Arguments& a, typename C::Shared& s, 
       total += __shfl_xor_sync(0xffffffffu, total, step);
     }
     if (lane == 0) {
-      s.total[0][row] = total == 0.f ? 0.f : 1.f / total;
-      store_lse(a, kv_head, first_row + row, total == 0.f ? -INFINITY : base + log2f(total));
+      const bool nothing = largest == -INFINITY && total == 0.f;  // else NaN
+      total += ptx::exp2(sink - base);
+      s.total[0][row] = nothing ? 0.f : 1.f / total;
+      // Only of parts all of whose scores are -infinity.
+      const bool empty = total == 0.f || (base == kLowestSeen && total == total);
+      store_lse(a, kv_head, first_row + row, empty ? -INFINITY : base + log2f(total));
     }
   }
   C::sync();
@@ -157,7 +171,8 @@ __device__ __forceinline__ void join(const Arguments& a, typename C::Shared& s, 
     }
     const float scale = s.total[0][row];
     store_out<C>(a, kv_head, first_row + row, column,
-                 make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale));
+                 make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale),
+                 scale == 0.f);
   }
 }
 

@@ -78,7 +78,17 @@ __device__ __forceinline__ void attend_tile(const Arguments& a, const typename C
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>(score);
 
-  weigh(own, score, a.scale_log2, s.begin[stage], s.end[stage], all);
+  weigh(a, own, score, a.scale, s.begin[stage], s.end[stage], all);
+  if (!all) {  // for all warps of the warpgroup alike, and so is what they find in V
+    const uint16_t* numbers = s.kv[stage][1][0];
+    if (is_unfit_tile<T>(C::kTokens * C::kD, [&](int i) { return numbers + 8 * i; })) {
+      const auto pair = [&](int token, int column) {  // as copy_box stored them
+        const int chunk = column / 8 % 8 ^ token % 8;
+        return &s.kv[stage][1][column / 64][token * 64 + chunk * 8 + column % 8];
+      };
+      return add_by_token(own, score, s.begin[stage], s.end[stage], pair);
+    }
+  }
 
   uint32_t p[C::kTokens / 16][4];
 #pragma unroll
@@ -201,17 +211,17 @@ __global__ void __launch_bounds__(SAFFRON_HOPPER ? C::kLaunched : 32, C::kMinBlo
 }
 
 /// Describes a cache for boxes of 64 columns of one KV head in successive slots. False where its
-/// layout is not one of slots, each of KV heads; strides count elements.
+/// layout is not one of slots, each of KV heads with `size` numbers; strides count elements.
 template <class C>
-bool describe(TensorMap& map, const Arguments& a, const void* cache, int64_t stride_h,
+bool describe(TensorMap& map, const Arguments& a, const void* cache, int size, int64_t stride_h,
               int64_t stride_s) {
-  if (a.kv_heads == 1) stride_h = a.head_dim;
+  if (a.kv_heads == 1) stride_h = size;
   // Each stride has to be a multiple of the one before.
-  if (a.num_slots == 0 || stride_h < a.head_dim || stride_s < stride_h * a.kv_heads ||
+  if (a.num_slots == 0 || stride_h < size || stride_s < stride_h * a.kv_heads ||
       stride_s % stride_h != 0) {
     return false;
   }
-  return encode(map, cache, {a.head_dim, a.kv_heads, a.num_slots}, {2 * stride_h, 2 * stride_s},
+  return encode(map, cache, {size, a.kv_heads, a.num_slots}, {2 * stride_h, 2 * stride_s},
                 {64, 1, C::kTokens});
 }
 
@@ -257,16 +267,16 @@ void launch_hopper(Arguments a, DType dtype, Stream stream) {
     using C = decltype(wide);
     const Cut cut = cut_work<C>(a, chip());
     Caches caches = {};
-    caches.described = describe<C>(caches.k, a, a.k, a.k_stride_h, a.k_stride_s) &&
-                       describe<C>(caches.v, a, a.v, a.v_stride_h, a.v_stride_s);
+    caches.described = describe<C>(caches.k, a, a.k, a.head_dim, a.k_stride_h, a.k_stride_s) &&
+                       describe<C>(caches.v, a, a.v, a.v_dim, a.v_stride_h, a.v_stride_s);
     launch<wide_attention_kernel<C>>(dim3(cut.blocks), C::kLaunched, sizeof(typename C::Shared),
                                      stream, a, caches);
   };
   const int64_t rows = static_cast<int64_t>(a.queries) * a.group;
   if (dtype == DType::kBFloat16) {
-    with_wide<BFloat16>(a.head_dim, rows, run);
+    with_wide<BFloat16>(a.wide(), rows, run);
   } else {
-    with_wide<Float16>(a.head_dim, rows, run);
+    with_wide<Float16>(a.wide(), rows, run);
   }
 }
 

@@ -7,7 +7,7 @@
 namespace saffron::cuda {
 namespace {
 
-constexpr int kPolls = 256;  // how often a block looks whether there is something to help with
+constexpr int kPolls = 16;  // how often a block looks whether there is something to help with
 
 /// One unit: the rows of a block, and a range of tokens.
 struct Unit {
@@ -42,14 +42,10 @@ __device__ __forceinline__ void work_through(const Arguments& a, typename C::Sha
     store<C>(a, s, number, group_index / a.query_blocks, group_index % a.query_blocks * C::kRows,
              rows);
     if (a.splits > 1) {
-      __threadfence();
-      C::sync();
-      const uint32_t before = threadIdx.x == 0 ? atomicAdd(&a.arrived[group_index], 1u) : 0u;
+      C::sync();  // what all have written, thread 0 announces
+      const uint32_t before = threadIdx.x == 0 ? ptx::arrive(&a.arrived[group_index]) : 0u;
       arrived_last = from_thread_0<C>(s, before) + 1 == static_cast<uint32_t>(a.splits);
-      if (arrived_last) {
-        __threadfence();
-        join_slices<C>(a, s, group_index, rows);
-      }
+      if (arrived_last) join_slices<C>(a, s, group_index, rows);
     }
     if (gridDim.x >= units) break;
     number = next(number);
@@ -66,12 +62,11 @@ __device__ __forceinline__ void work_through(const Arguments& a, typename C::Sha
     if (from_thread_0<C>(s, complete)) join_slices<C>(a, s, group_index, rows);
   }
   // The last block of all leaves the counters as it found them.
-  if (from_thread_0<C>(s, threadIdx.x == 0 ? atomicInc(a.left, gridDim.x - 1) : 0u) + 1 ==
-      gridDim.x) {
+  if (from_thread_0<C>(s, threadIdx.x == 0 ? ptx::arrive(a.left) : 0u) + 1 == gridDim.x) {
     for (int i = static_cast<int>(threadIdx.x); i < groups; i += C::kThreads) {
       if (a.splits > 1) a.arrived[i] = a.claimed[i] = 0;
     }
-    if (threadIdx.x == 0) *a.drawn = 0;
+    if (threadIdx.x == 0) *a.drawn = *a.left = 0;
   }
 }
 

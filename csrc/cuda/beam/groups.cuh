@@ -260,11 +260,7 @@ struct Selector {
   /// Whether this block is the last of so many to arrive; it then sees what the others wrote.
   __device__ __forceinline__ bool is_last(uint32_t* counter, int of_all) {
     __syncthreads();
-    if (thread() == 0) {
-      __threadfence();  // for all of the block: the barriers on both sides carry it on
-      desk.before = atomicAdd(counter, 1u);
-      __threadfence();
-    }
+    if (thread() == 0) desk.before = ptx::arrive(counter);
     __syncthreads();
     return desk.before + 1 == static_cast<uint32_t>(of_all);
   }

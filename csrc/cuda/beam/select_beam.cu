@@ -58,6 +58,10 @@ int64_t blocks_of(int64_t candidates) {
 
 }  // namespace
 
+bool beam_fits(int64_t rows, int64_t width) {
+  return beam_shared(rows, width) <= chip().block_bytes;
+}
+
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width) {
   return BeamWorkspace(blocks_of(candidates), num_groups, width, 0).bytes;
 }

@@ -233,11 +233,9 @@ __device__ __forceinline__ void find_nucleus(const Arguments& a, int64_t row, in
   const Part own = measure<T>(s);
   if (leads) {
     part[index] = own;
-    __threadfence();
-    uint32_t seen = atomicAdd(counter, kRead) + kRead;
+    uint32_t seen = ptx::arrive(counter, kRead) + kRead;
 #pragma unroll 1
     for (int i = 0; i < kPolls && seen % kField != parts; ++i) seen = ptx::load_acquire(counter);
-    __threadfence();
     s.seen = seen;
   }
   __syncthreads();
@@ -250,9 +248,7 @@ __device__ __forceinline__ void find_nucleus(const Arguments& a, int64_t row, in
   if (leads) {
     const uint32_t step = kDone + (binned ? kBinned : 0);
     part[index].binned = binned;
-    __threadfence();
-    s.seen = atomicAdd(counter, step) + step;
-    __threadfence();
+    s.seen = ptx::arrive(counter, step) + step;
   }
   __syncthreads();
   if (s.seen / kDone != parts) return;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -49,7 +47,7 @@ def select_beam(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, candidates, device = groups.shape[0], rewards.shape[0], rewards.device
     launchers = native.module(rewards)
-    _check_sizes(launchers, "groups", rows, num_groups, width)
+    _check_sizes(rewards, "groups", rows, num_groups, width)
     faults.check_rewards(rewards, offsets, groups, num_groups)
     faults.check_ascending("groups", groups)
     faults.check_index("widths", widths, width + 1, lowest=1)
@@ -91,7 +89,7 @@ def multifurcate(
     """
     (rows, vocab), device = logits.shape, logits.device
     launchers = native.module(logits)
-    _check_sizes(launchers, "logits", rows, num_groups, width)
+    _check_sizes(logits, "logits", rows, num_groups, width)
     expect(vocab <= launchers.MAX_VOCAB, "logits", f"a vocabulary of {vocab}", f"at most {launchers.MAX_VOCAB}")
     expect(rows * vocab < 1 << 31, "logits", f"{rows} rows of {vocab}", f"less than {1 << 31} numbers")
     faults.check_index("groups", groups, num_groups + 1)
@@ -126,11 +124,15 @@ def _beam(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
     return parent, torch.empty_like(parent), torch.empty(size, dtype=dtype, device=device)
 
 
-def _check_sizes(launchers: ModuleType, name: str, rows: int, num_groups: int, width: int) -> None:
-    """What the shared memory of a block and the counters have room for."""
+def _check_sizes(tensor: Tensor, name: str, rows: int, num_groups: int, width: int) -> None:
+    """What the shared memory of a block and the counters have room for, on the device of `tensor`."""
+    launchers = native.module(tensor)
     expect(rows <= launchers.MAX_ROWS, name, f"{rows} rows", f"at most {launchers.MAX_ROWS}")
     expect(num_groups <= launchers.MAX_GROUPS, "num_groups", num_groups, f"at most {launchers.MAX_GROUPS}")
     expect(width <= launchers.MAX_WIDTH, "width", width, f"at most {launchers.MAX_WIDTH}")
+    with torch.cuda.device_of(tensor):
+        fits = launchers.beam_fits(rows, width)
+    expect(fits, "width", f"{width} of {rows} rows", "fewer: both have to fit the shared memory of a block of this GPU")
 
 
 def _code(tensor: Tensor | None) -> int:

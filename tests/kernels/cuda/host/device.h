@@ -276,6 +276,3 @@ template <class T>
 T atomicCAS(T* address, std::common_type_t<T> compare, std::common_type_t<T> value) {
   return host::atomic(address, [&](T old) { return old == compare ? value : old; });
 }
-inline unsigned atomicInc(unsigned* address, unsigned last) {
-  return host::atomic(address, [&](unsigned old) { return old >= last ? 0u : old + 1; });
-}
