@@ -145,11 +145,13 @@ def _backup(
         return q
     columns = np.empty((runs, 3, goals, functions, states))
     columns[:, 0], columns[:, 1] = after[0], after[1]
-    np.multiply(after[0], after[0], out=columns[:, 2])
+    centre = after[0].mean(-1, keepdims=True)  # the variance does not depend on it, its rounding does
+    np.subtract(after[0], centre, out=columns[:, 2])
+    np.square(columns[:, 2], out=columns[:, 2])
     means = np.matmul(columns.reshape(runs, 3 * goals * functions, states), kernel)
     means *= widths.inverse[:, h]
     upper, lower, square = means.reshape(runs, 3, goals, functions, cells).swapaxes(0, 1)
-    square -= upper * upper  # the variance
+    square -= np.square(upper - centre)  # the variance
     np.maximum(square, 0.0, out=square)
     square *= widths.root[:, h, None, None]
     np.sqrt(square, out=square)

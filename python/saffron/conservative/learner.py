@@ -73,10 +73,13 @@ class Problem:
         if not (floor.shape in ((), (1,), (runs,)) and np.isfinite(floor).all()):
             raise ConfigError(f"floor: got {self.floor!r}, expected a finite number, or one for each of {runs} runs")
         _set(self, "floor", np.broadcast_to(floor, (runs,)))
-        for name in ("bound", "objective_bound"):
-            bound = getattr(self, name)
-            if bound is not None and not 0 < bound <= steps:
-                raise ConfigError(f"{name}: got {bound}, expected a number above 0 and at most {steps}, the steps")
+        for name, signal_ in (("bound", self.reward), ("objective_bound", self.objective)):
+            bound, least = getattr(self, name), 0.0 if signal_ is None else float(np.max(signal_))
+            if bound is not None and not (0 < bound <= steps and bound >= least):
+                raise ConfigError(
+                    f"{name}: got {bound}, expected a number above 0, at most {steps}, the steps, and at least {least}, the "
+                    "largest reward"
+                )
         if not (len(self.weights) and all(np.isfinite(w) and w >= 0 for w in self.weights)):
             raise ConfigError(f"weights: got {self.weights}, expected one number of at least 0 or more")
 
