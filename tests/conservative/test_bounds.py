@@ -67,7 +67,7 @@ def test_bounds_are_the_equations(sizes, seed, episodes, scale, uniform, value_r
 
 @pytest.mark.parametrize("value_range", ["remaining", "horizon"])
 def test_no_interval_misses_at_scale_1(value_range: str) -> None:
-    """100 runs, all candidates of all plans: L <= V <= U. The runs learn without a constraint, so that they see much."""
+    """100 runs, all candidates of all plans: L <= V <= U. They learn without a constraint, so that they see much."""
     runs, steps = 100, 2
     mdp = random_mdps(runs, 2, 2, steps, seed=5)
     baseline = mdp.boltzmann(5.0)

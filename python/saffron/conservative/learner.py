@@ -77,8 +77,8 @@ class Problem:
             bound, least = getattr(self, name), 0.0 if signal_ is None else float(np.max(signal_))
             if bound is not None and not (0 < bound <= steps and bound >= least):
                 raise ConfigError(
-                    f"{name}: got {bound}, expected a number above 0, at most {steps}, the steps, and at least {least}, the "
-                    "largest reward"
+                    f"{name}: got {bound}, expected a number above 0, at most {steps}, the steps, and at least "
+                    f"{least}, the largest reward"
                 )
         if not (len(self.weights) and all(np.isfinite(w) and w >= 0 for w in self.weights)):
             raise ConfigError(f"weights: got {self.weights}, expected one number of at least 0 or more")
