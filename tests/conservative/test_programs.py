@@ -40,7 +40,7 @@ def test_nothing_seen_is_the_baseline(learner) -> None:
 
 
 def test_optpess_against_all_mixtures_of_two_policies() -> None:
-    """A program with one constraint is solved by a mixture of two deterministic policies: the best one by brute force."""
+    """One constraint: a mixture of two deterministic policies solves the program, found here by brute force."""
     mdp = random_mdps(1, 2, 2, 2, seed=3)
     learner = made(OptPessLP, mdp, scale=0.002, share=0.8)
     counts = small_mdps.counted(mdp, 3000, np.full((1, 2, 2, 2), 0.5))
