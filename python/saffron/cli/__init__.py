@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from saffron.cli import annotate, demo, doctor, eval_mrm, evaluate, generate, parity, report, reproduce, train_mrm
+from saffron.cli import (
+    annotate,
+    demo,
+    doctor,
+    eval_mrm,
+    evaluate,
+    generate,
+    parity,
+    report,
+    reproduce,
+    stepmix,
+    train_mrm,
+)
 from saffron.errors import SaffronError
 
 
@@ -39,7 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="saffron", description=f"{_summary()} Try `saffron demo`.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, generate, parity, doctor, annotate, train_mrm, eval_mrm, evaluate, report, reproduce):
+    for command in (
+        demo,
+        generate,
+        parity,
+        doctor,
+        annotate,
+        train_mrm,
+        eval_mrm,
+        evaluate,
+        report,
+        reproduce,
+        stepmix,
+    ):
         command.add(commands)
     return parser
 
