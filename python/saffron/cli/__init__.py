@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from saffron.cli import annotate, demo, doctor, eval_mrm, evaluate, generate, parity, report, reproduce, train_mrm
+from saffron.cli import (
+    annotate,
+    demo,
+    doctor,
+    eval_mrm,
+    evaluate,
+    generate,
+    parity,
+    report,
+    reproduce,
+    stepmix,
+    train_mrm,
+)
 from saffron.errors import SaffronError
 
 
@@ -40,7 +52,19 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     made = _Parser(prog="saffron", description=f"{_summary()} Try `saffron demo`.")
     commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, generate, parity, doctor, annotate, train_mrm, eval_mrm, evaluate, report, reproduce):
+    for command in (
+        demo,
+        generate,
+        parity,
+        doctor,
+        annotate,
+        train_mrm,
+        eval_mrm,
+        evaluate,
+        report,
+        reproduce,
+        stepmix,
+    ):
         command.add(commands)
     return made
 
