@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from saffron.search import Request, SaffronSearch
-from saffron.search import saffron as module
-from saffron.search.captured import StaticStep
 from saffron.search.config import SearchConfig
 from saffron.search.result import SearchResult
 

@@ -2,9 +2,12 @@
 
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
+from saffron.search.config import Request
 from saffron.search.deal import DeAL, DeALConfig
+from saffron.search.engine import Engine
+from saffron.search.handle import Handle
 from saffron.search.mcts import MCTS, MCTSConfig
-from saffron.search.method import Answer, Decoder, Method, Request
+from saffron.search.method import Candidate, Decoder, Method
 from saffron.search.methods import METHODS, GreedyConfig, Kind, parse_config, parse_method
 from saffron.search.rebase import Rebase, RebaseConfig
 from saffron.search.saffron import SaffronSearch
@@ -13,7 +16,7 @@ from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
 __all__ = [
     "MCTS",
     "METHODS",
-    "Answer",
+    "Candidate",
     "BeamConfig",
     "BeamSearch",
     "BestOfN",
@@ -21,8 +24,10 @@ __all__ = [
     "DeAL",
     "DeALConfig",
     "Decoder",
+    "Engine",
     "GreedyConfig",
     "GreedyDecoding",
+    "Handle",
     "Kind",
     "MCTSConfig",
     "Method",
