@@ -160,17 +160,29 @@ def check_top_p(top_p: float) -> None:
     expect(0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1")
 
 
-def check_nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> None:
+def check_token_ids(name: str, ids: Tensor, rows: int) -> None:
+    """Token ids for all rows, or a list of them for each."""
+    index(name, ids, [rows, name] if ids.dim() == 2 else [name])
+
+
+def check_nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> None:
     floating("logits", logits)
     shape("logits", logits, ["rows", "vocab"])
     expect(logits.shape[1] > 0, "logits", f"shape {list(logits.shape)}", "a vocabulary that is not empty")
-    check_top_p(top_p)
+    if isinstance(top_p, Tensor):
+        dtype("top_p", top_p, torch.float32, torch.float64)
+        shape("top_p", top_p, [logits.shape[0]])
+        same_device(("logits", logits), ("top_p", top_p))
+    else:
+        check_top_p(top_p)
     if banned is not None:
-        index("banned", banned, ["banned tokens"])
+        check_token_ids("banned", banned, logits.shape[0])
         same_device(("logits", logits), ("banned", banned))
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tensor | None) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tensor | None, unseen_reward: float
+) -> None:
     floating("hidden", hidden)
     shape("hidden", hidden, ["rows", "hidden"])
     shape("weight", weight, ["vocab", hidden.shape[1]])
@@ -181,6 +193,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tens
     if unseen is not None:
         dtype("unseen", unseen, torch.bool)
         shape("unseen", unseen, [weight.shape[0]])
+    expect(unseen_reward == unseen_reward, "unseen_reward", unseen_reward, "a number, or an infinity")
     same_device(("hidden", hidden), ("weight", weight), ("bias", bias), ("unseen", unseen))
 
 
@@ -193,27 +206,36 @@ def check_multifurcation_head(
     tokens: Tensor,
     offsets: Tensor,
 ) -> None:
-    check_head(hidden, weight, bias, unseen)
+    check_head(hidden, weight, bias, unseen, unseen_reward)
     index("tokens", tokens, ["candidates"])
     index("offsets", offsets, [hidden.shape[0] + 1])
     same_device(("hidden", hidden), ("tokens", tokens), ("offsets", offsets))
 
 
-def check_groups(groups: Tensor, rows: int, num_groups: int, width: int) -> None:
+def check_groups(groups: Tensor, rows: int, num_groups: int, width: int, widths: Tensor | None) -> None:
     index("groups", groups, [rows])
     expect(num_groups >= 0, "num_groups", num_groups, "at least 0")
     expect(width >= 1, "width", width, "at least 1")
+    if widths is not None:
+        index("widths", widths, [num_groups])
+        same_device(("groups", groups), ("widths", widths))
 
 
 def check_select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> None:
     floating("rewards", rewards)
     shape("rewards", rewards, ["candidates"])
     index("tokens", tokens, [rewards.shape[0]])
     index("offsets", offsets, ["rows + 1"])
     expect(offsets.shape[0] > 0, "offsets", "an empty tensor", "[rows + 1] offsets")
-    check_groups(groups, offsets.shape[0] - 1, num_groups, width)
+    check_groups(groups, offsets.shape[0] - 1, num_groups, width, widths)
     same_device(("rewards", rewards), ("tokens", tokens), ("offsets", offsets), ("groups", groups))
 
 
@@ -227,26 +249,27 @@ def check_multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> None:
     check_nucleus(logits, top_p, banned)
-    check_head(hidden, weight, bias, unseen)
+    check_head(hidden, weight, bias, unseen, unseen_reward)
     rows = logits.shape[0]
     shape("hidden", hidden, [rows, "hidden"])
     expect(
         logits.shape[1] <= weight.shape[0], "logits", f"a vocabulary of {logits.shape[1]}", f"at most {weight.shape[0]}"
     )
-    check_groups(groups, rows, num_groups, width)
+    check_groups(groups, rows, num_groups, width, widths)
     if scores is not None:
         floating("scores", scores)
         shape("scores", scores, [rows])
     if end_tokens is not None:
-        index("end_tokens", end_tokens, ["end tokens"])
+        check_token_ids("end_tokens", end_tokens, rows)
     both = (carried_scores is None) == (carried_groups is None)
     expect(both, "carried_groups", "one without the other", "carried_scores and carried_groups, or neither")
     if carried_scores is not None and carried_groups is not None:

@@ -135,7 +135,7 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     return schemas.gather_kv(k_cache, v_cache, slots)
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The exact top-p set of every row: the tokens before which less than `top_p` of the probability mass lies.
 
     Order: probability descending (by the logits, before exp rounds), then token id ascending. The most probable token
@@ -149,17 +149,21 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None = None) -> tuple
 
     Args:
         logits: `[rows, vocab]`; computed in fp32 (fp64 for fp64), the cumulative mass in fp64.
-        top_p: above 0, at most 1.
-        banned: `[banned tokens]` int32 token ids that get no probability, or None.
+        top_p: above 0, at most 1, for all rows; or one for each, `[rows]` fp32 or fp64. (A number of Python is fp64:
+            0.8 in fp32 is a little more.)
+        banned: int32 token ids that get no probability: `[banned]` for all rows, or `[rows, banned]` for each; -1 pads.
+            None: all get theirs. What their logits hold is not looked at.
 
     Returns:
         tokens `[candidates]` int32 and probabilities `[candidates]`, row after row, and offsets `[rows + 1]` int32:
         row `r` owns candidates `offsets[r]` to `offsets[r + 1]`.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device; a row with NaN, +inf, or no token left.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; a row with NaN, +inf, or no token left;
+            a `top_p` that is NaN or out of range; a banned token outside the vocabulary.
     """
-    return schemas.nucleus(logits, top_p, banned)
+    op = schemas.nucleus_rows if isinstance(top_p, Tensor) else schemas.nucleus
+    return op(logits, top_p, banned)
 
 
 def multifurcation_head(
@@ -182,11 +186,12 @@ def multifurcation_head(
         weight: `[vocab, hidden]`, its unembedding matrix, in the dtype of `hidden`.
         bias: `[vocab]`, or None for none.
         unseen: `[vocab]` bool, tokens the reward model was never trained on (conservative exploration), or None.
-        unseen_reward: what those score.
+        unseen_reward: what those score; not NaN.
         tokens, offsets: candidates as `nucleus` returns them.
 
     Returns:
-        rewards `[candidates]`, fp32 (fp64 for fp64).
+        rewards `[candidates]`, fp32 (fp64 for fp64). NaN if NaN stands anywhere in the candidate's row of `hidden`, its
+        row of `weight` or its `bias`; a candidate that is unseen scores `unseen_reward` whatever those hold.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a token outside the vocabulary.
@@ -195,7 +200,14 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    *,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best `width` candidates of every group of rows, ordered by parent. (SAFFRON-1: `argtopN`.)
 
@@ -208,20 +220,23 @@ def select_beam(
     Between equal rewards the earlier candidate wins: the lower row, then the more probable token.
 
     Args:
-        rewards: `[candidates]`, no NaN.
+        rewards: `[candidates]`, no NaN; infinities are rewards like others.
         tokens, offsets: candidates as `nucleus` returns them.
         groups: `[rows]` int32 in `0 .. num_groups`: the search each row belongs to; ascending. Rows of group
             `num_groups` belong to none: nothing of theirs is looked at (unused places of a captured CUDA graph).
         num_groups, width: number of searches, beam width of each.
+        widths: `[num_groups]` int32, each from 1 to `width`: the beam width of each group, where they differ. The
+            result has room for `width` per group all the same. None: `width` for all.
 
     Returns:
         parent (the row, int32), token (int32) and reward, each `[num_groups * width]`, ordered by parent, siblings by
         reward descending. Places that stay empty come last: parent `rows` (one past the last), token -1, reward -inf.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device, or a reward that is NaN.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, a reward that is NaN, or a width out of
+            range.
     """
-    return schemas.select_beam(rewards, tokens, offsets, groups, num_groups, width)
+    return schemas.select_beam(rewards, tokens, offsets, groups, num_groups, width, widths)
 
 
 def multifurcate(
@@ -234,13 +249,14 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     *,
     banned: Tensor | None = None,
     scores: Tensor | None = None,
     end_tokens: Tensor | None = None,
     carried_scores: Tensor | None = None,
     carried_groups: Tensor | None = None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One whole step of Saffron search: nucleus, rewards of its tokens, the best `width` of every group.
 
@@ -250,7 +266,7 @@ def multifurcate(
         rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
         # candidates in end_tokens, and all candidates of a blind group, take scores[row] instead;
         # each carried node is one more row with the single candidate (token -1, its carried score)
-        parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width)
+        parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths=widths)
 
     A group is *blind* when it has unseen candidates and none, end tokens aside, that is not: the reward model then
     knows nothing, and with `scores` given the step keeps the policy's own order.
@@ -258,12 +274,14 @@ def multifurcate(
     Args:
         logits: `[rows, vocab]` of the policy, one row a live beam.
         hidden, weight, bias, unseen, unseen_reward: as for `multifurcation_head`.
-        groups, num_groups, width: as for `select_beam`.
+        groups, num_groups, width, widths: as for `select_beam`. Of rows of group `num_groups` nothing is looked at:
+            neither logits, hidden states and scores nor their `top_p`, `banned` and `end_tokens`.
         top_p, banned: as for `nucleus`.
-        scores: `[rows]`, what a child of the row inherits where it inherits; None: nothing inherits.
-        end_tokens: int32 ids of the tokens whose children inherit; None for none.
+        scores: `[rows]`, what a child of the row inherits where it inherits (then not NaN); None: nothing inherits.
+        end_tokens: int32 ids of the tokens whose children inherit: `[end]` for all rows, or `[rows, end]` for each;
+            -1 pads. None for none.
         carried_scores, carried_groups: `[carried]`, finished nodes that compete for places in their group (those of
-            group `num_groups` for none).
+            group `num_groups` for none). Scores of nodes that compete are not NaN.
 
     Returns:
         parent, token, reward `[num_groups * width]` as `select_beam` returns them, where parent `rows + i` is the
@@ -273,9 +291,10 @@ def multifurcate(
     Raises:
         ValueError, TypeError: as the three ops it joins.
     """
-    return schemas.multifurcate(
+    op = schemas.multifurcate_rows if isinstance(top_p, Tensor) else schemas.multifurcate
+    return op(
         logits, hidden, weight, bias, unseen, unseen_reward, groups, num_groups, width, top_p,
-        banned, scores, end_tokens, carried_scores, carried_groups,
+        banned, scores, end_tokens, carried_scores, carried_groups, widths,
     )  # fmt: skip
 
 

@@ -20,15 +20,20 @@ from saffron_kernels.checks import compute_dtype
 _library = torch.library.Library("saffron_kernels", "DEF")
 
 NAMES: list[str] = []  # of all ops, in the order of this file
-_MULTIPLIERS = {"cos", "sin", "k_scale", "v_scale"}  # read in whatever dtype they are: no backend is chosen by them
+_PARAMETERS = {"cos", "sin", "k_scale", "v_scale", "top_p"}  # read in whatever dtype they are: they choose no backend
 
 
 def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
-    """Defines one op and returns its handle. `checks.check_<op>` sees the arguments of every call, real or fake."""
-    name = schema.split("(")[0]
-    NAMES.append(name)
+    """Defines one op and returns its handle. `checks.check_<op>` sees the arguments of every call, real or fake.
+
+    `<op>.<overload>(...)` takes a tensor where `<op>` takes a number; both have one check and one implementation.
+    """
+    name, _, overload = schema.split("(")[0].partition(".")
+    if not overload:
+        NAMES.append(name)
+    qualified = f"{name}.{overload}" if overload else name
     check: Callable[..., None] = getattr(checks, f"check_{name}")
-    stored = [parameter.split()[-1] not in _MULTIPLIERS for parameter in schema[: schema.index(") ->")].split(",")]
+    stored = [parameter.split()[-1] not in _PARAMETERS for parameter in schema[: schema.index(") ->")].split(",")]
     _library.define(schema)
 
     def run(*args: Any) -> object:
@@ -40,10 +45,10 @@ def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
         check(*args)
         return fake(*args)
 
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # no gradient, and no warning about one
-    torch.library.register_fake(f"saffron_kernels::{name}", trace, lib=_library)
-    return getattr(torch.ops.saffron_kernels, name).default
+    _library.impl(qualified, run, "CompositeExplicitAutograd")
+    _library.impl(qualified, torch.library.fallthrough_kernel, "Autograd")  # no gradient, and no warning about one
+    torch.library.register_fake(f"saffron_kernels::{qualified}", trace, lib=_library)
+    return getattr(getattr(torch.ops.saffron_kernels, name), overload or "default")
 
 
 def _storage(args: Iterable[Any]) -> set[torch.dtype]:
@@ -92,7 +97,7 @@ gather_kv = register(
 )
 
 
-def _fake_nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
     return (
         logits.new_empty(kept, dtype=torch.int32),
@@ -103,6 +108,10 @@ def _fake_nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[
 
 nucleus = register(
     "nucleus(Tensor logits, float top_p, Tensor? banned) -> (Tensor, Tensor, Tensor)",
+    _fake_nucleus,
+)
+nucleus_rows = register(
+    "nucleus.rows(Tensor logits, Tensor top_p, Tensor? banned) -> (Tensor, Tensor, Tensor)",
     _fake_nucleus,
 )
 
@@ -123,9 +132,11 @@ def _fake_beam(rewards: Tensor, num_groups: int, width: int, dtype: torch.dtype)
 
 
 select_beam = register(
-    "select_beam(Tensor rewards, Tensor tokens, Tensor offsets, Tensor groups, SymInt num_groups, SymInt width)"
-    " -> (Tensor, Tensor, Tensor)",
-    lambda rewards, tokens, offsets, groups, num_groups, width: _fake_beam(rewards, num_groups, width, rewards.dtype),
+    "select_beam(Tensor rewards, Tensor tokens, Tensor offsets, Tensor groups, SymInt num_groups, SymInt width,"
+    " Tensor? widths) -> (Tensor, Tensor, Tensor)",
+    lambda rewards, tokens, offsets, groups, num_groups, width, widths: _fake_beam(
+        rewards, num_groups, width, rewards.dtype
+    ),
 )
 
 
@@ -145,12 +156,13 @@ def _fake_multifurcate(
     return parent, token, reward, torch.empty_like(groups), logits.new_empty(num_groups, dtype=torch.bool)
 
 
-multifurcate = register(
-    "multifurcate(Tensor logits, Tensor hidden, Tensor weight, Tensor? bias, Tensor? unseen, float unseen_reward,"
-    " Tensor groups, SymInt num_groups, SymInt width, float top_p, Tensor? banned, Tensor? scores, Tensor? end_tokens,"
-    " Tensor? carried_scores, Tensor? carried_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_multifurcate,
+_MULTIFURCATE = (
+    "(Tensor logits, Tensor hidden, Tensor weight, Tensor? bias, Tensor? unseen, float unseen_reward, Tensor groups,"
+    " SymInt num_groups, SymInt width, {} top_p, Tensor? banned, Tensor? scores, Tensor? end_tokens,"
+    " Tensor? carried_scores, Tensor? carried_groups, Tensor? widths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+multifurcate = register("multifurcate" + _MULTIFURCATE.format("float"), _fake_multifurcate)
+multifurcate_rows = register("multifurcate.rows" + _MULTIFURCATE.format("Tensor"), _fake_multifurcate)
 
 
 advance_tree = register(

@@ -5,26 +5,26 @@
 //
 // How a kernel file is written (one op a file, `<op>.cu`):
 //
-// - It includes this header, cuda/launch.cuh and, where it uses them, cuda/ptx.cuh, and nothing
-//   else of CUDA's or of a framework's: a launcher takes pointers, sizes, strides and a stream. It
-//   neither allocates nor synchronises, so that a step can be captured in a CUDA graph.
+// - It includes this header, cuda/common/launch.cuh and, where it uses them, cuda/ptx/ptx.cuh, and
+//   nothing else of CUDA's or of a framework's: a launcher takes pointers, sizes, strides and a
+//   stream. It neither allocates nor synchronises, so that a step can be captured in a CUDA graph.
 // - Kernels stand in an anonymous namespace, and are launched by `launch<kernel>(...)` alone.
 // - All shared memory is dynamic: a struct that `shared<T>()` returns, its size passed to `launch`.
 //   Tests run several blocks side by side in one thread, where a static variable would be shared.
-// - Everything the compiler has no built-in for is a function of cuda/ptx.cuh, or of ptx_hopper.cuh
-//   what only Hopper has. A new one gets its twin in tests/cuda/host/cuda, which says what it does
-//   in plain C++: the tests of every op run the kernels on the CPU through it, in a random order of
-//   threads.
+// - Everything the compiler has no built-in for is a function of cuda/ptx/ptx.cuh, or of
+//   cuda/ptx/hopper.cuh what only Hopper has. A new one gets its twin in
+//   tests/kernels/cuda/host/cuda, which says what it does in plain C++: the tests of every op run
+//   the kernels on the CPU through it, in a random order of threads.
 // - No block may need another to run at the same time: what is left over is done by the last block
 //   to arrive. (One may look for a while whether there is something to help with.)
 // - Content that is bad (a slot that does not exist) is left out and sets a bit of `fault`.
-// - No local memory: arrays are indexed by constants after unrolling. tests/test_cuda_compile.py
-//   verifies that, and docs/cuda-kernels.md lists what each kernel needs: write it anew after a
-//   change.
+// - No local memory: arrays are indexed by constants after unrolling. test_cuda_compile.py verifies
+//   that, and docs/cuda-kernels.md lists what each kernel needs: write it anew after a change.
 //
 // Besides its file a new op needs a declaration here, a line in bindings.cpp, a function in
-// saffron_kernels/backends/cuda, and launches of all its kernels in CASES of tests/cuda_report.py.
-// The tests of the op in tests/test_<op>.py then run it as they are.
+// saffron_kernels/backends/cuda, and launches of all its kernels in CASES of
+// tests/support/cuda_report.py. The tests of the op in tests/ops/test_<op>.py then run it as they
+// are.
 
 #include <cstddef>
 #include <cstdint>
@@ -123,7 +123,8 @@ void advance_tree(const View& slot, const View& begin, const View& end, const Vi
 
 /// Candidates of rows, in device memory: row `r` owns entries `r * vocab` to `r * vocab +
 /// count[r]`, in no particular order. By probability they stand in order of logit descending, then
-/// token ascending; entry() of cuda/entries.cuh makes one integer of the two. -0.0 comes as 0.0.
+/// token ascending; entry() of cuda/common/entries.cuh makes one integer of the two. -0.0 comes as
+/// 0.0.
 struct Candidates {
   int32_t* token;  // [rows, vocab]
   float* logit;    // [rows, vocab]

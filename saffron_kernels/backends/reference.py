@@ -137,11 +137,19 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     return gathered(k_cache), gathered(v_cache)
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.to(compute_dtype(logits.dtype))
+    rows, vocab = logits.shape
+    if isinstance(top_p, Tensor):
+        check_top_ps(top_p)
+        limit = top_p.double()
+    else:
+        limit = torch.full((rows,), top_p, dtype=torch.float64, device=logits.device)
     if banned is not None:
-        _check_index("banned", banned, logits.shape[1])
-        logits = logits.index_fill(1, banned.long(), -torch.inf)
+        _check_index("banned", banned, vocab, lowest=-1)
+        mask = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=logits.device)  # padding bans the last, unused one
+        mask.scatter_(1, torch.where(banned < 0, vocab, banned).long().expand(rows, -1), True)
+        logits = logits.masked_fill(mask[:, :vocab], -torch.inf)
     largest = logits.amax(1) if logits.numel() else logits.new_zeros(logits.shape[0])
     if not bool(torch.isfinite(largest).all()):
         bad = int(torch.isfinite(largest).logical_not().nonzero()[0])
@@ -150,7 +158,7 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
             "and one token that is neither -inf nor banned"
         )
     probability = logits.softmax(1)
-    row, token = ((probability > 0) & (probability >= _lowest_in_nucleus(probability, top_p))).nonzero(as_tuple=True)
+    row, token = ((probability > 0) & (probability >= _lowest_in_nucleus(probability, limit))).nonzero(as_tuple=True)
     # By logits, which tell apart what exp rounds to one probability; stable: equal logits by ascending token id.
     order = logits[row, token].argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]
@@ -162,12 +170,12 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
     longest = int(place.max()) + 1 if row.numel() else 0
     mass = torch.zeros(logits.shape[0], longest, dtype=torch.float64, device=row.device)
     mass[row, place] = chance.double()
-    keep = (mass.cumsum(1) - mass)[row, place] < top_p
+    keep = (mass.cumsum(1) - mass)[row, place] < limit[row]
     counts = torch.bincount(row[keep], minlength=logits.shape[0])
     return token[keep].int(), chance[keep], _offsets(counts)
 
 
-def _lowest_in_nucleus(probability: Tensor, top_p: float) -> Tensor:
+def _lowest_in_nucleus(probability: Tensor, top_p: Tensor) -> Tensor:
     """`[rows, 1]`: no token less probable than this is in the nucleus. Saves sorting the vocabulary.
 
     If the tokens of probability `p` and more hold `top_p` of the mass, all others are out. Bisection finds such a `p`.
@@ -176,7 +184,7 @@ def _lowest_in_nucleus(probability: Tensor, top_p: float) -> Tensor:
     for _ in range(12):
         middle = (low + high) / 2
         mass = torch.where(probability >= middle, probability, 0).sum(1, keepdim=True, dtype=torch.float64)
-        enough = mass > top_p + 1e-9  # the margin covers the order of summation
+        enough = mass > top_p[:, None] + 1e-9  # the margin covers the order of summation
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low
 
@@ -204,10 +212,19 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, count = groups.shape[0], rewards.shape[0]
     _check_index("groups", groups, num_groups + 1)
+    if widths is None:
+        widths = groups.new_full((num_groups,), width)
+    _check_index("widths", widths, width + 1, lowest=1)
     _check_offsets(offsets, count)
     row = _rows(offsets, count)
     unknown = rewards.isnan() & (groups[row] < num_groups)
@@ -218,7 +235,7 @@ def select_beam(
     order = order[groups[row[order]].argsort(stable=True)]
     group = groups[row[order]].long()
     first = torch.searchsorted(group, group)  # where the group of each candidate begins
-    order = order[(torch.arange(count, device=order.device) - first < width) & (group < num_groups)]
+    order = order[torch.arange(count, device=order.device) - first < pad(widths, (0, 1))[group]]  # of no group: none
     order = order[row[order].argsort(stable=True)]  # ordered by parent; siblings by reward
 
     chosen = order.shape[0]
@@ -239,23 +256,26 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_index("groups", groups, num_groups + 1)
     if carried_groups is not None:
         _check_index("carried_groups", carried_groups, num_groups + 1)
     used = groups < num_groups  # all rows but the last ones
-    tokens, _, offsets = nucleus(logits[used], top_p, banned)
+    top_p = top_p[used] if isinstance(top_p, Tensor) else top_p
+    tokens, _, offsets = nucleus(logits[used], top_p, _of_rows(banned, used))
     rewards = multifurcation_head(hidden[used], weight, bias, unseen, unseen_reward, tokens, offsets)
     row = _rows(offsets, tokens.shape[0])
+    end_tokens = _of_rows(end_tokens, used)
     ends = torch.zeros_like(tokens, dtype=torch.bool)
     if end_tokens is not None:
-        ends = torch.isin(tokens, end_tokens)
+        ends = (tokens[:, None] == (end_tokens if end_tokens.dim() == 1 else end_tokens[row])).any(1)
 
     # A group is blind when the reward model has seen none of its candidates: it then keeps the policy's own order,
     # which is the candidate order that decides between equal rewards.
@@ -265,18 +285,28 @@ def multifurcate(
     blind[groups[row[seen & ~ends]].long()] = False
     if scores is not None:
         inherits = ends | blind[groups[row].long()]
+        _check_no_nan("scores: row", scores, row[inherits])
         rewards = torch.where(inherits, scores[row].to(rewards.dtype), rewards)
+    if bool(rewards.isnan().any()):
+        bad = int(rewards.isnan().nonzero()[0])
+        raise ValueError(f"rewards: token {int(tokens[bad])} of row {int(row[bad])} has NaN; rewards must be numbers")
 
     counts = torch.zeros_like(groups)
     counts[used] = offsets.diff()
     offsets = _offsets(counts)
     if carried_scores is not None and carried_groups is not None:
+        _check_no_nan("carried_scores: node", carried_scores, (carried_groups < num_groups).nonzero()[:, 0])
         tokens = torch.cat([tokens, tokens.new_full(carried_scores.shape, -1)])
         rewards = torch.cat([rewards, carried_scores.to(rewards.dtype)])
         groups = torch.cat([groups, carried_groups])
         offsets = _offsets(torch.cat([counts, counts.new_ones(carried_scores.shape)]))
-    parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width)
+    parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths)
     return parent, token, reward, counts, blind
+
+
+def _of_rows(ids: Tensor | None, used: Tensor) -> Tensor | None:
+    """Token ids for all rows as they are; those for each row, of the rows that are used."""
+    return ids[used] if ids is not None and ids.dim() == 2 else ids
 
 
 def advance_tree(
@@ -327,6 +357,21 @@ def _check_index(name: str, index: Tensor, size: int, lowest: int = 0) -> None:
         smallest, largest = (int(x) for x in index.aminmax())
         if smallest < lowest or largest >= size:
             raise ValueError(f"{name}: holds values from {smallest} to {largest}, allowed are {lowest} to {size - 1}")
+
+
+def _check_no_nan(name: str, scores: Tensor, used: Tensor) -> None:
+    """Of `scores` those that `used` names are numbers."""
+    bad = used[scores[used].isnan()]
+    if bad.numel():
+        raise ValueError(f"{name} {int(bad[0])} has NaN; scores must be numbers")
+
+
+def check_top_ps(top_p: Tensor) -> None:
+    """Raises ValueError if the `top_p` of a row is NaN or out of range."""
+    bad = ((top_p > 0) & (top_p <= 1)).logical_not()
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"top_p: row {row} holds {float(top_p[row])}, expected a number above 0 and at most 1")
 
 
 def checked_count(count: Tensor, most: int) -> int:

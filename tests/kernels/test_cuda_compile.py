@@ -48,7 +48,7 @@ __global__ void kernel(float* x, int n) {
 def test_no_kernel_is_left_out(arch) -> None:
     """Every kernel of the sources is compiled, launched by an op, and fits the chip as it is launched."""
     compiled = {kernel.name: kernel for found in compile_kernels(arch).values() for kernel in found}
-    sources = "".join(file.read_text() for file in cuda_host.KERNELS.glob("*.cu"))
+    sources = "".join(file.read_text() for file in cuda_host.KERNELS.rglob("*.cu"))
     in_sources = set(re.findall(r"__global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(", sources))
     assert in_sources == {name.partition("<")[0] for name in compiled}
     launched = cuda_report.launches()

@@ -190,3 +190,26 @@ def test_wrong_tensors_are_named(op, arguments, device) -> None:
                 missed.append(f"{name}, wrong {what} ({wrong.dtype}, {list(wrong.shape)}): accepted")
         assert same(arguments, before), f"{name}: something was written before the error"
     assert not missed, "\n".join(missed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("op", ["nucleus", "multifurcate"])
+def test_overload_with_parameters_of_each_row(op, dtype, device, backend) -> None:
+    """`top_p` as a tensor: the same schema else; it compiles whole, and other values do not compile it again."""
+    arguments = example(op, dtype, device)
+    rows = arguments["logits"].shape[0]
+    arguments["top_p"] = torch.linspace(0.3, 1, rows, dtype=torch.float64, device=device)
+    for name in ("banned", "end_tokens"):
+        if name in arguments:
+            arguments[name] = torch.stack([arguments[name], arguments[name] * 0 - 1] * (rows // 2))
+    overload = getattr(torch.ops.saffron_kernels, op).rows
+    types = [(a.name, str(a.type)) for a in overload._schema.arguments]
+    assert types == [(a.name, "Tensor" if a.name == "top_p" else str(a.type)) for a in registered(op)._schema.arguments]
+    torch.library.opcheck(overload, tuple(arguments.values()))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
+    assert same(compiled(**arguments), getattr(ops, op)(**arguments))
+    others = arguments | {"top_p": arguments["top_p"].flip(0)}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert same(compiled(**others), getattr(ops, op)(**others))

@@ -194,6 +194,7 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         "unseen_reward": -7.0,
     }
     groups = {"groups": i32([0, 0, 1, 1], dev), "num_groups": 2, "width": 3}
+    widths = {"widths": i32([3, 2], dev)}
     rows = {name: randn(7 + i, 6, 4, 8, dtype=dtype, device=dev) for i, name in enumerate(("out_a", "out_b"))}
     lses = {name: randn(9 + i, 6, 4, dtype=compute, device=dev) for i, name in enumerate(("lse_a", "lse_b"))}
     logits = randn(11, 4, 11, dtype=dtype, device=dev)
@@ -216,7 +217,7 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     if op == "multifurcation_head":
         return {**head, **found_args}
     if op == "select_beam":
-        return {"rewards": randn(15, 9, dtype=compute, device=dev), **found_args, **groups}
+        return {"rewards": randn(15, 9, dtype=compute, device=dev), **found_args, **groups, **widths}
     if op == "multifurcate":
         inherit = {
             "scores": randn(16, 4, dtype=compute, device=dev),
@@ -224,7 +225,7 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
             "carried_scores": randn(17, 2, dtype=compute, device=dev),
             "carried_groups": i32([0, 1], dev),
         }
-        return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit}
+        return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit, **widths}
     assert op == "advance_tree"
     parents = i32([0, 0, 2, 3, 3, forest.queries], dev)
     return {**plan, "parents": parents, "new_slots": i32(range(20, 26), dev), "queries": forest.queries, "count": None}

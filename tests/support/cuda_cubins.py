@@ -36,7 +36,7 @@ def compile_sources(arch: str) -> dict[str, str]:
     """
     nvcc = find_nvcc()
     assert nvcc, "nvcc is not installed"
-    files = sorted(KERNELS.glob("*.cu*"))
+    files = sorted(KERNELS.rglob("*.cu*"))
     digest = hashlib.sha256(repr((nvcc, FLAGS)).encode() + (KERNELS / "ops.h").read_bytes())
     for file in files:
         digest.update(file.read_bytes())

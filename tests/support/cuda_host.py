@@ -44,7 +44,7 @@ def module() -> str:
     """
     # torch carries the headers of pybind11; the package itself is needed only to build.
     python = (f"-I{Path(torch.__file__).parent / 'include'}", f"-I{sysconfig.get_paths()['include']}")
-    kernels = {kernel: AS_KERNEL for kernel in sorted(KERNELS.glob("*.cu"))}
+    kernels = {kernel: AS_KERNEL for kernel in sorted(KERNELS.rglob("*.cu"))}
     return build(kernels | {KERNELS / "bindings.cpp": (f"-I{ROOT / 'csrc'}", *python)})
 
 

@@ -28,6 +28,7 @@ OPTIONS = (
     "end_tokens",
     "carried_scores",
     "carried_groups",
+    "widths",
 )
 BACKENDS = [name for name in backends.MODULES if name != "reference"]
 

@@ -38,8 +38,16 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if widths is not None:
+        raise NotImplementedError("widths: not on this backend yet")
     rows, candidates, device = groups.shape[0], rewards.shape[0], rewards.device
     launchers = native.module(rewards)
     _check_sizes(launchers, "groups", rows, num_groups, width)
@@ -67,18 +75,21 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op, in two launches. Its workspace is 16 bytes a logit.
 
     A row of bad logits stays recorded until `raise_faults` on a GPU; its nucleus size is 0, which no other row of a
     group has.
     """
+    if widths is not None:
+        raise NotImplementedError("widths: not on this backend yet")
     (rows, vocab), device = logits.shape, logits.device
     launchers = native.module(logits)
     _check_sizes(launchers, "logits", rows, num_groups, width)

@@ -12,7 +12,7 @@ from saffron_kernels.backends.cuda.native import CODE, view
 from saffron_kernels.checks import expect
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The op. Its workspace is 16 bytes a logit and some more; of a vocabulary of 128,256 2.1 MB a row."""
     rows, vocab = logits.shape
     launchers = native.module(logits)

@@ -89,13 +89,16 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if widths is not None:
+        raise NotImplementedError("widths: not on this backend yet")
     if hidden.dtype == torch.float64:
         raise TypeError(f"hidden: got {hidden.dtype}, expected 32 bits at most: this backend computes in fp32")
     faults.check_index("groups", groups, num_groups + 1)

@@ -222,7 +222,7 @@ def find_members(
     return members
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     members = find_members(logits, top_p, banned)
     offsets = torch.nn.functional.pad(members.counts.cumsum(0, dtype=torch.int32), (1, 0))
     counts = members.counts.tolist()  # the one synchronisation: how large the result is

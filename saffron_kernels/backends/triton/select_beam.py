@@ -124,8 +124,16 @@ def choose(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if widths is not None:
+        raise NotImplementedError("widths: not on this backend yet")
     rows, size = groups.shape[0], rewards.shape[0]
     faults.check_rewards(rewards, offsets, groups, num_groups)
     lists = Lists.ragged(offsets, size, groups, num_groups)

@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <stdexcept>
 
-#include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/ptx/ptx.cuh"
 
 namespace saffron::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <stdexcept>
 
-#include "cuda/launch.cuh"
-#include "cuda/ptx_hopper.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/ptx/hopper.cuh"
 
 namespace saffron::cuda {
 namespace {

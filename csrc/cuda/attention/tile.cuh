@@ -1,0 +1,335 @@
+#pragma once
+
+// Part of tree_attention.cu: the configurations, and what a warp does with one tile of tokens.
+
+#include "cuda/attention/arguments.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/types.cuh"
+
+namespace saffron::cuda {
+namespace {
+
+/// Rows of K and V in shared memory as the caches hold them, where they are converted from there.
+template <int kBytes>
+struct Raw {
+  alignas(16) uint8_t raw[kBytes];
+};
+template <>
+struct Raw<0> {};
+
+/// One configuration: `kWarpsM` warps along the rows, 16 each, times `kWarpsN` along the tokens.
+/// Caches hold `Stored`; tensor cores multiply `T`.
+template <class T_, class Stored_, int kD_, int kWarpsM_, int kWarpsN_>
+struct Configuration {
+  using T = T_;
+  using Stored = Stored_;
+  static constexpr int kD = kD_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr bool kConvert = !std::is_same_v<T, Stored>;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kRows = 16 * kWarpsM;
+  static constexpr int kTokens = kWarpsN > 1 || (kWarpsM == 8 && kD <= 128) ? 64 : 32;
+  static constexpr int kWarpTokens = kTokens / kWarpsN;
+  static constexpr int kStages = kConvert || (kD > 128 && kWarpsN > 1) ? 2 : 3;
+  // Tiles as they are multiplied: with two of them the next is converted while one is in use.
+  static constexpr int kTiles = !kConvert ? kStages : kD > 128 && kWarpsN > 1 ? 1 : 2;
+  static constexpr int kChunk = 16 / sizeof(Stored);  // elements that are copied together
+  static constexpr int kListed = 4 * kThreads;        // tokens that are looked at together
+  static constexpr int kSlice = kRows > 16 ? 8 : 4;   // rows that are joined together
+  static constexpr int kTogether = kD > 128 ? 4 : 8;  // partials that are read at once
+  static constexpr bool kHoldQ = kD <= 128;
+  static constexpr int kMinBlocks = kWarpsM == 8 || kD > 128 ? 1 : 2;
+  // Rows in shared memory are 16 bytes longer than kD, and so begin in different banks.
+  static constexpr int kStride = kD + 8;
+  static constexpr int kFloatStride = kD + 8;
+
+  struct Shared : Raw<kConvert ? kStages * 2 * kTokens * kD : 0> {
+    alignas(16) uint16_t q[kRows * kStride];
+    union {
+      alignas(16) uint16_t kv[kTiles][2][kTokens * kStride];
+      // When all tiles are done: the result of every warp, then weights [kSlice, splits].
+      alignas(16) float out[kWarpsM * kWarpsN * 16 * kFloatStride];
+    };
+    int slot[kListed], begin[kListed], end[kListed];
+    int counts[4 * kWarpsM * kWarpsN];
+    float largest[kWarpsN][kRows], total[kWarpsN][kRows];
+    uint32_t message;  // from thread 0 to all
+  };
+  static_assert(sizeof(Shared) <= 163 * 1024, "more than an A100 has");
+  static_assert(kListed % kTokens == 0 && kWarpTokens % 16 == 0);
+
+  static constexpr int kMaxSplits = kWarpsM * kWarpsN * 16 * kFloatStride / kSlice;
+
+  /// A barrier of all who compute.
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+};
+
+template <class T, int kD, int kWarpsM, int kWarpsN>
+struct Tile : Configuration<T, T, kD, kWarpsM, kWarpsN> {};
+template <class T, int kD, int kWarpsM, int kWarpsN>
+struct Float8Tile : Configuration<T, Float8, kD, kWarpsM, kWarpsN> {};
+
+/// What a warp's rows are, and their result so far. Lane = 4 g + t has rows g and g + 8.
+template <class C>
+struct Warp {
+  uint32_t q[C::kHoldQ ? C::kD / 16 : 1][4];
+  float acc[C::kD / 8][4];
+  float largest[2], total[2];
+  int query[2];                 // of its rows g and g + 8
+  int first_query, last_query;  // of the warp; none if first > last
+  float scale_log2;             // of its scores, where it depends on the KV head
+};
+
+/// Copies K and V of the listed tokens `first ..` into a stage; rows of zeros where there is no
+/// token.
+template <class C>
+__device__ __forceinline__ void fetch_tile(const Arguments& a, typename C::Shared& s, int kv_head,
+                                           int first, int stage) {
+  using Stored = typename C::Stored;
+  constexpr int kChunks = C::kD / C::kChunk;
+  const Stored* k = static_cast<const Stored*>(a.k) + kv_head * a.k_stride_h;
+  const Stored* v = static_cast<const Stored*>(a.v) + kv_head * a.v_stride_h;
+  constexpr int kCopies = C::kTokens * kChunks / C::kThreads;  // of a thread
+  static_assert(C::kTokens * kChunks % C::kThreads == 0);
+#pragma unroll(C::kD > 128 ? 2 : 4)  // registers
+  for (int i = 0; i < kCopies; ++i) {
+    const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
+    const int row = place / kChunks, column = place % kChunks * C::kChunk;
+    const int64_t slot = s.slot[first + row];
+    const bool read = slot >= 0 && column < a.head_dim;
+    void *to_k, *to_v;
+    if constexpr (C::kConvert) {
+      to_k = &s.raw[(stage * 2 * C::kThreads * kCopies + place) * 16];
+      to_v = &s.raw[((stage * 2 + 1) * C::kThreads * kCopies + place) * 16];
+    } else {
+      const int at = row * C::kStride + column;
+      to_k = &s.kv[stage][0][at];
+      to_v = &s.kv[stage][1][at];
+    }
+    ptx::copy16(to_k, k + (read ? slot * a.k_stride_s + column : 0), read);
+    ptx::copy16(to_v, v + (read ? slot * a.v_stride_s + column : 0), read);
+  }
+}
+
+/// Converts what this thread has copied into a stage, so that no other has to wait for it.
+template <class C>
+__device__ __forceinline__ void convert_tile(typename C::Shared& s, int stage, int tile) {
+  constexpr int kChunks = C::kD / 16, kCopies = C::kTokens * kChunks / C::kThreads;
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
+    const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
+    const int row = place / kChunks, chunk = place % kChunks;
+    // Which half of its 32 bytes a thread writes first differs, and so does the bank.
+    const bool swapped = chunk / 4 % 2 != 0;
+#pragma unroll
+    for (int kv = 0; kv < 2; ++kv) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(
+          &s.raw[((stage * 2 + kv) * C::kThreads * kCopies + place) * 16]);
+      const uint32_t words[4] = {swapped ? raw.z : raw.x, swapped ? raw.w : raw.y,
+                                 swapped ? raw.x : raw.z, swapped ? raw.y : raw.w};
+      uint16_t* to = &s.kv[tile][kv][row * C::kStride + chunk * 16];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t low[2], high[2];
+        widen<typename C::T>(words[2 * half], low);
+        widen<typename C::T>(words[2 * half + 1], high);
+        *reinterpret_cast<uint4*>(to + (swapped == (half == 0) ? 8 : 0)) =
+            make_uint4(low[0], low[1], high[0], high[1]);
+      }
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void fetch_q(const Arguments& a, typename C::Shared& s, int kv_head,
+                                        int first_row, int rows) {
+  using T = typename C::T;
+  constexpr int kChunks = C::kD / 8;
+  const T* q = static_cast<const T*>(a.q);
+  for (int place = static_cast<int>(threadIdx.x); place < C::kRows * kChunks;
+       place += C::kThreads) {
+    const int row = place / kChunks, chunk = place % kChunks;
+    const bool read = first_row + row < rows && chunk * 8 < a.head_dim;
+    const int64_t query = (first_row + row) / a.group;
+    const int64_t head = kv_head * a.group + (first_row + row) % a.group;
+    const int64_t from = read ? query * a.q_stride_n + head * a.q_stride_h + chunk * 8 : 0;
+    ptx::copy16(&s.q[row * C::kStride + chunk * 8], q + from, read);
+  }
+}
+
+/// Lists those of the tokens `first .. last` that a query from `low` to `high` sees, in order, and
+/// fills the last tile up with tokens that nobody sees. At most kListed tokens. Returns how many
+/// are listed.
+template <class C>
+__device__ __forceinline__ int list_tokens(const Arguments& a, typename C::Shared& s, int first,
+                                           int last, int low, int high) {
+  constexpr int kWarps = C::kWarpsM * C::kWarpsN;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int slot[4], begin[4], end[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int token = first + i * C::kThreads + thread;
+    const bool exists = token < last;
+    slot[i] = exists ? a.slot[token] : -1;
+    begin[i] = exists ? a.begin[token] : 0;
+    end[i] = exists ? a.end[token] : 0;
+  }
+  unsigned live[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool seen = begin[i] < end[i] && begin[i] <= high && end[i] > low;
+    const bool exists = slot[i] >= 0 && slot[i] < a.num_slots;
+    // A token that some query of the launch sees, here or elsewhere, has to have a slot.
+    if (begin[i] < end[i] && begin[i] < a.queries && end[i] > 0 && !exists) {
+      atomicOr(a.fault, kSlotFault);
+    }
+    live[i] = __ballot_sync(0xffffffffu, seen && exists);
+    if (lane == 0) s.counts[i * kWarps + warp] = __popc(live[i]);
+  }
+  __syncthreads();  // counts are there; nobody needs the previous list and its tiles
+  int sum = lane < 4 * kWarps ? s.counts[lane] : 0;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += before;
+  }
+  const int listed = __shfl_sync(0xffffffffu, sum, 31);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int segment = i * kWarps + warp;
+    const int before = __shfl_sync(0xffffffffu, sum, segment > 0 ? segment - 1 : 0);
+    if (live[i] >> lane & 1) {
+      const int place = (segment > 0 ? before : 0) + __popc(live[i] & ((1u << lane) - 1));
+      s.slot[place] = slot[i];
+      s.begin[place] = begin[i];
+      s.end[place] = end[i];
+    }
+  }
+  const int fill = listed + thread;
+  if (thread < C::kTokens && fill < (listed + C::kTokens - 1) / C::kTokens * C::kTokens) {
+    s.slot[fill] = -1;
+    s.begin[fill] = 0x7fffffff;
+    s.end[fill] = -0x7fffffff;
+  }
+  __syncthreads();
+  return listed;
+}
+
+/// One 16x16 fragment of this warp's rows of Q.
+template <class C>
+__device__ __forceinline__ void load_q(const typename C::Shared& s, uint32_t (&q)[4], int warp_m,
+                                       int step) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int row = warp_m * 16 + lane % 16;
+  ptx::load_matrices(q, &s.q[row * C::kStride + step * 16 + lane / 16 * 8]);
+}
+
+/// Leaves in `score` what the tokens of a tile weigh in the rows of this warp, having adapted the
+/// result so far to the largest score. `all`: every row sees every token, nothing is masked.
+template <class C, int kBlocks>
+__device__ __forceinline__ void weigh(Warp<C>& own, float (&score)[kBlocks][4], float scale_log2,
+                                      const int* begins, const int* ends, bool all) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float largest[2] = {own.largest[0], own.largest[1]};
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[block][i] *= scale_log2;
+    if (!all) {
+      const int token = block * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int query = own.query[i / 2];
+        if (query < begins[token + i % 2] || query >= ends[token + i % 2]) {
+          score[block][i] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], score[block][i]);
+  }
+  float decay[2], base[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 1));
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 2));
+    base[r] = largest[r] == -INFINITY ? 0.f : largest[r];  // no -inf - -inf
+    decay[r] = ptx::exp2(own.largest[r] - base[r]);
+    own.largest[r] = largest[r];
+    own.total[r] *= decay[r];
+  }
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      score[block][i] = ptx::exp2(score[block][i] - base[i / 2]);
+      own.total[i / 2] += score[block][i];
+    }
+  }
+#pragma unroll
+  for (int d = 0; d < C::kD / 8; ++d) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own.acc[d][i] *= decay[i / 2];
+  }
+}
+
+/// Adds the tokens of one tile, `first ..` in the list, to the result of the warp's rows.
+template <class C>
+__device__ __forceinline__ void attend(const Arguments& a, const typename C::Shared& s,
+                                       Warp<C>& own, int warp_m, int warp_n, int first, int tile) {
+  using T = typename C::T;
+  constexpr int kBlocks = C::kWarpTokens / 8;  // of 8 tokens
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  first += warp_n * C::kWarpTokens;
+  bool any = false, all = true;
+  for (int i = lane; i < C::kWarpTokens; i += 32) {
+    const int begin = s.begin[first + i], end = s.end[first + i];
+    any |= begin <= own.last_query && end > own.first_query;
+    all &= begin <= own.first_query && end > own.last_query;
+  }
+  if (own.first_query > own.last_query || !__any_sync(0xffffffffu, any)) return;
+  all = __all_sync(0xffffffffu, all);
+
+  float score[kBlocks][4] = {};
+  const uint16_t* k = s.kv[tile][0];
+  const int k_row = warp_n * C::kWarpTokens + lane / 16 * 8 + lane % 8;
+  const int k_column = lane / 8 % 2 * 8;
+#pragma unroll
+  for (int step = 0; step < C::kD / 16; ++step) {
+    uint32_t q[4];
+    if constexpr (!C::kHoldQ) load_q<C>(s, q, warp_m, step);
+#pragma unroll
+    for (int pair = 0; pair < kBlocks / 2; ++pair) {
+      uint32_t b[4];
+      ptx::load_matrices(b, k + (k_row + pair * 16) * C::kStride + step * 16 + k_column);
+      if constexpr (C::kHoldQ) {
+        mma<T>(score[2 * pair], own.q[step], b[0], b[1]);
+        mma<T>(score[2 * pair + 1], own.q[step], b[2], b[3]);
+      } else {
+        mma<T>(score[2 * pair], q, b[0], b[1]);
+        mma<T>(score[2 * pair + 1], q, b[2], b[3]);
+      }
+    }
+  }
+
+  const float scale_log2 = C::kConvert ? own.scale_log2 : a.scale_log2;
+  weigh(own, score, scale_log2, s.begin + first, s.end + first, all);
+
+  const uint16_t* v = s.kv[tile][1];
+  const int v_row = warp_n * C::kWarpTokens + lane % 16, v_column = lane / 16 * 8;
+#pragma unroll
+  for (int step = 0; step < kBlocks / 2; ++step) {
+    const auto &left = score[2 * step], &right = score[2 * step + 1];
+    const uint32_t p[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
+                           pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
+#pragma unroll
+    for (int d = 0; d < C::kD / 16; ++d) {
+      uint32_t b[4];
+      ptx::load_matrices_transposed(b, v + (v_row + step * 16) * C::kStride + d * 16 + v_column);
+      mma<T>(own.acc[2 * d], p, b[0], b[1]);
+      mma<T>(own.acc[2 * d + 1], p, b[2], b[3]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace saffron::cuda

@@ -1,0 +1,213 @@
+// The exact top-p set of every row, without a sort of the vocabulary: parts.cuh and
+// rows.cuh find it, the kernels below put it in order where the op itself is asked for.
+
+#include <cmath>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/nucleus/rows.cuh"
+
+namespace saffron::cuda {
+namespace {
+
+constexpr int kChunk = 2048;  // members that are sorted together
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) nucleus_kernel(Arguments a) {
+  find_nucleus<T>(a, blockIdx.y, static_cast<int>(blockIdx.x));
+}
+
+struct Sorting {
+  Candidates found;
+  const float2* stats;
+  Entry* sorted;  // [rows, vocab], every chunk of a row by itself; unused for rows of one chunk
+  const int32_t* offsets;
+  int32_t* token;
+  float* probability;
+  int vocab;
+};
+
+struct Chunk {
+  Entry entries[kChunk];
+};
+
+__device__ __forceinline__ void write(const Sorting& a, int64_t row, int rank, Entry e) {
+  const int64_t place = a.offsets[row] + rank;
+  a.token[place] = token_of(e);
+  a.probability[place] = e_to(logit_of(e) - a.stats[row].x) / a.stats[row].y;
+}
+
+/// Sorts one chunk of a row's members; of a row that has no other, that is the result.
+__global__ void __launch_bounds__(kThreads) sort_nuclei_kernel(Sorting a) {
+  auto& s = shared<Chunk>();
+  const int64_t row = blockIdx.y;
+  const int first = static_cast<int>(blockIdx.x) * kChunk, total = a.found.count[row];
+  const int count = min(kChunk, total - first);
+  if (count <= 0) return;
+  int size = 1;
+  while (size < count) size *= 2;
+  const int64_t base = row * a.vocab + first;
+  for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) {
+    s.entries[i] = i < count ? entry(a.found.logit[base + i], a.found.token[base + i]) : ~Entry{0};
+  }
+  // Bitonic: runs of `run` ascend and descend in turns, and are merged two by two.
+  for (int run = 2; run <= size; run *= 2) {
+    for (int step = run / 2; step > 0; step /= 2) {
+      __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < size / 2; i += kThreads) {
+        const int low = 2 * i - i % step, high = low + step;
+        const Entry x = s.entries[low], y = s.entries[high];
+        const bool ascends = (low & run) == 0;
+        if ((x > y) == ascends) {
+          s.entries[low] = y;
+          s.entries[high] = x;
+        }
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    if (total <= kChunk) {
+      write(a, row, i, s.entries[i]);
+    } else {
+      a.sorted[base + i] = s.entries[i];
+    }
+  }
+}
+
+/// Joins the sorted chunks of a row: a member comes after those of every chunk that are below it.
+__global__ void __launch_bounds__(kThreads) join_nuclei_kernel(Sorting a) {
+  const int64_t row = blockIdx.y;
+  const int total = a.found.count[row], own = static_cast<int>(blockIdx.x);
+  if (total <= kChunk) return;
+  const Entry* sorted = a.sorted + row * a.vocab;
+  const int end = min(total, (own + 1) * kChunk);
+  for (int i = own * kChunk + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+    const Entry e = sorted[i];
+    int rank = i - own * kChunk;
+    for (int first = 0; first < total; first += kChunk) {
+      if (first == own * kChunk) continue;
+      int low = first, high = min(total, first + kChunk);
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (sorted[middle] < e) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      rank += low - first;
+    }
+    write(a, row, rank, e);
+  }
+}
+
+template <class T>
+int64_t parts(int64_t vocab) {
+  return (vocab + kPartTokens<T> - 1) / kPartTokens<T>;
+}
+static_assert(kMaxVocab / kPartTokens<float> <= kMostParts, "tables in shared memory");
+
+/// The workspace: what is told of parts, their bins, then the lists.
+struct Workspace {
+  Part* part;
+  Bins* bins;
+  Entry* listed;
+};
+constexpr int64_t kPartWords = (sizeof(Part) + sizeof(Bins)) / sizeof(Entry);
+
+Workspace divided(const View& workspace, int64_t rows, int64_t vocab) {
+  const int64_t all = rows * parts<float>(vocab);
+  auto* part = workspace.as<Part>();
+  auto* bins = reinterpret_cast<Bins*>(part + all);
+  return {part, bins, reinterpret_cast<Entry*>(bins + all)};
+}
+
+/// Half of the bound on a token outside every nucleus, and nothing near top_p = 1: rounding must
+/// not decide. Tokens below it weigh less than 1 - top_p together.
+float log_least(double top_p, int64_t vocab) {
+  const double least = 0.5 * (1 - top_p - 1e-4) / static_cast<double>(vocab);
+  return least > 0 ? static_cast<float>(std::log(least)) : -INFINITY;
+}
+
+/// The largest power of two for which a whole vocabulary's mass fits 63 bits.
+float mass_unit(int64_t vocab) {
+  int bits = 0;
+  while (int64_t{1} << bits < vocab) ++bits;
+  return std::ldexp(1.f, 62 - bits);
+}
+
+template <class T>
+void find(Arguments a, int64_t rows, Stream stream) {
+  a.parts = static_cast<int>(parts<T>(a.vocab));
+  const dim3 grid(static_cast<unsigned>(a.parts), static_cast<unsigned>(rows));
+  launch<nucleus_kernel<T>>(grid, kThreads, sizeof(Shared), stream, a);
+}
+
+}  // namespace
+
+int64_t nucleus_workspace(int64_t rows, int64_t vocab) {
+  return rows * (parts<float>(vocab) * kPartWords + vocab);
+}
+
+void find_nuclei(const View& logits, double top_p, const View& banned, int64_t num_banned,
+                 const View& groups, int64_t num_groups, const Candidates& found, const View& stats,
+                 const View& workspace, const View& counters, int64_t rows, int64_t vocab,
+                 DType dtype, const View& fault, Stream stream) {
+  const Workspace all = divided(workspace, rows, vocab);
+  Arguments a = {};
+  a.stride_row = logits.stride[0];
+  a.stride_token = logits.stride[1];
+  a.banned = banned.as<int32_t>();
+  a.stride_banned = banned.stride[0];
+  a.num_banned = static_cast<int>(num_banned);
+  a.stride_groups = groups.stride[0];
+  a.num_groups = static_cast<int>(num_groups);
+  a.vocab = static_cast<int>(vocab);
+  a.top_p = top_p;
+  a.log_least = log_least(top_p, vocab);
+  a.mass_unit = mass_unit(vocab);
+  a.counter = counters.as<uint32_t>();
+  a.fault = fault.as<int32_t>();
+  a.logits = logits.data;
+  a.groups = groups.as<int32_t>();
+  a.part = all.part;
+  a.bins = all.bins;
+  a.listed = all.listed;
+  a.found = found;
+  a.stats = stats.as<float2>();
+  if (dtype == DType::kFloat32) {
+    find<float>(a, rows, stream);
+  } else if (dtype == DType::kBFloat16) {
+    find<BFloat16>(a, rows, stream);
+  } else {
+    find<Float16>(a, rows, stream);
+  }
+}
+
+void nucleus(const View& logits, double top_p, const View& banned, int64_t num_banned,
+             const View& tokens, const View& values, const View& counts, const View& stats,
+             const View& workspace, const View& counters, int64_t rows, int64_t vocab, DType dtype,
+             const View& fault, Stream stream) {
+  const Candidates found{tokens.as<int32_t>(), values.as<float>(), counts.as<int32_t>()};
+  find_nuclei(logits, top_p, banned, num_banned, View{}, 0, found, stats, workspace, counters, rows,
+              vocab, dtype, fault, stream);
+}
+
+void sort_nuclei(const View& tokens, const View& values, const View& counts, const View& stats,
+                 const View& workspace, const View& offsets, const View& out_tokens,
+                 const View& out_probabilities, int64_t rows, int64_t vocab, int64_t most,
+                 Stream stream) {
+  Sorting a = {};
+  a.found = {tokens.as<int32_t>(), values.as<float>(), counts.as<int32_t>()};
+  a.stats = stats.as<float2>();
+  a.sorted = divided(workspace, rows, vocab).listed;
+  a.offsets = offsets.as<int32_t>();
+  a.token = out_tokens.as<int32_t>();
+  a.probability = out_probabilities.as<float>();
+  a.vocab = static_cast<int>(vocab);
+  const dim3 grid(blocks_for(most, kChunk), static_cast<unsigned>(rows));
+  launch<sort_nuclei_kernel>(grid, kThreads, sizeof(Chunk), stream, a);
+  if (grid.x > 1) launch<join_nuclei_kernel>(grid, kThreads, 0, stream, a);
+}
+
+}  // namespace saffron::cuda
