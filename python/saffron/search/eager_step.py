@@ -144,24 +144,29 @@ class EagerStep:
         number = {search: i for i, search in enumerate(searches)}
         rows = [i for i, row in enumerate(batch.rows) if row.search in number]
         mine = [batch.rows[i] for i in rows]
-        config = searches[0].config
-        competing = [
-            i for i, row in enumerate(batch.finished) if row.search in number and row.search.config.ranking == "paper"
-        ]
+        competing = [i for i, (search, _) in enumerate(batch.finished) if search in number and competes(search)]
+        finished = [batch.finished[i] for i in competing]
         assert record.outputs is not None
         logits, hidden = (x if len(rows) == len(x) else x[rows] for x in record.outputs)
-        device, head = logits.device, self.models.head(config.lm_head_bias)
-        ends = self._end_tokens(searches[0].end_tokens, device)
-        inherits = config.eos_score == "parent"
-        finished = [batch.finished[i] for i in competing]
+        device, config = logits.device, searches[0].config
+        head, inherits = self.models.head(config.lm_head_bias), config.eos_score == "parent"
+        groups = [number[row.search] for row in mine]
+        widths = [search.step_width for search in searches]
+        top_p: set[float] = {search.config.top_p for search in searches}
+        banned = {search: search.end_tokens if may_not_end(search) else frozenset[int]() for search in searches}
         parent, token, reward, counts, all_unseen = multifurcate(
             logits, hidden, head.weight, head.bias, head.unseen, config.unseen_reward,
-            _int32([number[row.search] for row in mine], device), len(searches), searches[0].step_width, config.top_p,
-            banned=ends if len(searches[0].tree.steps) < config.min_new_tokens else None,
+            _int32(groups, device), len(searches), max(widths),
+            # A tensor where they differ: fp64, as numbers of Python are.
+            top_p.pop() if len(top_p) == 1 else torch.tensor(
+                [row.search.config.top_p for row in mine], dtype=torch.float64, device=device
+            ),
+            banned=self._tokens([banned[row.search] for row in mine], device) if any(banned.values()) else None,
             scores=_float32([row.node.score for row in mine], device) if inherits else None,
-            end_tokens=ends if inherits else None,
+            end_tokens=self._tokens([row.search.end_tokens for row in mine], device) if inherits else None,
             carried_scores=_float32([row.node.score for row in finished], device),
             carried_groups=_int32([number[row.search] for row in finished], device),
+            widths=_int32(widths, device) if len(set(widths)) > 1 else None,
         )  # fmt: skip
         for p, t, r in zip(parent.tolist(), token.tolist(), reward.tolist(), strict=True):
             if p < len(rows):
@@ -172,18 +177,31 @@ class EagerStep:
             record.nucleus_sizes[i] = count
         record.all_unseen.update(zip(searches, all_unseen.tolist(), strict=True))
 
-    def _end_tokens(self, tokens: frozenset[int], device: torch.device) -> Tensor:
-        if tokens not in self._ends:
-            self._ends[tokens] = _int32(sorted(tokens), device)
-        return self._ends[tokens]
+    def _tokens(self, rows: list[frozenset[int]], device: torch.device) -> Tensor:
+        """Token ids: one list for all rows where they agree, else one for each, padded with -1."""
+        if len(set(rows)) > 1:
+            longest = max(map(len, rows))
+            return torch.tensor(
+                [sorted(row) + [-1] * (longest - len(row)) for row in rows], dtype=torch.int32, device=device
+            )
+        if rows[0] not in self._ends:
+            self._ends[rows[0]] = _int32(sorted(rows[0]), device)
+        return self._ends[rows[0]]
+
+
+def competes(search: Handle) -> bool:
+    """Whether finished responses compete with new candidates for places in the beam."""
+    return search.config.ranking == "paper"
+
+
+def may_not_end(search: Handle) -> bool:
+    """Whether its next token may not end the response."""
+    return len(search.tree.steps) < search.config.min_new_tokens
 
 
 def _settings(search: Handle) -> tuple[object, ...]:
     """What `multifurcate` takes one value of."""
-    config = search.config
-    banned = len(search.tree.steps) < config.min_new_tokens
-    return (config.unseen_reward, config.lm_head_bias, config.eos_score, config.top_p, search.step_width, banned,
-            search.end_tokens)  # fmt: skip
+    return search.config.unseen_reward, search.config.lm_head_bias, search.config.eos_score
 
 
 def _not_finite(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> dict[Handle, SaffronError]:
