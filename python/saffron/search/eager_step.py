@@ -49,6 +49,13 @@ class EagerStep:
         self._rows: list[Row] = []  # of the models
         self._ends: dict[frozenset[int], Tensor] = {}
 
+    @property
+    def room(self) -> int:
+        return 1 << 30
+
+    def check(self, search: Handle) -> None:
+        """Every search can run."""
+
     def add(self, search: Handle) -> None:
         for reader in (self.policy, self.mrm):
             reader.add(search)
@@ -81,7 +88,7 @@ class EagerStep:
             outputs.append([reader.join(joining) for reader in (self.policy, self.mrm)])
         self._number(batch.rows)
         if not batch.rows:
-            return [StepRecord([], [], [], {}, failures)]
+            return [StepRecord([], [], [], {}, failures)] if failures else []
         logits, hidden = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*outputs, strict=True))
         return [self._select(batch, logits, hidden, failures)]
 

@@ -70,7 +70,7 @@ class Engine:
         # Of the forest: held during a step.
         self._lock, self._stepping = threading.RLock(), False
         self._searches: dict[Handle, tuple[int, int]] = {}  # that prefill or run: slots set aside for each
-        self._batch, self._records = Batch(), deque[StepRecord]()
+        self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
         # Of the queue.
         self._changed, self._waiting = threading.Condition(), deque[Handle]()
         self._closed = False
@@ -225,6 +225,7 @@ class Engine:
         for model, tokens in zip(models, (request.policy, request.reward), strict=True):
             model.check_tokens(name, tokens)
             model.check_length(prompt, len(tokens), config.max_new_tokens)
+        self._step.check(search)
         for model, needed in zip(models, self._needs(search), strict=True):
             kv = model.kv
             limits = [self.cache_tokens, None if kv.grow else kv.capacity]
@@ -251,7 +252,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Lets those that wait join, in their order, as far as there is room."""
-        while self._waiting and (self.max_searches is None or len(self._searches) < self.max_searches):
+        most = self.max_searches
+        while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
             search = self._waiting[0]
             needs = self._needs(search)
             if not self.policy.kv.reserve(needs[0], self.cache_tokens):
@@ -276,10 +278,7 @@ class Engine:
         gone = dict.fromkeys(searches)
         if not gone:
             return
-        batch = self._batch
-        if not self._records:  # the records that are to come count the rows that there were
-            batch.rows = [row for row in batch.rows if row.search not in gone]
-            batch.finished = [row for row in batch.finished if row.search not in gone]
+        self._stale = True
         try:
             self._step.leave(gone.keys())
         finally:
@@ -291,7 +290,7 @@ class Engine:
     def _end_all(self, error: BaseException) -> None:
         """After an error that is nobody's own: gives everything back."""
         self._records.clear()
-        self._batch = Batch()
+        self._batch, self._stale = Batch(), False
         try:
             self._step.close()
         finally:
@@ -309,16 +308,21 @@ class Engine:
             search.step_width = search.width
         for search, error in self._step.prefill(self.prefill_tokens).items():
             self._leave([search], error)
+        if self._stale and not any(row.search in self._searches for row in self._batch.rows):
+            self._records.clear()
         if not self._records:
+            if self._stale:  # the records of one call count the rows of all searches that there were
+                rows, finished = self._batch.rows, self._batch.finished
+                self._batch = Batch(*([row for row in x if row.search in self._searches] for x in (rows, finished)))
+                self._stale = False
             self._records.extend(self._step.step(self._batch))
-        record = self._records.popleft()
-        running = self._apply(record)
+        running = self._apply(self._records.popleft()) if self._records else []
         seconds = time.perf_counter() - started
         for search in running:
             search.seconds += seconds / len(running)
             self._report(search)
         for search in running:
-            if search.error is None and self._ended(search):
+            if not search.done and self._ended(search):
                 search.finish(self._text)
         return bool(running or self._searches)
 
@@ -332,30 +336,46 @@ class Engine:
         for child in record.children:
             children[rows[child[0]].search].append(child)
         kept = [finished[i] for i in record.kept]
-        for search, error in record.failures.items():
-            search.fail(error)
-        running = [search for search in mine if search in self._searches and search.error is None]
+        self._charge(rows)
         new, ended = list[Row](), list[Row]()
-        for search in running:
-            indices = mine[search]
-            expanded = [rows[i].node for i in indices]
+        for search, indices in mine.items():
+            if search in record.failures and search not in record.all_unseen:
+                continue  # nothing was chosen for it
             tree, ends = search.tree, search.end_tokens
+            expanded = [rows[i].node for i in indices]
             nodes = [tree.child(rows[i].node, token, score, token in ends) for i, token, score in children[search]]
             if search.config.ranking == "paper":
                 stay = [node for other, node in kept if other is search]
             else:
                 stay = [node for node in tree.beam if node.finished]
             live = tree.expand(nodes, stay, search.config.ranking, search.step_width)
-            new += [Row(search, node) for node in live]
-            in_beam = set(tree.beam)
-            ended += [Row(search, node) for node in nodes if node.finished and node in in_beam]
-            sizes = [record.nucleus_sizes[i] for i in indices]
-            self._count(search, expanded, sizes, record.all_unseen[search])
+            self._count(search, expanded, [record.nucleus_sizes[i] for i in indices], record.all_unseen[search])
             if tree.trace is not None and record.outputs is not None:
                 self._trace(search, expanded, indices, record)
-        kept = [row for row in kept if row.search in self._searches]
+            if len(tree.steps) == search.config.max_new_tokens:
+                live = []
+            going_on = set(live)
+            new += [Row(search, node) for node in live]
+            ended += [Row(search, node) for node in nodes if node not in going_on]
+        for search, error in record.failures.items():
+            search.fail(error)
         self._batch = Batch(new, [*kept, *ended])
-        return [*running, *record.failures]
+        return [search for search in {**mine, **record.failures} if search in self._searches]
+
+    def _charge(self, rows: list[Row]) -> None:
+        """Counts what running the rows has cost, each search as if alone; what reads text keeps its own account."""
+        for side, model in enumerate((self.policy, self.mrm)):
+            if side and not self.models.same:
+                return
+            flops, shared = model.flops, model.share_prefixes
+            for search, node in rows:
+                request = search.request
+                length = len(request.reward if side else request.policy) + node.depth
+                tally = search.tree.tallies[side]
+                if node.depth and shared:
+                    tally.add(flops.token(length - 1), 1)
+                else:
+                    tally.add(flops.prompt(length), length)
 
     def _ended(self, search: Handle) -> bool:
         tree = search.tree

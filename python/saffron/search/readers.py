@@ -50,7 +50,7 @@ class Reader:
     """A model, the prompts that it is reading in chunks, and the rows it has run: one per live beam.
 
     Args:
-        side: 0 for the policy, 1 for the MRM: whose tally it writes, and which part of a request it reads.
+        side: 0 for the policy, 1 for the MRM: which part of a request it reads.
     """
 
     def __init__(self, model: TrieModel, side: int) -> None:
@@ -87,9 +87,6 @@ class Reader:
     def join(self, searches: Sequence[Handle]) -> Tensor:
         """Searches whose prompts have been read get a row each, behind the others; returns the outputs there."""
         prompts = [self.prompts.pop(search) for search in searches]
-        for search, prompt in zip(searches, prompts, strict=True):
-            length = len(prompt.tokens)
-            self._charge(search, self.model.flops.prompt(length), length)
         self._join(searches, prompts)
         return torch.cat([prompt.output for prompt in prompts if prompt.output is not None])
 
@@ -107,19 +104,7 @@ class Reader:
 
     def step(self, parents: Sequence[int], rows: Sequence[Row]) -> Tensor:
         """Row `j` becomes `rows[j]`, a child of old row `parents[j]`; returns the outputs `[rows, ...]`."""
-        self.tally(rows)
         return self.model.step(self.rows, parents, [row.node.token for row in rows])
-
-    def tally(self, rows: Sequence[Row]) -> None:
-        """Counts what a step costs, without running it."""
-        flops, shared, side = self.model.flops, self.model.share_prefixes, self.side
-        for search, node in rows:
-            request = search.request
-            length = len(request.reward if side else request.policy) + node.depth
-            self._charge(search, flops.token(length - 1) if shared else flops.prompt(length), 1 if shared else length)
-
-    def _charge(self, search: Handle, flops: int, tokens: int) -> None:
-        search.tree.tallies[self.side].add(flops, tokens)
 
     def _join(self, searches: Sequence[Handle], prompts: Sequence[Prompt]) -> None:
         held = len(self.rows.beam_of_row) if self.rows.beams is not None else len(self.rows.sequences)
@@ -146,9 +131,6 @@ class TextReader(Reader):
         for search, prompt in zip(searches, prompts, strict=True):
             self.scorer.add(search, prompt.tokens, search.tree.tallies[1], prompt.leaf)
             self._stable.append((0, ()))
-
-    def _charge(self, search: Handle, flops: int, tokens: int) -> None:
-        """The scorer keeps the account."""
 
     def leave(self, searches: Collection[Handle], keep: Sequence[int] | None) -> None:
         super().leave(searches, None)

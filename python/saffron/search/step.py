@@ -50,6 +50,13 @@ class StepRecord:
 class Step(Protocol):
     """Runs both models for all searches of a forest, and selects their next beams."""
 
+    @property
+    def room(self) -> int:
+        """How many more searches it can take on."""
+
+    def check(self, search: Handle) -> None:
+        """Raises `ConfigError` for a search that it cannot run."""
+
     def add(self, search: Handle) -> None:
         """Takes a search on: `prefill` then reads its prompts."""
 
@@ -58,7 +65,8 @@ class Step(Protocol):
 
     def step(self, batch: Batch) -> list[StepRecord]:
         """Lets searches whose prompts have been read join (their roots become rows, behind the others) and runs the
-        step, or some steps; `batch` is then what the first of the records is about."""
+        step, or some steps; `batch` is then what the first of the records is about. Between two records of one call
+        the host drops nothing: each counts the rows that the one before has made."""
 
     def leave(self, searches: Collection[Handle]) -> None:
         """Gives back what the searches hold, wherever they are."""
