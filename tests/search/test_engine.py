@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import tiny
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from searches import CONFIG, REQUESTS
+from searches import REQUESTS
 
 from saffron.errors import (
     CancelledError,
-    CapacityError,
-    ConfigError,
-    EngineClosedError,
-    EngineError,
-    NumericalError,
-    PromptTooLongError,
-    QueueFullError,
 )
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Engine, Handle, Request, SaffronSearch
+from saffron.search import Engine, Handle, Request
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import ModelPair
 

@@ -31,6 +31,7 @@ from saffron_kernels.checks import FP8
 
 _FINISHED, _ENDED, _EMPTY = 1, 2, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks
+_SHARED = ("eos_score", "unseen_reward", "lm_head_bias", "ranking")  # by all searches of a forest
 MAX_END_TOKENS = 8  # ids that end a response, of one search
 
 Replay = Callable[[], object]
@@ -159,7 +160,8 @@ class StaticForest:
     ) -> None:  # fmt: skip
         self.config, self.groups, self.head = config, groups, models.head(config.lm_head_bias)
         self.rows = rows = groups * config.width
-        self._capture, self._warm, self._replay = capture, False, None  # type: ignore[var-annotated]
+        self._capture, self._warm = capture, False
+        self._replay: Replay | None = None
         device = models.policy.device
 
         def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -180,12 +182,12 @@ class StaticForest:
         # Live children come before finished nodes, these before children that have ended, and empty places are last.
         self._kind = zeros(2 * rows + 1)
         self._kind[rows:], self._kind[2 * rows :] = _FINISHED, _EMPTY
-        # Of every search: response tokens of its rows, least and most of them, nucleus mass, width, end tokens (-1 pads).
+        # Per search: response tokens of its rows, least and most of them; nucleus mass, width, end tokens (-1 pads).
         self._depth, self._least, self._most = zeros(3, groups + 1, dtype=torch.int64)
         self._top_p, self._widths = zeros(groups + 1, dtype=torch.float64), zeros(groups)
         self._ends = zeros(groups + 1, MAX_END_TOKENS)
-        # Group, parent, token, reward (its bits), nucleus size, largest logit and largest |hidden| (their bits) of every
-        # row; for every search whether the MRM knew no candidate.
+        # Group, parent, token, reward (its bits), nucleus size, largest logit and largest |hidden| (their bits) of each
+        # row; for each search whether the MRM knew no candidate.
         self._step = zeros(1, dtype=torch.int64)
         self._records = zeros(EVERY, 7 * rows + groups)
 
@@ -250,11 +252,11 @@ class StaticForest:
                 self._warm = True
             else:
                 try:
-                    self._replay = self._capture(body)
+                    self._replay = replay = self._capture(body)
                 except RuntimeError as error:
                     reason = str(error).strip().split("\n")[0]
                     raise ConfigError(f"capture: a step of these models cannot be captured ({reason})") from error
-                self._replay()
+                replay()
         return self._records[:steps].cpu()
 
     def _choose(self, logits: Tensor, hidden: Tensor) -> None:
@@ -328,7 +330,7 @@ class CapturedStep(EagerStep):
     def check(self, search: Handle) -> None:
         """Raises `ConfigError` for a search that cannot run in this forest."""
         config, ours = search.config, self.config
-        for name in ("eos_score", "unseen_reward", "lm_head_bias", "ranking"):
+        for name in _SHARED:
             if getattr(config, name) != getattr(ours, name):
                 raise ConfigError(f"{name}: got {getattr(config, name)!r}; captured steps were made for "
                                   f"{getattr(ours, name)!r}")  # fmt: skip
@@ -338,6 +340,12 @@ class CapturedStep(EagerStep):
             raise ConfigError(f"end_tokens: got {len(search.end_tokens)}; captured steps take {MAX_END_TOKENS} at most")
         if search.tree.trace is not None:
             raise ConfigError("trace: captured steps keep no candidates; leave it out")
+
+    def serves(self, config: SearchConfig, groups: int) -> bool:
+        """Whether the buffers are of the right size for a forest of such searches."""
+        ours = self.config
+        same = (getattr(config, name) == getattr(ours, name) for name in (*_SHARED, "width"))
+        return self.groups == groups and all(same)
 
     @property
     def room(self) -> int:

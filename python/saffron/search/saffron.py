@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 from saffron.errors import ConfigError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.search.captured_step import CapturedStep, why_not_captured
 from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import ModelPair
 from saffron.search.engine import Engine
@@ -53,6 +55,11 @@ class SaffronSearch:
         self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
         self.models = ModelPair(policy, mrm)
         self.capture = capture
+        self._captured: CapturedStep | None = None  # the buffers of the last call, for the next one of its size
+        self._lock = threading.Lock()
+        reason = why_not_captured(self.models, self.config) if capture else None
+        if reason is not None:
+            raise ConfigError(f"capture: {reason}")
 
     def engine(self, **limits: Any) -> Engine:
         """An engine with this search's models and defaults; `limits` as for `Engine`."""
@@ -131,7 +138,8 @@ class SaffronSearch:
         Raises:
             SaffronError: that of the first search that ends without an answer; the others end with it.
         """
-        engine = self.engine(prefill_tokens=None)
+        step = self._captured_step(config or self.config, len(set(requests))) if self.capture and not trace else None
+        engine = self.engine(prefill_tokens=None, step=step)
         handles: dict[Request, Handle] = {}
         try:
             for i, request in enumerate(requests):
@@ -148,6 +156,15 @@ class SaffronSearch:
                     yield [handles[request] for request in requests]
         finally:
             engine.close(drain=False)
+            self._captured = step
+
+    def _captured_step(self, config: SearchConfig, groups: int) -> CapturedStep:
+        """Buffers for a forest: those of the call before if they do, else new ones."""
+        with self._lock:  # two threads must not get the same ones
+            step, self._captured = self._captured, None
+        if step is None or not step.serves(config, groups):
+            step = CapturedStep(self.models, config, groups)
+        return step
 
     def request(self, prompt: str, prefill: str = "") -> Request:
         """What the models read before the response."""
