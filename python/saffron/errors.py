@@ -27,6 +27,26 @@ class NumericalError(SaffronError, ArithmeticError):
     """A model returned logits or rewards that are not numbers."""
 
 
+class EngineError(SaffronError, RuntimeError):
+    """A search ended without an answer, through no fault of its own; the cause is chained."""
+
+
+class CancelledError(EngineError):
+    """The search was cancelled before it ended."""
+
+
+class QueueFullError(EngineError):
+    """An engine that has as many requests waiting as it may; try again later."""
+
+
+class EngineClosedError(EngineError):
+    """An engine that takes no more requests."""
+
+
+class CapacityError(SaffronError, ValueError):
+    """A search that could need more of the K/V cache than there is."""
+
+
 class MissingDependencyError(SaffronError, ImportError):
     """A library that only some commands need is not installed; says how to get it."""
 

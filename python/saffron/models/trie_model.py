@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
 from saffron.models import attention
 from saffron.models.flops import ModelFlops
-from saffron_kernels import Beams, KVTrie, TreeStep
+from saffron_kernels import Beams, CacheFullError, KVTrie, TreeStep
 from saffron_kernels.checks import FP8
 
 Index = NDArray[np.int32]
@@ -155,14 +155,34 @@ class TrieModel:
             `release`, or hand them to `step`.
         """
         leaves, output = self.read(sequences)
-        if not self.share_prefixes:
-            return Rows(None, _NONE, [list(s) for s in sequences]), output
-        try:
-            beams, beam_of_row = self.kv.beams(leaves)
-        except BaseException:
-            self.forget(leaves)
-            raise
-        return Rows(beams, beam_of_row), output
+        rows = self.new_rows()
+        self.regroup(rows, [], sequences, leaves)
+        return rows, output
+
+    def new_rows(self) -> Rows:
+        """No rows yet: `regroup` adds some."""
+        return Rows(self.kv.beams(_NONE)[0] if self.share_prefixes else None, _NONE)
+
+    @torch.inference_mode()
+    def regroup(
+        self, rows: Rows, keep: Sequence[int], sequences: Sequence[Sequence[int]] = (), leaves: Index = _NONE
+    ) -> None:
+        """Rows leave and join between two steps: the rows `keep` stay, in that order, and new ones stand behind them.
+
+        Args:
+            rows: updated. Tokens that only the other rows hold leave the cache unless `keep_prefixes` is set.
+            sequences, leaves: what was read by `read`, one new row each; their holds pass to the rows.
+        """
+        if rows.beams is None:
+            rows.sequences = [*(rows.sequences[row] for row in keep), *(list(s) for s in sequences)]
+            return
+        with self.kv.lock:
+            beam = rows.beam_of_row[np.asarray(keep, dtype=np.int64)]
+            kept = np.unique(beam)
+            old = rows.beams.nodes
+            rows.beams, number = self.kv.beams(np.concatenate([old[kept], leaves]))
+            rows.beam_of_row = np.concatenate([number[np.searchsorted(kept, beam)], number[len(kept) :]])
+            self.forget(np.delete(old, kept))
 
     @torch.inference_mode()
     def read(self, sequences: Sequence[Sequence[int]]) -> tuple[Index, Tensor]:
@@ -176,15 +196,16 @@ class TrieModel:
             self.check_tokens(f"sequences[{i}]", sequence)
         if not self.share_prefixes:
             return _NONE, self._run_alone(sequences)
-        fill = self.kv.insert(sequences)
-        try:
-            # Sequences that end in the same prefix share its output.
-            last, row_of_last = np.unique(fill.last, return_inverse=True)
-            output = self._forward(fill.tokens, fill.step, torch.from_numpy(last).long())
-            return fill.leaves, output[torch.from_numpy(row_of_last).to(output.device)]
-        except BaseException:
-            self.kv.release(fill.leaves, discard=True)  # nodes without K and V must not be found again
-            raise
+        with self.kv.lock:
+            fill = self.kv.insert(sequences)
+            try:
+                # Sequences that end in the same prefix share its output.
+                last, row_of_last = np.unique(fill.last, return_inverse=True)
+                output = self._forward(fill.tokens, fill.step, torch.from_numpy(last).long())
+                return fill.leaves, output[torch.from_numpy(row_of_last).to(output.device)]
+            except BaseException:
+                self.kv.release(fill.leaves, discard=True)  # nodes without K and V must not be found again
+                raise
 
     def forget(self, leaves: Index) -> None:
         """Ends what `read` held. Tokens that nobody else holds leave the cache unless `keep_prefixes` is set."""
@@ -227,14 +248,19 @@ class TrieModel:
         ids = np.asarray(tokens, dtype=np.int32)[order]
         row = np.empty(len(order), dtype=np.int32)
         row[order] = np.arange(len(order), dtype=np.int32)
-        rows.beams, plan = self.kv.advance(rows.beams, beam[order], ids)
-        rows.beam_of_row = row
-        try:
-            output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
-        except BaseException:
-            self.kv.release(rows.beams.nodes, discard=True)  # as in `prefill`
-            rows.beams = replace(rows.beams, nodes=rows.beams.nodes[:0])
-            raise
+        with self.kv.lock:
+            before, rows.beams = rows.beams, replace(rows.beams, nodes=_NONE)
+            try:
+                beams, plan = self.kv.advance(before, beam[order], ids)
+            except (CacheFullError, ValueError):
+                rows.beams = before
+                raise
+            try:
+                output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
+            except BaseException:
+                self.kv.release(beams.nodes, discard=True)  # as in `read`
+                raise
+            rows.beams, rows.beam_of_row = beams, row
         return output[torch.from_numpy(row).long().to(output.device)]
 
     def release(self, rows: Rows) -> None:

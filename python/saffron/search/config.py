@@ -13,6 +13,17 @@ EosScore = Literal["parent", "mrm"]
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """One search in token ids: what the policy reads before the response, and what the reward model reads before it.
+
+    The reward model is not shown a prefill: what was forced on the policy is left out of the safety evaluation.
+    """
+
+    policy: tuple[int, ...]
+    reward: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SearchConfig:
     """Hyperparameters of Saffron search. There is no seed: nothing in it is random.
 

@@ -19,6 +19,11 @@ class Tally:
     tokens: int = 0
     calls: int = 0
 
+    def add(self, flops: int, tokens: int, calls: int = 1) -> None:
+        self.flops += flops
+        self.tokens += tokens
+        self.calls += calls
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
 from saffron.models.trie_model import TrieModel
 from saffron.search.hand_over import Head, head_for, same_tokens
-from saffron.search.reading import Reading, Tokens
+from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally
 from saffron_kernels import multifurcation_head
 
@@ -28,7 +28,7 @@ class Reward(Protocol):
     """Scores responses of many searches; remembers scores, so that nothing is scored twice."""
 
     @property
-    def tallies(self) -> Sequence[Tally]:
+    def tallies(self) -> Mapping[Any, Tally]:
         """Cost, for each search."""
 
     def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
@@ -40,7 +40,7 @@ class Reward(Protocol):
         """
 
     def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
-        """As `Reading.retain`, over responses in the policy's tokens."""
+        """As `PrefixScorer.retain`, over responses in the policy's tokens."""
 
     def close(self) -> None:
         """Gives the cache back."""
@@ -62,10 +62,10 @@ class _Responses:
     ) -> None:
         self._policy, self._model, self._end_tokens = policy, model, end_tokens
         self._same = same_tokens(policy, model)
-        self._reading = Reading(model, contexts, head_rows)
+        self._reading = PrefixScorer(model, dict(enumerate(contexts)), head_rows)
 
     @property
-    def tallies(self) -> Sequence[Tally]:
+    def tallies(self) -> Mapping[Any, Tally]:
         return self._reading.tallies
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class MultifurcationReward(_Responses):
         return torch.stack([self._hidden[key] for key in keys])
 
 
-class Guide:
+class RewardScorer:
     """A reward model and how it is asked: what a method is given. `open` makes the `Reward` of one batch.
 
     Args:

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, DrawingConfig
-from saffron.search.hand_over import ReadTokens
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
 from saffron.search.proposals import log_probability, sample
-from saffron.search.tree import Node, Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,32 +30,39 @@ class GreedyDecoding(Decoder):
         config = DecodingConfig(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
         super().__init__(policy, None, config)
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
-        nodes = [Tree().beam[0] for _ in range(run.size)]
-        scores, live = [0.0] * run.size, list(range(run.size))
-        reader = ReadTokens(self.policy)  # by single steps: with one response a prompt there is nothing to find again
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+        policy, tallies = self.policy, batch.policy.tallies
+        flops, head = policy.flops, policy.vocab_size * policy.flops.per_head_row
+        contexts = list(batch.policy.contexts.values())
+        responses: list[list[int]] = [[] for _ in contexts]
+        scores, live = [0.0] * batch.size, list(range(batch.size))
+        # By single steps: with one response per prompt there is nothing to find again.
+        rows, logits = policy.prefill(contexts)
         try:
-            logits = reader.start(run.policy.contexts)
+            for search, context in enumerate(contexts):
+                tallies[search].add(flops.prompt(len(context)), len(context))
             for step in range(self.config.max_new_tokens):
-                logits = run.proposable(logits.float(), [step] * len(live))
-                for search in live:
-                    reader.tallies[search].flops += self.policy.vocab_size * self.policy.flops.per_head_row
+                logits = batch.proposable(logits.float(), [step] * len(live))
                 tokens = logits.argmax(-1).tolist()
                 for search, token, chance in zip(live, tokens, log_probability(logits, tokens), strict=True):
+                    tallies[search].flops += head
                     scores[search] += chance
-                    nodes[search] = Node(
-                        nodes[search], token, scores[search], token in run.end_tokens, step + 1, step + 1
-                    )
+                    responses[search].append(token)
                 progress(step + 1, self.config.max_new_tokens)
-                going = [row for row, search in enumerate(live) if not nodes[search].finished]
-                if not going or step + 1 == self.config.max_new_tokens:
+                going = [row for row, search in enumerate(live) if batch.goes_on(tuple(responses[search]))]
+                if not going:
                     break
                 live = [live[row] for row in going]
-                logits = reader.step(going, live, [nodes[search] for search in live])
+                logits = policy.step(rows, going, [responses[search][-1] for search in live])
+                for search in live:
+                    length = len(contexts[search]) + step + 1
+                    if policy.share_prefixes:
+                        tallies[search].add(flops.token(length - 1), 1)
+                    else:
+                        tallies[search].add(flops.prompt(length), length)
         finally:
-            run.policy.tallies = reader.tallies
-            reader.release()
-        return [Answer(tuple(node.tokens()), score) for node, score in zip(nodes, scores, strict=True)]
+            policy.release(rows)
+        return [Candidate(tuple(response), score) for response, score in zip(responses, scores, strict=True)]
 
 
 class Sampling(Decoder):
@@ -69,14 +74,14 @@ class Sampling(Decoder):
     def __init__(self, policy: Policy, config: SamplingConfig | None = None) -> None:
         super().__init__(policy, None, config or SamplingConfig())
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
-        steps, scores = self.config.max_new_tokens, [0.0] * run.size
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+        steps, scores = self.config.max_new_tokens, [0.0] * batch.size
         grown = sample(
-            run,
-            [(search, ()) for search in range(run.size)],
+            batch,
+            [(search, ()) for search in range(batch.size)],
             steps,
-            [run.stream(search, 0) for search in range(run.size)],
+            [batch.stream(search, 0) for search in range(batch.size)],
             on_step=lambda done: progress(done, steps),
             chances=scores,
         )
-        return [Answer(response, score) for (_, response), score in zip(grown, scores, strict=True)]
+        return [Candidate(response, score) for (_, response), score in zip(grown, scores, strict=True)]
