@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
 from saffron.models import attention
 from saffron.models.flops import ModelFlops
+from saffron.models.inspection import evaluating, inspect_model
 from saffron_kernels import Beams, KVTrie, TreeStep
 from saffron_kernels.checks import FP8
 
@@ -68,14 +69,12 @@ class TrieModel:
         keep_prefixes: bool = False,
         share_prefixes: bool = True,
     ) -> None:
-        attention.check_supported(model.config, type(model))
-        if model.config._attn_implementation != attention.ATTENTION:
-            model.set_attn_implementation(attention.ATTENTION)
-        self.model = model.eval()
+        self.geometry = inspect_model(model)
+        self.model = model
         self.tokenizer = tokenizer
         self.keep_prefixes, self.share_prefixes = keep_prefixes, share_prefixes
-        dtype = _cache_dtype(cache_dtype, model.dtype)
-        self.kv = attention.new_cache(model.config, dtype, model.device, capacity=capacity, grow=grow)
+        dtype = _cache_dtype(cache_dtype, self.geometry.dtype)
+        self.kv = self.geometry.cache(dtype, model.device, capacity=capacity, grow=grow)
         self.flops = ModelFlops.of(model)
         embeddings: Any = model.get_input_embeddings()
         self._input_size = int(embeddings.weight.shape[0])
@@ -251,23 +250,22 @@ class TrieModel:
         end = torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)).to(self.device)
         tokens = torch.tensor([t for s in sequences for t in s], device=self.device)
         scales = {"k_scale": self.kv.k_scale, "v_scale": self.kv.v_scale}
-        scratch = attention.new_cache(
-            self.model.config, self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales
-        )
+        scratch = self.geometry.cache(self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales)
         # One chain of slots a sequence: token t is seen by itself and by what follows it there.
         plan = TreeStep(positions, queries, queries, queries, end, int(lengths.max()))
         return self._forward(tokens, plan, torch.from_numpy(ends - 1), scratch)
 
     def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor, kv: KVTrie | None = None) -> Tensor:
         """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
-        step = attention.TrieStep(self.kv if kv is None else kv, plan)
-        return self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+        step = attention.TrieStep(self.kv if kv is None else kv, plan, windows=self.geometry.windows)
+        with evaluating(self.model):
+            output = self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+        step.finish()
+        return output
 
     def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
         """Next-token logits `[keep, vocab]`; reward models return hidden states instead."""
-        result = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, trie_step=step
-        )
+        result = self.model(input_ids=input_ids, logits_to_keep=keep, **{**step.arguments(), "position_ids": position_ids})
         return result.logits[0]
 
 

@@ -24,7 +24,7 @@ from transformers import Cache, PreTrainedModel
 from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.integrations.transformers.call import Call, answer, by_name, read
 from saffron.integrations.transformers.rows import Pass, Rows
-from saffron.models.attention import ATTENTION, TrieStep, attention_window
+from saffron.models.attention import ATTENTION, TrieStep
 from saffron.models.trie_model import TrieModel
 from saffron_kernels import TreeStep
 
@@ -100,7 +100,7 @@ class TrieCache(Cache):
             raise UnsupportedModelError(f"{trie.model.config.model_type} model: its forward has no logits_to_keep")
         self.trie = trie
         self.static = static
-        self._rows = Rows(trie.kv, attention_window(trie.model.config))
+        self._rows = Rows(trie.kv)
         if all(hook is not _before_forward for hook in trie.model._forward_pre_hooks.values()):
             trie.model.register_forward_pre_hook(_before_forward, with_kwargs=True)
             trie.model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
@@ -190,6 +190,7 @@ class _Running:
     cache: TrieCache
     call: Call
     planned: Pass
+    step: TrieStep
     logits_of: Tensor
     hidden_of: Tensor
 
@@ -217,16 +218,15 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     distinct = np.unique(kept)
     everything = static or len(distinct) == queries
     logits_of = kept if everything else np.searchsorted(distinct, kept)
+    step = TrieStep(cache.trie.kv, plan, static, cache.trie.geometry.windows)
     indices = [torch.from_numpy(x).to(tokens.device) for x in (logits_of, planned.outputs, distinct)]
-    _running[model] = _Running(cache, call, planned, logits_of=indices[0], hidden_of=indices[1])
+    _running[model] = _Running(cache, call, planned, step, logits_of=indices[0], hidden_of=indices[1])
     return (), {
         **call.others,
         "input_ids": tokens[None],
-        "position_ids": plan.positions[None],
         "logits_to_keep": 0 if everything else indices[2],
-        "use_cache": False,
         "return_dict": True,
-        "trie_step": TrieStep(cache.trie.kv, plan, static),
+        **step.arguments(),
     }
 
 
@@ -238,6 +238,11 @@ def _after_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     if output is None:
         running.cache.trie.kv.abandon()
         return None
+    try:
+        running.step.finish()
+    except UnsupportedModelError:
+        running.cache.trie.kv.abandon()
+        raise
     running.planned.finish()
     return answer(running.call, output, running.logits_of, running.hidden_of, past_key_values=running.cache)
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saffron.errors import ConfigError
-from saffron.models.attention import check_window
 from saffron_kernels import Beams, KVTrie, TreeStep
 
 Ints = NDArray[np.int64]
@@ -45,13 +44,12 @@ class Rows:
     any more go with the next pass.
 
     Attributes:
-        kv: the cache. window: the longest text that the model's attention serves, None for any.
+        kv: the cache.
         columns: columns so far, padding included.
     """
 
-    def __init__(self, kv: KVTrie, window: int | None) -> None:
+    def __init__(self, kv: KVTrie) -> None:
         self.kv = kv
-        self.window = window
         self._clear()
 
     def _clear(self) -> None:
@@ -73,7 +71,7 @@ class Rows:
 
         Raises:
             ConfigError: other rows than before, rows that end in padding, positions that are not those of the text.
-            UnsupportedModelError: an attention window that is outgrown. CacheFullError: no room.
+            CacheFullError: no room.
         """
         if self._beam_of_row is not None and len(ids) != len(self):
             raise ConfigError(
@@ -86,7 +84,6 @@ class Rows:
         depth = lengths[:, None] + (np.arange(1, ids.shape[1] + 1) if real is None else real.cumsum(1)) - 1
         _check_padding(depth, real)
         _check_positions(depth, real, positions)
-        check_window(int(depth.max()) + 1, self.window)
         if self._beam_of_row is not None and ids.shape[1] == 1 and real is None and lengths.all():
             return self._decode(ids[:, 0])
         return self._extend(ids, real, wanted)
@@ -202,7 +199,7 @@ class Rows:
 
     def fork(self) -> Rows:
         """The same rows once more, with holds of their own."""
-        other = Rows(self.kv, self.window)
+        other = Rows(self.kv)
         other.columns, other._beams, other._beam_of_row, other._real = (
             self.columns, self._beams, self._beam_of_row, self._real,
         )  # fmt: skip
