@@ -24,6 +24,10 @@ from saffron_kernels import KVTrie, TreeStep, append_kv, tree_attention
 from saffron_kernels.checks import FP8
 
 ATTENTION = "saffron"
+NO_GRADIENTS = (
+    "TrieCache: no gradients flow through a trie cache; call the model under torch.no_grad(), or train without "
+    "past_key_values or with transformers.DynamicCache"
+)
 
 MaskFunction = Callable[..., Any]
 # While a model is inspected: what makes its masks, from the function that says who sees whom.
@@ -186,7 +190,7 @@ class TrieStep:
         append_kv(k, v, plan.write_slots, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
         out, _lse = tree_attention(
             q, k_cache, v_cache, plan.slot, plan.begin, plan.end, call.scale,
-            count=plan.count, k_scale=k_scale, v_scale=v_scale,
+            count=plan.count, k_scale=k_scale, v_scale=v_scale, softcap=call.softcap, sinks=call.sinks,
         )  # fmt: skip
         return out[None].to(call.value.dtype)
 
@@ -216,10 +220,7 @@ class TrieStep:
             )
         inputs = call.query, call.key, call.value
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            raise ConfigError(
-                "TrieCache: no gradients flow through a trie cache; call the model under torch.no_grad(), or train "
-                "without past_key_values (or with transformers.DynamicCache)"
-            )
+            raise ConfigError(NO_GRADIENTS)
         self.done.add(layer)
 
     def finish(self) -> None:
@@ -293,4 +294,6 @@ class Geometry:
     def cache(self, dtype: torch.dtype, device: torch.device, **options: Any) -> KVTrie:
         """An empty `KVTrie`; `options` are `capacity`, `grow`, `k_scale` and `v_scale`."""
         with torch.inference_mode(False):  # caches made in inference mode could not be written outside of it
-            return KVTrie(self.layers, self.kv_heads, self.head_dim, dtype=dtype, device=device, **options)
+            return KVTrie(
+                self.layers, self.kv_heads, self.head_dim, v_dim=self.value_dim, dtype=dtype, device=device, **options
+            )

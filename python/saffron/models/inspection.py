@@ -2,8 +2,8 @@
 
 Name lists cannot say which of some 200 architectures a trie serves. So a model is run twice over the texts `a b c` and
 `a b d` as one row, in the order `a b c d` and then `a b d c`, and every call of the attention function is looked at.
-The order must not matter: layers that look at their neighbours (convolutions, recurrences) or count positions themselves
-are found so.
+The order must not matter: so layers are found that look at their neighbours (convolutions, recurrences) or count
+positions themselves.
 """
 
 from __future__ import annotations
@@ -67,12 +67,9 @@ class Inspection:
             raise UnsupportedModelError(f"{where} has queries, K and V of shapes {shapes}, which the trie cannot cache")
         unknown = sorted(set(call.others) - _HARMLESS)
         if unknown:
-            raise UnsupportedModelError(f"{where} gives its attention {', '.join(unknown)}, which the trie cannot serve")
-        for name, given in (("soft-capping", call.softcap), ("sinks", call.sinks)):
-            if given is not None:
-                raise UnsupportedModelError(f"attention {name} is not served by the trie cache")
-        if k.shape[3] != v.shape[3]:
-            raise UnsupportedModelError(f"K and V of head sizes {k.shape[3]} and {v.shape[3]} are not served")
+            raise UnsupportedModelError(
+                f"{where} gives its attention {', '.join(unknown)}, which the trie cannot serve"
+            )
         window = self._window(where, call)
         self.layers[layer] = _Layer(q.shape[1], k.shape[1], k.shape[3], v.shape[3], k.dtype, window)
         return self._attention(call)
@@ -99,13 +96,18 @@ class Inspection:
         repeats = call.query.shape[1] // call.key.shape[1]
         k, v = (x.float().repeat_interleave(repeats, 1) for x in (call.key, call.value))
         scores = call.query.float() @ k.mT * call.scale
-        hidden = ~_SEEN.to(scores.device)
-        out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        if call.softcap is not None:
+            scores = call.softcap * (scores / call.softcap).tanh()
+        scores = scores.masked_fill(~_SEEN.to(scores.device), -torch.inf)
+        if call.sinks is not None:
+            sinks = call.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], -1)
+        out = scores.softmax(-1)[..., : len(_POSITIONS)] @ v
         return out.transpose(1, 2).to(call.value.dtype).contiguous()
 
 
 def window_of(mask_function: MaskFunction, device: torch.device) -> int | None | str:
-    """What a mask function of `transformers` says of causal attention: its window, None for none, or what else it is."""
+    """What a mask function of `transformers` allows: the window of causal attention, None for none, or what else."""
     zero = torch.zeros((), dtype=torch.long, device=device)
 
     def seen(query: int, key: Tensor) -> Tensor:
@@ -126,7 +128,19 @@ def window_of(mask_function: MaskFunction, device: torch.device) -> int | None |
                 low, high = (middle, high) if see(_FAR, _FAR - middle) else (low, middle)
             window = high
         # Chunks, blocks and the like look like a window from one query, and differ from it elsewhere.
-        for query in (0, 1, 2, 3, 5, 7, 100, 1001, 4097, _FAR - 3, *(() if window is None else (window, 3 * window // 2))):
+        for query in (
+            0,
+            1,
+            2,
+            3,
+            5,
+            7,
+            100,
+            1001,
+            4097,
+            _FAR - 3,
+            *(() if window is None else (window, 3 * window // 2)),
+        ):
             keys = torch.arange(max(0, query - 4 * (window or 64)), query + 3, device=device)
             expected = (keys <= query) & (keys > query - (window or _FAR + 1))
             if not torch.equal(seen(query, keys), expected):
@@ -153,7 +167,7 @@ def inspect_model(model: PreTrainedModel) -> Geometry:
     try:
         if before != ATTENTION:
             model.set_attn_implementation(ATTENTION)
-        with evaluating(model):
+        with evaluating(model), torch.autocast(model.device.type, enabled=False):
             geometry = _inspect(model)
     except BaseException as error:
         if model.config._attn_implementation != before:
@@ -183,7 +197,9 @@ def _inspect(model: PreTrainedModel) -> Geometry:
     size = output.abs().max()
     tolerance = 1e-4 if model.dtype.itemsize > 2 else 0.05
     if bool(difference > tolerance * size):  # false for NaN, which is looked for elsewhere
-        raise UnsupportedModelError("its layers look beyond attention at tokens that stand beside each other")
+        raise UnsupportedModelError(
+            "its outputs depend on the order of tokens in a row: it counts positions itself, or looks beyond attention"
+        )
     return Geometry(len(layers), *forms.pop(), tuple(x.window for x in layers))
 
 
