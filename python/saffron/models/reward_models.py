@@ -47,7 +47,7 @@ class _HiddenModel(TrieModel):
         return linear(super().logits(sequences), self.head_weight, self.head_bias)
 
     def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
-        result = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, trie_step=step)
+        result = self.model.base_model(input_ids=input_ids, **{**step.arguments(), "position_ids": position_ids})
         return result.last_hidden_state[0, keep]
 
 

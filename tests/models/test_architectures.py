@@ -1,0 +1,110 @@
+"""Every causal model class of the installed transformers: equal to eager attention, or refused by name.
+
+All parameters are random, so that biases, norms, learned masks and scales count.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saffron import TrieModel
+from saffron.errors import UnsupportedModelError
+from saffron.integrations.transformers import TrieCache
+
+NAMES = [name for name in architectures.classes() if name not in architectures.NOT_BUILT]
+TEXTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 20], [30, 31, 5, 6, 7, 8]]
+PADDED = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 11], [2, 2, 2, 30, 31, 5, 6]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]),
+}
+TOLERANCE = 1e-4  # of the largest logit
+
+REASONS = (
+    "encoder-decoder", "layers are not served", "standard attention interface", "twice", "mask", "bidirectional",
+    "K and V", "soft-capping", "sinks", "keyword arguments", "order of tokens", "logits_to_keep", "run attention once",
+    "cannot serve",
+)  # fmt: skip
+
+
+class Differs(AssertionError):
+    pass
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= TOLERANCE * theirs.abs().max().item():
+        raise Differs(f"logits differ by {difference}, of at most {theirs.abs().max().item()}")
+
+
+def search(trie: TrieModel, eager: PreTrainedModel, texts: list[list[int]], steps: int = 4) -> None:
+    """A prefill of several texts, and steps in which branches fork and end."""
+
+    @torch.no_grad()
+    def dense(texts: list[list[int]]) -> Tensor:
+        return torch.stack([eager(torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts])
+
+    choose = np.random.default_rng(0)
+    rows, logits = trie.prefill(texts)
+    same(logits, dense(texts))
+    for _ in range(steps):
+        parents = sorted(choose.integers(0, len(texts), size=4).tolist())
+        tokens = choose.integers(2, 90, size=4).tolist()
+        texts = [[*texts[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        logits = trie.step(rows, parents, tokens)
+        same(logits, dense(texts))
+    trie.release(rows)
+
+
+def generate(ours: PreTrainedModel, eager: PreTrainedModel, **options: Any) -> None:
+    """Beams and a prefill in chunks, against the cache that the model brings along."""
+    options = {
+        "max_new_tokens": 9, "do_sample": False, "num_beams": 3, "pad_token_id": 2, "eos_token_id": None, **options,
+    }  # fmt: skip
+    expected = eager.generate(**PADDED, **options)
+    for more in ({}, {"prefill_chunk_size": 3}):
+        answer = ours.generate(**PADDED, past_key_values=TrieCache(ours), **options, **more)
+        if not torch.equal(answer, expected):
+            raise Differs(f"generate: {answer.tolist()}, expected {expected.tolist()}")
+
+
+def outcome(name: str, texts: list[list[int]] = TEXTS, **changes: Any) -> str:
+    """ "equal", or why the model was refused, at construction. Anything else is raised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, eager = (architectures.model(name, "eager", **changes) for _ in range(2))
+        try:
+            trie = TrieModel(ours)
+            TrieCache.from_trie(trie)
+        except UnsupportedModelError as error:
+            assert ours.config._attn_implementation == "eager" or "logits_to_keep" in str(error)
+            return str(error)
+        search(trie, eager, texts)
+        generate(ours, eager)
+    return "equal"
+
+
+# What is served: a release of transformers or of ours that refuses one of these is to be noticed.
+SERVED = set(
+    "GPT2 Afmoe Apertus Arcee AriaText BitNet Cohere Cohere2 Cohere2Moe CTRL Cwm Dots1 Ernie4_5 Ernie4_5_Moe "
+    "Exaone4 ExaoneMoe FlexOlmo Gemma Gemma3Text Glm Glm4 Glm4Moe GPTBigCode GPTNeoX Granite GraniteMoe "
+    "GraniteMoeShared Helium HunYuanDenseV1 HunYuanMoEV1 HYV3 Llama Jais2 JetMoe MiniMaxM2 Ministral Ministral3 "
+    "Mistral Mixtral NanoChat Olmo Olmo2 Olmo3 Olmoe OPT Persimmon Phi Phi3 Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe "
+    "SeedOss SmolLM3 SolarOpen Starcoder2 Gemma2 GptOss GraniteSWA GraniteMoeSWA Flint VaultGemma DeepseekV2 "
+    "DeepseekV3 Glm4MoeLite LongcatFlash MiniCPM3 Youtu AXK1 Dbrx ModernBertDecoder Gemma3nText".split()
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_to_eager_attention_or_refused(name: str) -> None:
+    result = outcome(name)
+    if name.removesuffix("Config") in SERVED:
+        assert result == "equal"
+    assert result == "equal" or any(reason in result for reason in REASONS)
