@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
+from saffron.errors import ConfigError, PromptTooLongError
 from saffron.models import attention
 from saffron.models.flops import ModelFlops
+from saffron.models.loading import load_model, load_tokenizer
 from saffron_kernels import Beams, KVTrie, TreeStep
 from saffron_kernels.checks import FP8
 
@@ -278,40 +279,3 @@ def _cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:
         allowed = " or ".join(map(str, served))
         raise ConfigError(f"cache_dtype: got {wanted}, expected {allowed} for a model in {own}")
     return wanted or own
-
-
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> PreTrainedModel:
-    """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_first_line(error)})") from error
-    attention.check_supported(config)
-    wanted: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, attn_implementation=attention.ATTENTION, output_loading_info=True
-        )
-    except Exception as error:  # transformers, safetensors and torch each raise types of their own
-        raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
-    model, info = loaded
-    if info["missing_keys"]:  # transformers fills what is missing with random numbers
-        raise CheckpointError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys']))}")
-    return model.to(device)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint, None if it holds none."""
-    if Path(path).is_dir() and not any(Path(path).glob("*tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # as above
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
