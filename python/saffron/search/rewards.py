@@ -14,7 +14,6 @@ from torch import Tensor
 from saffron.errors import NumericalError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
-from saffron.models.trie_model import TrieModel
 from saffron.search.hand_over import Head, head_for, same_tokens
 from saffron.search.reading import Reading, Tokens
 from saffron.search.result import Tally
@@ -55,7 +54,7 @@ class _Responses:
     def __init__(
         self,
         policy: Policy,
-        model: TrieModel,
+        model: RewardModel,
         contexts: Sequence[Tokens],
         end_tokens: frozenset[int],
         head_rows: int,
@@ -77,7 +76,9 @@ class _Responses:
 
     def _read(self, response: Tokens) -> Tokens:
         """In the reward model's tokens."""
-        return response if self._same or not response else tuple(self._model.encode(self._policy.decode(response)))
+        return (
+            response if self._same or not response else tuple(self._model.encoder.text(self._policy.decode(response)))
+        )
 
 
 class ProcessReward(_Responses):
