@@ -32,6 +32,8 @@ def load_model(
         except Exception as error:  # of many types: damaged JSON, values that no model has, an unreachable hub
             raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_reason(error)})") from error
         attention.check_supported(config)
+        if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
+            raise CheckpointError(f"{path}: its configuration has no layers (num_hidden_layers is 0)")
         wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
