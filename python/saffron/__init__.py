@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from saffron.search.config import SearchConfig
     from saffron.search.result import Cost, SearchResult
 
+__version__ = "0.1.0"
 
 _HOME = {
     "BeamSearch": "search",

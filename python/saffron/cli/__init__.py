@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from saffron import __version__
 from saffron.cli import annotate, demo, doctor, eval_mrm, evaluate, generate, parity, report, reproduce, train_mrm
 from saffron.errors import SaffronError
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="saffron", description=f"{_summary()} Try `saffron demo`.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (demo, generate, parity, doctor, annotate, train_mrm, eval_mrm, evaluate, report, reproduce):
         command.add(commands)

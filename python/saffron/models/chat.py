@@ -10,6 +10,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from saffron.errors import ConfigError
+from saffron.models.checks import kind
 from saffron.models.plain_text import PlainEncoder, control_tokens
 
 Message = Mapping[str, str]
@@ -55,7 +56,7 @@ class Conversation:
         if isinstance(prompt, str):
             return cls((_text(name, prompt),))
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise ConfigError(f"{name}: got {_kind(prompt)}, expected a text or a list of messages")
+            raise ConfigError(f"{name}: got {kind(prompt)}, expected a text or a list of messages")
         said = [_message(f"{name}[{i}]", message) for i, message in enumerate(prompt)]
         system = said.pop(0)[1] if said and said[0][0] == "system" else None
         first = len(prompt) - len(said)
@@ -97,13 +98,13 @@ def as_conversations(prompts: Prompt | Sequence[Prompt], prefill: str | Sequence
     if isinstance(prompts, str | Conversation):
         conversations = [Conversation.of(prompts)]
     elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise ConfigError(f"prompts: got {_kind(prompts)}, expected a text, a conversation or a list of them")
+        raise ConfigError(f"prompts: got {kind(prompts)}, expected a text, a conversation or a list of them")
     elif prompts and isinstance(prompts[0], Mapping):
         conversations = [Conversation.of(prompts)]  # type: ignore[arg-type]
     else:
         conversations = [Conversation.of(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]  # type: ignore[arg-type]
     if not isinstance(prefill, str | Sequence) or isinstance(prefill, bytes):
-        raise ConfigError(f"prefill: got {_kind(prefill)}, expected a text or one for each prompt")
+        raise ConfigError(f"prefill: got {kind(prefill)}, expected a text or one for each prompt")
     prefills = [prefill] * len(conversations) if isinstance(prefill, str) else list(prefill)
     if len(prefills) != len(conversations):
         raise ConfigError(f"prefill: got {len(prefills)} for {len(conversations)} prompts, expected one each")
@@ -117,7 +118,7 @@ def with_prefill(conversation: Conversation, prefill: str) -> Conversation:
         ConfigError: no text, or the conversation has a prefill.
     """
     if not isinstance(prefill, str):
-        raise ConfigError(f"prefill: got {_kind(prefill)}, expected a text")
+        raise ConfigError(f"prefill: got {kind(prefill)}, expected a text")
     if not prefill:
         return conversation
     if conversation.prefill:
@@ -207,7 +208,7 @@ def check_template_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     if options is None:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise ConfigError(f"chat_template_kwargs: got {_kind(options)}, expected a dict from names to values")
+        raise ConfigError(f"chat_template_kwargs: got {kind(options)}, expected a dict from names to values")
     for name in sorted(RESERVED & options.keys()):
         raise ConfigError(f"chat_template_kwargs: got {name!r}, which is not an option of a template")
     return dict(options)
@@ -216,7 +217,7 @@ def check_template_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 def _message(name: str, message: object) -> tuple[str, str]:
     """Role and content, checked."""
     if not isinstance(message, Mapping):
-        raise ConfigError(f'{name}: got {_kind(message)}, expected a message {{"role": ..., "content": ...}}')
+        raise ConfigError(f'{name}: got {kind(message)}, expected a message {{"role": ..., "content": ...}}')
     if set(message) != {"role", "content"}:
         raise ConfigError(f"{name}: got the keys {', '.join(map(str, message)) or 'none'}, expected role and content")
     role = message["role"]
@@ -227,17 +228,13 @@ def _message(name: str, message: object) -> tuple[str, str]:
 
 def _text(name: str, text: object) -> str:
     if not isinstance(text, str):
-        raise ConfigError(f"{name}: got {_kind(text)}, expected a text")
+        raise ConfigError(f"{name}: got {kind(text)}, expected a text")
     if not text:
         raise ConfigError(f"{name}: got '', expected a text that is not empty")
     surrogate = re.search("[\ud800-\udfff]", text)
     if surrogate:
         raise ConfigError(f"{name}: character {surrogate.start()} is half of a surrogate pair, which is no text")
     return text
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _unused(text: str) -> tuple[str, str]:

@@ -81,6 +81,10 @@ class TrieModel:
         embeddings: Any = model.get_input_embeddings()
         self._input_size = int(embeddings.weight.shape[0])
 
+    def __repr__(self) -> str:
+        name = self.model.name_or_path or type(self.model).__name__
+        return f"{type(self).__name__}({name!r}, {str(self.model.dtype).removeprefix('torch.')}, {self.device})"
+
     @classmethod
     def from_pretrained(
         cls,

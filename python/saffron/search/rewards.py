@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError
+from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
 from saffron.search.hand_over import Head, head_for, same_tokens
@@ -174,6 +175,8 @@ class Guide:
     """
 
     def __init__(self, policy: Policy, model: RewardModel, unseen_reward: float = -1024.0) -> None:
+        expect("policy", policy, Policy)
+        expect("reward_model", model, ProcessRewardModel, MultifurcationRewardModel)
         self.policy, self.model, self.unseen_reward = policy, model, unseen_reward
         self.head = head_for(policy, model, True) if isinstance(model, MultifurcationRewardModel) else None
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError, NumericalError
+from saffron.models.chat import Prompt, as_conversations
+from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured import StaticStep, why_not_captured
 from saffron.search.config import SearchConfig
 from saffron.search.hand_over import Reader, ReadText, ReadTokens, head_for, same_tokens
-from saffron.search.method import Progress, Request, one_each
+from saffron.search.method import Progress, Request
 from saffron.search.result import Cost, SearchResult, StepStatistics
 from saffron.search.tree import Node, Tree, common_prefix
 from saffron_kernels import multifurcate, multifurcation_head, nucleus
@@ -75,8 +77,11 @@ class SaffronSearch:
         end_tokens: Sequence[int] | None = None,
         capture: bool = False,
     ) -> None:
+        expect("policy", policy, Policy)
+        expect("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
-        self.config = config or SearchConfig()
+        self.config = SearchConfig() if config is None else config
+        expect("config", self.config, SearchConfig)
         self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
         self.head = head_for(policy, mrm, self.config.lm_head_bias)
         self._ends = torch.tensor(sorted(self.end_tokens), dtype=torch.int32, device=policy.device)
@@ -86,9 +91,12 @@ class SaffronSearch:
         if reason is not None:
             raise ConfigError(f"capture: {reason}")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config})"
+
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         prefill: str | Sequence[str] = "",
         *,
         trace: bool = False,
@@ -97,18 +105,19 @@ class SaffronSearch:
         """Answers prompts, all in one forest of tries.
 
         Args:
-            prompts: user turns.
-            prefill: how the answers are forced to begin: one text for all prompts, or one each.
+            prompts: one text, one conversation (messages with "role" and "content", see `Conversation.of`), or a list
+                of texts and conversations.
+            prefill: how the answers are forced to begin: one text for all prompts, or one each. A conversation that
+                ends with an assistant message brings its own.
             trace: record every candidate of every step.
             progress: called with (steps done, steps at most) after each step.
 
         Raises:
             ConfigError, PromptTooLongError: before anything is run. NumericalError: a model returned NaN.
         """
-        prefills = one_each(prompts, prefill)
-        requests = [self._request(p, f) for p, f in zip(prompts, prefills, strict=True)]
-        results = self.search(requests, trace=trace, progress=progress)
-        return [replace(r, prompt=p, prefill=f) for r, p, f in zip(results, prompts, prefills, strict=True)]
+        conversations = as_conversations(prompts, prefill)
+        results = self.search([self._request(c) for c in conversations], trace=trace, progress=progress)
+        return [replace(r, prompt=c.prompt, prefill=c.prefill) for r, c in zip(results, conversations, strict=True)]
 
     def search(
         self, requests: Sequence[Request], *, trace: bool = False, progress: Progress | None = None
@@ -127,7 +136,7 @@ class SaffronSearch:
         }
         return [found[request] for request in requests]
 
-    def stream(self, prompt: str, prefill: str = "") -> Iterator[str]:
+    def stream(self, prompt: Prompt, prefill: str = "") -> Iterator[str]:
         """Yields the answer in pieces, each as soon as no live beam can change it any more."""
         said = ""
         tree = Tree()
@@ -347,7 +356,7 @@ class SaffronSearch:
         stop = "eos" if answer.finished else "length"
         return SearchResult(text, tokens, answer.score, stop, cost, tree.steps, trace=tree.trace)  # type: ignore[arg-type]
 
-    def _request(self, prompt: str, prefill: str) -> Request:
+    def _request(self, prompt: Prompt, prefill: str = "") -> Request:
         return Request(tuple(self.policy.chat(prompt, prefill)), tuple(self.mrm.context_tokens(prompt)))
 
     def _check(self, requests: Sequence[Request]) -> None:
