@@ -7,7 +7,6 @@ from typing import Any
 import architectures
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_architectures import generate, outcome, search

@@ -279,18 +279,18 @@ def test_through_text_encodes_only_the_end_anew(text_search: SaffronSearch, monk
     """Forced through text although the tokenizers agree: the MRM reads what encoding all of the text gives."""
     policy, mrm = text_search.policy, text_search.mrm
     read: list[list[int]] = []
-    plain_read, encode = mrm.read, mrm.encode
+    plain_read, texts = mrm.read, mrm.encoder.texts
     encoded: list[int] = []
     monkeypatch.setattr("saffron.search.eager_step.same_tokens", lambda *_: False)
     monkeypatch.setattr(mrm, "read", lambda sequences: read.extend(sequences) or plain_read(sequences))
-    monkeypatch.setattr(mrm, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    monkeypatch.setattr(mrm.encoder, "texts", lambda pieces: encoded.extend(map(len, pieces)) or texts(pieces))
     search = SaffronSearch(policy, mrm, replace(CONFIG, max_new_tokens=24, min_new_tokens=24))
     request = search.request("hello there", "the quick")
     encoded.clear()
     expected = [list(request.reward)]
     for (tree,) in search.steps([request]):
-        texts = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
-        expected += [[*request.reward, *encode(text)] for text in texts]
+        said = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
+        expected += [[*request.reward, *mrm.encode(text)] for text in said]
     assert len(expected) > 24 and sorted(map(tuple, read)) == sorted(map(tuple, expected))
     assert max(encoded) < max(len(mrm.decode(sequence[len(request.reward) :])) for sequence in expected)
     assert mrm.kv.num_nodes == policy.kv.num_nodes == 0

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from saffron import __version__
 from saffron.cli import (
     annotate,
     demo,
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     made = _Parser(prog="saffron", description=f"{_summary()} Try `saffron demo`.")
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
         demo,

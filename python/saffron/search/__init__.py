@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from saffron.search.handle import Handle
     from saffron.search.mcts import MCTS, MCTSConfig
     from saffron.search.method import Candidate, Decoder, Method
-    from saffron.search.methods import METHODS, GreedyConfig, Kind, parse_config, parse_method
+    from saffron.search.methods import METHODS, Kind, parse_config, parse_method
     from saffron.search.rebase import Rebase, RebaseConfig
     from saffron.search.saffron import SaffronSearch
-    from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
+    from saffron.search.undefended import GreedyConfig, GreedyDecoding, Sampling, SamplingConfig
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = attach(
         "DeALConfig": "deal",
         "Decoder": "method",
         "Engine": "engine",
-        "GreedyConfig": "methods",
+        "GreedyConfig": "undefended",
         "GreedyDecoding": "undefended",
         "Handle": "handle",
         "Kind": "methods",

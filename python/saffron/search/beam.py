@@ -45,8 +45,10 @@ class BeamSearch(Decoder):
     The answer is the beam of the highest reward at the end, of equals one that has ended; that is its score.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: BeamConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or BeamConfig())
+    config_type = BeamConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: BeamConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), BeamConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config

@@ -36,8 +36,10 @@ class BestOfN(Decoder):
     With an MRM one call reads a response but for its last token, and the template's suffix falls away.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: BestOfNConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or BestOfNConfig())
+    config_type = BestOfNConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: BestOfNConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), BestOfNConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         assert isinstance(self.config, BestOfNConfig)

@@ -10,6 +10,7 @@ from saffron.errors import ConfigError
 
 Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
+LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,11 @@ class SearchConfig:
         for name, allowed in (("ranking", get_args(Ranking)), ("eos_score", get_args(EosScore))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not isinstance(self.unseen_reward, int | float) or not math.isfinite(self.unseen_reward):
-            raise ConfigError(f"unseen_reward: got {self.unseen_reward!r}, expected a finite number")
+        reward = self.unseen_reward
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
+            raise ConfigError(
+                f"unseen_reward: got {reward!r}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}"
+            )
         if not isinstance(self.lm_head_bias, bool):
             raise ConfigError(f"lm_head_bias: got {self.lm_head_bias!r}, expected True or False")
 

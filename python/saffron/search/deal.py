@@ -58,8 +58,10 @@ class DeAL(Decoder):
     The answer is the response ranked best at the end, of equals one that has ended; its score is what ranked it.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: DeALConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or DeALConfig())
+    config_type = DeALConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: DeALConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), DeALConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config

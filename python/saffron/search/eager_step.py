@@ -10,7 +10,7 @@ from torch import Tensor
 from saffron.errors import NumericalError, SaffronError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search.hand_over import Head, head_for, same_tokens
+from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.handle import Handle
 from saffron.search.readers import Reader, Row, TextReader
 from saffron.search.step import Batch, StepRecord

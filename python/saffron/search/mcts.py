@@ -73,8 +73,10 @@ class MCTS(Decoder):
     The score of the answer is its reward.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: MCTSConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or MCTSConfig())
+    config_type = MCTSConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: MCTSConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), MCTSConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from saffron.errors import PromptTooLongError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import Index, TrieModel
+from saffron.models.vocabulary import EMPTY, Mapped, TextMapper
 from saffron.search.handle import Handle
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.tree import Node
@@ -113,7 +113,7 @@ class Reader:
 
 
 class TextReader(Reader):
-    """The MRM reads the text of a response, encoded anew from the last point where words can no longer merge.
+    """The MRM reads the text of a response, as its own tokenizer encodes it (`TextMapper`).
 
     Tokens whose encoding did not change are found in the MRM's trie; only the rest is run. A text that takes more
     tokens here than in the policy may outgrow the MRM's context: `PromptTooLongError`.
@@ -121,54 +121,39 @@ class TextReader(Reader):
 
     def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
         super().__init__(mrm, 1)
-        self.policy = policy
+        self.mapper = TextMapper(policy, mrm)
         self.scorer = PrefixScorer(mrm, {}, head_rows=0)
-        # Of each row: text before so many characters keeps these ids whatever follows.
-        self._stable: list[tuple[int, Tokens]] = []
-        self._next: tuple[list[tuple[int, Tokens]], list[Tokens]] = [], []
+        self._mapped: list[Mapped] = []  # of each row
+        self._next: list[Mapped] = []
 
     def _join(self, searches: Sequence[Handle], prompts: Sequence[Prompt]) -> None:
         for search, prompt in zip(searches, prompts, strict=True):
             self.scorer.add(search, prompt.tokens, search.tree.tallies[1], prompt.leaf)
-            self._stable.append((0, ()))
+            self._mapped.append(EMPTY)
 
     def leave(self, searches: Collection[Handle], keep: Sequence[int] | None) -> None:
         super().leave(searches, None)
         if keep is not None:
-            self._stable = [self._stable[row] for row in keep]
+            self._mapped = [self._mapped[row] for row in keep]
         for search in searches:
             self.scorer.remove(search)
 
     def outgrown(self, rows: Sequence[Row]) -> dict[Handle, PromptTooLongError]:
         """Encodes the responses of the next rows; which searches cannot go on, as their text exceeds the context."""
-        stable, responses, failed = [], [], {}
-        tokenizer = self.model.require_tokenizer()
-        for search, node in rows:
-            start, ids = self._stable[node.parent.row if node.parent else -1]
-            text = self.policy.decode(node.tokens())
-            end = max(start, _stable_length(tokenizer, text))
-            ids = (*ids, *self.model.encode(text[start:end]))
-            stable.append((end, ids))
-            responses.append((*ids, *self.model.encode(text[end:])))
+        parents = [self._mapped[row.node.parent.row if row.node.parent else -1] for row in rows]
+        self._next = self.mapper.extend(parents, [row.node.tokens() for row in rows])
+        failed = {}
+        for row, mapped in zip(rows, self._next, strict=True):
             try:
-                self.model.check_length("response", len(search.request.reward) + len(responses[-1]))
+                self.model.check_length("response", len(row.search.request.reward) + len(mapped.ids))
             except PromptTooLongError as error:
-                failed[search] = error
-        self._next = stable, responses
+                failed[row.search] = error
         return failed
 
     def step(self, parents: Sequence[int], rows: Sequence[Row]) -> Tensor:
-        searches, (self._stable, responses) = [row.search for row in rows], self._next
+        searches, self._mapped = [row.search for row in rows], self._next
+        responses = [mapped.ids for mapped in self._mapped]
         hidden = self.scorer.read(searches, responses)  # before the old rows go, so that what they share is found
         current = set(zip(searches, responses, strict=True))
         self.scorer.retain(lambda search, response: (search, response) in current)
         return hidden
-
-
-def _stable_length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Characters whose tokens are final: all words but the last two (the last may grow, and take a space with it)."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.pre_tokenizer is None:
-        return 0  # a tokenizer without word boundaries may merge anything: encode all of it
-    words = backend.pre_tokenizer.pre_tokenize_str(text)
-    return words[-2][1][0] if len(words) > 2 else 0

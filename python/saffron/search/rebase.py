@@ -49,8 +49,10 @@ class Rebase(Decoder):
     between leaves by their rewards, which needs answers that can be equal.)
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: RebaseConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or RebaseConfig())
+    config_type = RebaseConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: RebaseConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), RebaseConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config

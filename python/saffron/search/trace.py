@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saffron.search.hand_over import Head
+from saffron.models.vocabulary import Head
 from saffron.search.tree import Node, Tree
 from saffron_kernels import multifurcation_head, nucleus
 

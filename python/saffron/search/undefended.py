@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig
+from saffron.search.config import DrawingConfig, check_whole
 from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
 from saffron.search.proposals import log_probability, sample
 
@@ -17,18 +17,35 @@ class SamplingConfig(DrawingConfig):
     min_new_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyConfig:
+    """Hyperparameters of `GreedyDecoding`.
+
+    Attributes:
+        max_new_tokens: longest response, without the prefill.
+        min_new_tokens: tokens before it may end.
+    """
+
+    max_new_tokens: int = 32
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(self, max_new_tokens=1, min_new_tokens=0)
+
+
 class GreedyDecoding(Decoder):
     """The most probable next token, again and again. The score is the log-probability of the tokens.
 
     Args:
         policy: the model.
-        max_new_tokens: longest response, without the prefill.
-        min_new_tokens: tokens before it may end.
+        reward_model: None: it has none.
+        config: hyperparameters.
     """
 
-    def __init__(self, policy: Policy, max_new_tokens: int = 32, min_new_tokens: int = 0) -> None:
-        config = DecodingConfig(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
-        super().__init__(policy, None, config)
+    config_type = GreedyConfig
+
+    def __init__(self, policy: Policy, reward_model: None = None, config: GreedyConfig | None = None) -> None:
+        super().__init__(policy, reward_model, GreedyConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         policy, tallies = self.policy, batch.policy.tallies
@@ -71,8 +88,10 @@ class Sampling(Decoder):
     (Top-p sampling: Holtzman et al., 2020, arXiv 1904.09751.)
     """
 
-    def __init__(self, policy: Policy, config: SamplingConfig | None = None) -> None:
-        super().__init__(policy, None, config or SamplingConfig())
+    config_type = SamplingConfig
+
+    def __init__(self, policy: Policy, reward_model: None = None, config: SamplingConfig | None = None) -> None:
+        super().__init__(policy, reward_model, SamplingConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         steps, scores = self.config.max_new_tokens, [0.0] * batch.size

@@ -12,7 +12,7 @@ import torch
 from saffron.errors import ConfigError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search.hand_over import head_for, same_tokens
+from saffron.models.vocabulary import head_for, same_tokens
 from saffron.training.agreement import Agreement, by_depth
 from saffron.training.layout import AGENT, USER
 from saffron.training.shards import Rewarded

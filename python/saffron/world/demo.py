@@ -15,7 +15,7 @@ from rich.table import Table
 
 from saffron import world
 from saffron.models.bundled import load_bundled
-from saffron.search import GreedyDecoding, SaffronSearch
+from saffron.search import GreedyConfig, GreedyDecoding, SaffronSearch
 from saffron.search.config import SearchConfig
 from saffron.search.page import write_page
 from saffron.search.result import SearchResult
@@ -57,7 +57,8 @@ def run_demo(config: SearchConfig, count: int, seed: int, page: Path, as_json: b
         prompts = [e.prompt for e in examples]
         prefills = [models.policy.decode(world.attack_tokens(models.policy.tokenizer, e.target)) for e in examples]
         progress.update(task, description="decoding without defence")
-        undefended = _judged(prompts, lambda: GreedyDecoding(models.policy, config.max_new_tokens), prefills)
+        greedy = GreedyConfig(max_new_tokens=config.max_new_tokens)
+        undefended = _judged(prompts, lambda: GreedyDecoding(models.policy, config=greedy), prefills)
         progress.update(task, description="Saffron search", total=config.max_new_tokens)
         defended = _judged(
             prompts,
