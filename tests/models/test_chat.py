@@ -184,3 +184,8 @@ def test_the_annotator_takes_names_of_control_tokens_as_text() -> None:
     layout = LayOut(prm)(Corpus((say, say)))
     assert layout.input_ids.count(0) == layout.trunk.count(0) == 1 and 1 not in layout.input_ids + layout.trunk
     assert layout.trunk + layout.after == prm.sequence(say, say)
+
+
+def test_responses_that_are_no_text_are_named() -> None:
+    with pytest.raises(ConfigError, match="response: character 1 is half of a surrogate pair"):
+        guard().score([("hello", "a\udfff")])
