@@ -268,8 +268,8 @@ def test_paths_that_look_local_are_never_asked_of_a_hub(tmp_path: Path, monkeypa
         Policy.from_pretrained("file")
     with pytest.raises(CheckpointError, match=r"models: .*no config.json in this folder"):
         Policy.from_pretrained("models")
-    with pytest.raises(CheckpointError, match="nowhere: no MRM there"):
-        MultifurcationRewardModel.from_pretrained("nowhere")
+    with pytest.raises(CheckpointError, match="./nowhere: no Hugging Face checkpoint there"):
+        MultifurcationRewardModel.from_pretrained("./nowhere")
     with pytest.raises(ConfigError, match="path: got a value of type int"):
         Policy.from_pretrained(3)  # type: ignore[arg-type]
     assert check_place("meta-llama/Llama-3-8B") == "meta-llama/Llama-3-8B" and check_place("gpt2") == "gpt2"
@@ -304,3 +304,34 @@ def test_broken_model_configurations(change: dict[str, Any], tmp_path: Path) -> 
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=str(tmp_path)):
             Policy.from_pretrained(tmp_path)
+
+
+def test_an_mrm_may_lie_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, made = write(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: asked.append(name) or str(made))
+    mrm = MultifurcationRewardModel.from_pretrained("somebody/mrm", base=base)
+    assert asked == ["somebody/mrm"] and mrm.bias is not None
+
+    def offline(name: str) -> str:
+        raise OSError("We couldn't connect to 'https://huggingface.co'. Check your internet connection.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"somebody/mrm: cannot be downloaded \(neither a folder here nor"):
+        MultifurcationRewardModel.from_pretrained("somebody/mrm", base=base)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "\x00"])
+def test_a_broken_generation_configuration_is_not_ignored(text: str, tmp_path: Path) -> None:
+    tiny.model(attention="eager").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="generation_config.json: "):
+        Policy.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [97, -1, [1, 97], [], True, "1", 1.5])
+def test_tokens_that_end_answers_are_in_the_vocabulary(eos: Any) -> None:
+    policy = Policy(tiny.model())
+    policy.model.generation_config.eos_token_id = eos
+    with pytest.raises(ConfigError, match="policy: .*eos_token_id"):
+        _ = policy.end_tokens

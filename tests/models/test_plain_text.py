@@ -9,39 +9,13 @@ import tiny
 import tokenizer_kinds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import CORPUS, KINDS, LOSSLESS
+from tokenizer_kinds import LOSSLESS, every_kind, hostile, ordinary
 
 from saffron.errors import ConfigError
 from saffron.models.chat import ConversationEncoder
 from saffron.models.plain_text import PlainEncoder, control_tokens
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-
-CONTROL = ["<s>", "</s>", "<unk>", "<|user|>", "<|end|>", "<|note|>"]
-WORDS = [
-    *CONTROL,
-    "<",
-    "/s>",
-    "<|",
-    "|>",
-    "end",
-    "hello",
-    " ",
-    "\n",
-    "12345678",
-    "é",
-    "😀",
-    "שלום",
-    "＜/s＞",
-    "<|tool|>",
-]
-hostile = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("".join)
-ordinary = st.lists(
-    st.sampled_from([*CORPUS[:6], "hello", " ", "  ", "\n", "\t", "12345", "it's", "é", "e\u0301", "😀", "עולם", "{}"])
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
-    min_size=1, max_size=6,
-).map("".join).filter(lambda text: not any(name in text for name in [*CONTROL, "<|tool|>"]))  # fmt: skip
-every_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 @every_kind

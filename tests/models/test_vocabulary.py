@@ -11,7 +11,7 @@ import tokenizer_kinds
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plain_text import every_kind, hostile, ordinary
+from tokenizer_kinds import every_kind, hostile, ordinary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import pytest
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -133,6 +135,33 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "WordLevel": _wordlevel,
 }
 LOSSLESS = tuple(kind for kind in KINDS if kind.startswith(("byte", "SentencePiece")))  # any text has tokens
+
+
+CONTROL = ["<s>", "</s>", "<unk>", "<|user|>", "<|end|>", "<|note|>"]
+WORDS = [
+    *CONTROL,
+    "<",
+    "/s>",
+    "<|",
+    "|>",
+    "end",
+    "hello",
+    " ",
+    "\n",
+    "12345678",
+    "é",
+    "😀",
+    "שלום",
+    "＜/s＞",
+    "<|tool|>",
+]
+hostile = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("".join)
+ordinary = st.lists(
+    st.sampled_from([*CORPUS[:6], "hello", " ", "  ", "\n", "\t", "12345", "it's", "é", "e\u0301", "😀", "עולם", "{}"])
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    min_size=1, max_size=6,
+).map("".join).filter(lambda text: not any(name in text for name in [*CONTROL, "<|tool|>"]))  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 @cache

@@ -231,6 +231,11 @@ def _text(name: str, text: object) -> str:
         raise ConfigError(f"{name}: got {kind(text)}, expected a text")
     if not text:
         raise ConfigError(f"{name}: got '', expected a text that is not empty")
+    return check_text(name, text)
+
+
+def check_text(name: str, text: str) -> str:
+    """Raises `ConfigError` for what no tokenizer can encode."""
     surrogate = re.search("[\ud800-\udfff]", text)
     if surrogate:
         raise ConfigError(f"{name}: character {surrogate.start()} is half of a surrogate pair, which is no text")

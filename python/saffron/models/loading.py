@@ -45,6 +45,7 @@ def load_model(
         _check_generation_config(path)
         if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
             raise CheckpointError(f"{path}: its configuration has no layers (num_hidden_layers is 0)")
+        _check_generation_config(Path(path) / "generation_config.json")
         wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -116,6 +117,24 @@ def check_place(path: str | Path, *files: str) -> str:
     return text
 
 
+def fetch(path: str | Path) -> Path:
+    """The folder that a path or the name of a repository on the hub stands for; the repository is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, and no such repository that the hub shows us.
+    """
+    place = check_place(path)
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    with quiet():
+        try:
+            return Path(snapshot_download(place))
+        except Exception as error:  # of many types: no such repository, no access, no network
+            raise CheckpointError(f"{path}: cannot be downloaded ({_reason(error)})") from error
+
+
 def check_weights(model: PreTrainedModel, owner: str) -> None:
     """Raises `CheckpointError` for weights that are NaN or infinite. Reads each weight once."""
     for name, parameter in model.named_parameters():
@@ -152,6 +171,16 @@ def some(names: list[str], count: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def _check_generation_config(file: Path) -> None:
+    """Raises `CheckpointError` for a damaged file, which `transformers` takes for none: answers would not end."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: got a {type(config).__name__}, expected an object")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from saffron.models import adapter, attention, loading
-from saffron.models.chat import Conversation, ConversationEncoder, Prompt, check_template_options
+from saffron.models.chat import Conversation, ConversationEncoder, Prompt, check_template_options, check_text
 from saffron.models.trie_model import TrieModel
 from saffron_kernels import multifurcation_head
 
@@ -135,7 +135,7 @@ class MultifurcationRewardModel(_HiddenModel):
         or what `save_pretrained` wrote.
 
         Args:
-            path: folder of the MRM.
+            path: folder of the MRM, or the name of a repository on the hub.
             base: checkpoint the adapter was trained on, or that model, loaded (it is changed); None: the one the
                 adapter names, a relative path being taken from `path`.
             dtype, device: as for `TrieModel.from_pretrained`.
@@ -144,9 +144,7 @@ class MultifurcationRewardModel(_HiddenModel):
         Raises:
             CheckpointError: a file that is missing, damaged, or does not fit the base model.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise CheckpointError(f"{path}: no MRM there (no such folder)")
+        folder = loading.fetch(path)
         merged = (folder / "config.json").is_file() and not (folder / adapter.CONFIG).exists()
         if merged and base is not None:
             raise CheckpointError(f"{path}: holds a whole model and no adapter, so base= has nothing to say")
@@ -249,7 +247,7 @@ class ProcessRewardModel(_HiddenModel):
             prompt: as for `context_tokens`.
             response: text, or ids of a tokenizer equal to the guard's.
         """
-        ids = self.encoder.text(response) if isinstance(response, str) else list(response)
+        ids = self.encoder.text(check_text("response", response)) if isinstance(response, str) else list(response)
         return [*self.context_tokens(prompt), *ids, *self.suffix_tokens()]
 
     def context_tokens(self, prompt: Prompt) -> list[int]:

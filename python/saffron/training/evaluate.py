@@ -168,9 +168,10 @@ def nucleus_on_unseen(
     shares: list[tuple[float, float]] = []
     for row in rows:
         prompt, answer = _first_exchange(row)
-        said = answer if same_tokens(policy, mrm) else policy.encode(mrm.decode(answer))
-        if said:
-            context = policy.chat(mrm.decode(prompt))
+        said = answer if same_tokens(policy, mrm) else policy.encoder.text(mrm.decode(answer))
+        asked = mrm.decode(prompt)
+        if said and asked:
+            context = policy.chat(asked)
             policy.check_length("prompt and answer", len(context) + len(said))
             logits = policy.logits([context + said[:n] for n in range(len(said))])
             tokens, probabilities, offsets = (part.cpu() for part in nucleus(logits.float(), top_p))
