@@ -11,10 +11,12 @@
 namespace saffron::cuda {
 namespace {
 
-/// One unit: the rows of a block and the tokens of a range. Leaves the result in `s.out`.
+/// Leaves the result of a segment in `s.out`.
 template <class C>
-__device__ __forceinline__ void attend_range(const Arguments& a, typename C::Shared& s, int kv_head,
-                                             int first_row, int rows, int first, int last) {
+__device__ __forceinline__ void attend_segment(const Arguments& a, typename C::Shared& s,
+                                               const Segment& segment) {
+  const int kv_head = segment.kv_head, first_row = segment.query_block * C::kRows;
+  const int rows = a.queries * a.group;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_m = warp % C::kWarpsM, warp_n = warp / C::kWarpsM;
   Warp<C> own;
@@ -39,10 +41,16 @@ __device__ __forceinline__ void attend_range(const Arguments& a, typename C::Sha
 
   fetch_q<C>(a, s, kv_head, first_row, rows);
   ptx::copy_commit();
+  auto& plan = schedule_of<C>(s);
+  if (a.query_blocks > 1) {
+    if (warp == 0) Tokens::list(a, plan, segment);
+    __syncthreads();
+  }
+  const Tokens tokens(a, plan, segment);
   constexpr int kAhead = C::kConvert ? C::kStages : C::kStages - 1;  // tiles on their way
   bool have_q = false;
-  for (; first < last; first += C::kListed) {
-    const int listed = list_tokens<C>(a, s, first, last, low, high);
+  for (int first = 0; first < tokens.size; first += C::kListed) {
+    const int listed = list_tokens<C>(a, s, tokens, first, low, high);
     const int tiles = (listed + C::kTokens - 1) / C::kTokens;
     if (tiles == 0) continue;
 #pragma unroll
@@ -88,13 +96,11 @@ __device__ __forceinline__ void attend_range(const Arguments& a, typename C::Sha
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) attention_kernel(const Arguments a) {
   auto& s = shared<typename C::Shared>();
-  const auto attend = [&](const Unit& unit) {
-    attend_range<C>(a, s, unit.kv_head, unit.first_row, a.queries * a.group, unit.first, unit.last);
-  };
-  const auto next = [&](uint32_t) {
-    return from_thread_0<C>(s, threadIdx.x == 0 ? gridDim.x + atomicAdd(a.drawn, 1u) : 0u);
-  };
-  work_through<C>(a, s, attend, next);
+  if (a.query_blocks > 1) make_schedule<C, C::kThreads>(a, schedule_of<C>(s));
+  __syncthreads();
+  const auto attend = [&](const Segment& segment) { attend_segment<C>(a, s, segment); };
+  // What lies in `s.out` is stored before copies arrive there.
+  work_through<C>(a, s, attend, [] { __syncthreads(); });
 }
 
 /// Launches the kernel with products in `T`. How the work is cut is not in `a` yet.
@@ -104,8 +110,10 @@ void launch_tiles(Arguments a, Stream stream) {
   with_tile<C, T>(a.wide(), rows, chip(), [&](auto tile) {
     using Chosen = decltype(tile);
     const Cut cut = cut_work<Chosen>(a, chip());
+    if (a.looked_through != nullptr) launch_look(a, cut.chunks, stream);
     launch<attention_kernel<Chosen>>(dim3(cut.blocks), Chosen::kThreads,
-                                     sizeof(typename Chosen::Shared), stream, a);
+                                     sizeof(typename Chosen::Shared) + cut.schedule_bytes(), stream,
+                                     a);
   });
 }
 

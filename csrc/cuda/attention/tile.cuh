@@ -46,7 +46,7 @@ struct Configuration {
     alignas(16) uint16_t q[kRows * kStride];
     union {
       alignas(16) uint16_t kv[kTiles][2][kTokens * kStride];
-      // When all tiles are done: the result of every warp, then weights [kSlice, splits].
+      // When all tiles are done: the result of every warp, then weights [kSlice, parts].
       alignas(16) float out[kWarpsM * kWarpsN * 16 * kFloatStride];
     };
     int slot[kListed], begin[kListed], end[kListed];
@@ -157,19 +157,20 @@ __device__ __forceinline__ void fetch_q(const Arguments& a, typename C::Shared& 
   }
 }
 
-/// Lists those of the tokens `first .. last` that a query from `low` to `high` sees, in order, and
-/// fills the last tile up with tokens that nobody sees. At most kListed tokens. Returns how many
-/// are listed.
-template <class C>
-__device__ __forceinline__ int list_tokens(const Arguments& a, typename C::Shared& s, int first,
-                                           int last, int low, int high) {
+/// Lists those of `tokens`, from number `first` on, that a query from `low` to `high` sees, in
+/// order, and fills the last tile up with tokens that nobody sees. At most kListed tokens. Returns
+/// how many are listed.
+template <class C, class Tokens>
+__device__ __forceinline__ int list_tokens(const Arguments& a, typename C::Shared& s,
+                                           const Tokens& tokens, int first, int low, int high) {
   constexpr int kWarps = C::kWarpsM * C::kWarpsN;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int slot[4], begin[4], end[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int token = first + i * C::kThreads + thread;
-    const bool exists = token < last;
+    const int number = first + i * C::kThreads + thread;
+    const int token = number < tokens.size ? tokens.at(number) : tokens.end;
+    const bool exists = token < tokens.end;
     slot[i] = exists ? a.slot[token] : -1;
     begin[i] = exists ? a.begin[token] : 0;
     end[i] = exists ? a.end[token] : 0;

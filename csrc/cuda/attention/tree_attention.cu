@@ -1,24 +1,46 @@
 // Attention over a flattened trie in one launch. Rows of a tile are (query, query head) pairs that
 // share a KV head, so K and V are read once for all of them.
 //
-// The work is a list of units (token range, KV head, block of rows), which resident blocks draw
-// from. For its unit a block first lists the tokens that any of its queries sees, in order, then
-// streams their K and V rows through shared memory, whole tiles of live tokens at a time. A warp
-// leaves out the tiles that none of its own rows see. Softmax is online, in fp32.
+// The work, counted in chunks of tokens that a block of rows may see, is cut into equal shares, one
+// for every block of the launch (work.cuh). For each segment of its share a block lists the tokens
+// that any of its queries sees, in order, then streams their K and V rows through shared memory,
+// whole tiles of live tokens at a time. A warp leaves out the tiles that none of its own rows see.
+// Softmax is online, in fp32.
 //
 // Rows of fp8 are copied as they are and converted once for all warps, each 16 bytes by the thread
 // that copied them; the scale of K is that of the scores, and V's is the result's.
 //
-// Where the tokens are split, each unit leaves a partial result in fp32. When the last unit of a
-// block of rows has arrived, the partials are joined in slices of rows, each in the order of the
-// tokens: the same bits, whoever joins. The last block to arrive joins what nobody else has
-// claimed; the others wait for it for a while, to help.
+// A segment that is not all of its group leaves a partial result in fp32. When the last part of a
+// group has arrived, the parts are joined in slices of rows, each in the order of the tokens: the
+// same bits, whoever joins. The last block to arrive joins what nobody else has claimed; the others
+// wait for it for a while, to help.
 
 #include "cuda/attention/arguments.cuh"
 #include "cuda/attention/choose.cuh"
 #include "cuda/attention/work.cuh"
 
 namespace saffron::cuda {
+namespace {
+
+constexpr int kLookThreads = 256;
+
+/// A warp a chunk.
+__global__ void __launch_bounds__(kLookThreads) look_kernel(const Arguments a, int3* found) {
+  const int chunk = static_cast<int>((blockIdx.x * kLookThreads + threadIdx.x) / 32);
+  if (chunk >= chunks_of(a)) return;
+  const int3 of_chunk = look_through(a, chunk, tokens_of(a));
+  if (threadIdx.x % 32 == 0) found[chunk] = of_chunk;
+}
+
+/// Floats of workspace for what it finds, before the partial results; a multiple of 16 bytes.
+int64_t look_floats(int64_t tokens) { return tokens > kLookedThrough ? 3 * kMostChunks : 0; }
+
+}  // namespace
+
+void launch_look(const Arguments& a, int64_t chunks, Stream stream) {
+  launch<look_kernel>(dim3(blocks_for(chunks, kLookThreads / 32)), kLookThreads, 0, stream, a,
+                      const_cast<int3*>(a.looked_through));
+}
 
 uint64_t capture_id(Stream stream) { return graph_of(stream); }
 
@@ -33,10 +55,11 @@ int64_t tree_attention_workspace(int64_t queries, int64_t heads, int64_t kv_head
   if (queries == 0 || heads == 0) return 0;
   const int64_t group = heads / kv_heads;
   if (hopper_takes(queries, group, head_dim, stored)) {
-    return hopper_workspace(queries, group, kv_heads, head_dim, tokens);
+    return hopper_workspace(queries, group, kv_heads, head_dim, tokens) + look_floats(tokens);
   }
   const auto workspace = [&](auto tile) {
-    return workspace_for<decltype(tile)>(queries, group, kv_heads, tokens, chip());
+    return workspace_for<decltype(tile)>(queries, group, kv_heads, tokens, chip()) +
+           look_floats(tokens);
   };
   // Products in fp16 need as much.
   if (stored == DType::kFloat8) {
@@ -72,10 +95,10 @@ void tree_attention(const View& q, const View& k_cache, const View& v_cache, con
   a.sinks = sinks.as<float>();
   a.out = out.data;
   a.lse = lse.as<float>();
-  a.part = workspace.as<float>();
-  a.drawn = counters.as<uint32_t>();
-  a.left = a.drawn + 1;
-  a.arrived = a.drawn + 2;
+  a.looked_through = workspace.as<int3>();
+  a.part = workspace.as<float>() + look_floats(tokens);
+  a.left = counters.as<uint32_t>();
+  a.arrived = a.left + 1;
   a.tokens = static_cast<int>(tokens);
   a.queries = static_cast<int>(queries);
   a.group = static_cast<int>(heads / kv_heads);
