@@ -59,7 +59,7 @@ def jobs(trials: int = 20, episodes: int = 40_000, quick: bool = False) -> list[
     ranges = ("remaining", "horizon")
     paper = [Job("paper", name, trials, episodes, value_range=r) for r in ranges for name in (*MIXING, "baseline")]
     paper += [
-        Job("paper", name, trials, episodes, scale, "-")
+        Job("paper", name, min(trials, 10), episodes, scale, "-")
         for name in ("dope", "optpess-lp") for scale in (1.0, 0.03, 0.003)
     ]  # fmt: skip
     long = 400 if quick else 2_000_000
