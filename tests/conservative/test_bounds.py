@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import small_mdps
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from saffron.conservative import UCBVI, Confidence, Counts, Problem, StepMix, TabularMDP, random_mdps, simulate
@@ -35,6 +35,8 @@ def mdp_and_counts(sizes: tuple[int, int, int], seed: int, episodes: int) -> tup
     SIZES, st.integers(0, 999), st.sampled_from([0, 1, 7, 60]), st.sampled_from([1.0, 0.1, 0.003]), st.booleans(),
     st.sampled_from(["remaining", "horizon"]), st.booleans(), st.sampled_from([None, 1.0, 1.5]),
 )  # fmt: skip
+@example((3, 2, 3), 0, 60, 0.003, True, "remaining", True, None)
+@example((3, 2, 3), 0, 60, 0.003, False, "horizon", False, 1.0)
 def test_bounds_are_the_equations(sizes, seed, episodes, scale, uniform, value_range, known, bound) -> None:
     """Every candidate of one pass, against one policy at a time in plain Python."""
     states, actions, steps = sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_mdps
 
 from saffron.conservative import (
     Confidence,
@@ -80,6 +81,15 @@ def test_bounds_hold_at_scale_1_and_grow(method: str) -> None:
         true = mdp.value(learned.policy)
         assert (learned.lower <= true).all() and (true <= learned.upper).all() and learned.method == method
     assert (low[1].lower > low[0].lower + 0.01).all()
+
+
+@pytest.mark.parametrize("method", ["clone", "pessimistic"])
+def test_bounds_of_learned_policies_have_beta_under_the_root(method: str) -> None:
+    mdp, _, _, counts = logged(500)
+    learned = learn_baseline(counts, method, reward=mdp.reward, confidence=PRACTICAL)
+    confidence = Confidence(scale=PRACTICAL.scale, uniform=True)
+    expected = small_mdps.interval(counts, mdp.reward[0], learned.policy[0], mdp.start[0], confidence, 3, 1)
+    assert (learned.lower[0], learned.upper[0]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_refusal_until_a_bound_passes() -> None:

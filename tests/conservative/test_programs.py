@@ -76,32 +76,49 @@ def test_optpess_against_all_mixtures_of_two_policies() -> None:
 
 
 def test_dope_chooses_kernel_and_policy() -> None:
-    """One step to decide, then a good or a bad state: the program moves as much mass as the radius allows."""
-    kernel = np.zeros((1, 2, 2, 2, 2))
-    kernel[0, :, :, 0] = [0.5, 0.5]
-    kernel[0, :, :, 1] = [0.6, 0.4]
-    reward = np.zeros((1, 2, 2, 2))
+    """One step to decide, then three states: the program moves as much mass to the good one as the radius allows."""
+    kernel = np.zeros((1, 2, 3, 2, 3))
+    kernel[0, :, :, 0] = [0.4, 0.3, 0.3]
+    kernel[0, :, :, 1] = [0.7, 0.2, 0.1]
+    reward = np.zeros((1, 2, 3, 2))
     reward[0, 1, 1] = 1.0  # the second state pays at the second step
-    mdp = TabularMDP(kernel, reward, np.array([[1.0, 0.0]]))
-    counts = Counts.zeros(1, 2, 2, 2)
-    counts.visits[:] = 1e5
-    counts.transitions[:] = 1e5 * kernel
-    baseline = np.zeros((1, 2, 2, 2))
+    mdp = TabularMDP(kernel, reward, np.array([[1.0, 0.0, 0.0]]))
+    counts = Counts.zeros(1, 2, 3, 2)
+    counts.visits[:] = 1e6
+    counts.transitions[:] = 1e6 * kernel
+    baseline = np.zeros((1, 2, 3, 2))
     baseline[..., 0] = 1
-    learner = DOPE(Problem(baseline, 0.2, reward), baseline_value=np.array([0.5]), episodes=100)
-    log = np.log(6 * 4 * 2 * 2 * 100 / 0.05)
-    radius = 2 * np.sqrt(log * kernel * (1 - kernel) / 1e5) + 14 * log / 3e5
+    learner = DOPE(Problem(baseline, 0.1, reward), baseline_value=np.array([0.3]), episodes=100)
+    log = np.log(6 * 9 * 2 * 2 * 100 / 0.05)
+    radius = 2 * np.sqrt(log * kernel * (1 - kernel) / 1e6) + 14 * log / 3e6
     total = radius.sum(-1)[0]
-    bonus, price = 4 / 0.3 * total, 2 * total
     plan = learner.plan(counts)
-    # Action 0 of the first step: better estimate, and the larger radius; then any action, of equal radius.
-    expected = 0.5 + radius[0, 0, 0, 0, 1] + bonus[0, 0, 0] + bonus[1, 0, 0]
+    # Action 0 at both steps: the better estimate at first, the larger radius and so the larger bonus.
+    moved = 0.3 + radius[0, 0, 0, 0, 1]
     assert plan.safe[0] and plan.first[0, 0, 0].tolist() == pytest.approx([1, 0])
-    assert plan.upper[0, 0] == pytest.approx(
-        expected, abs=2e-3
-    )  # second step: radii of its two actions differ a little
-    assert plan.lower[0, 0] <= 0.5 + radius[0, 0, 0, 0, 1] - price[0, 0, 0] + 1e-9
-    assert mdp.value(plan.first)[0] == pytest.approx(0.5)
+    assert plan.upper[0, 0] == pytest.approx(moved + 4 / 0.2 * (total[0, 0, 0] + total[1, 0, 0]), abs=1e-6)
+    assert plan.lower[0, 0] == pytest.approx(moved - 2 * (total[0, 0, 0] + total[1, 0, 0]), abs=1e-6)
+    assert mdp.value(plan.first)[0] == pytest.approx(0.3)
+
+
+def test_optpess_waits_for_the_middle() -> None:
+    """The baseline is played until its own pessimistic value is above (floor + value) / 2, solvable or not."""
+    mdp = random_mdps(1, 2, 2, 2, seed=3)
+    counts = small_mdps.counted(mdp, 3000, np.full((1, 2, 2, 2), 0.5))
+    n = np.maximum(counts.visits[0], 1)
+    kernel = np.where(counts.visits[0][..., None] > 0, counts.transitions[0] / n[..., None], 0.5)[None]
+    between = 0
+    for scale in np.geomspace(0.001, 0.5, 40):
+        learner = made(OptPessLP, mdp, scale=float(scale), share=0.8)
+        floor, value = float(learner.problem.floor[0]), float(learner.baseline_value[0])
+        beta = scale * np.sqrt(np.log(32 * 4 * 2 * 2 * 10_000 / 0.05) / n)
+        after = np.zeros(2)
+        for h in (1, 0):
+            q = mdp.reward[0, h] - 5 * beta[h] + kernel[0, h] @ after
+            after = (learner.problem.baseline[0, h] * q).sum(-1)
+        assert learner.plan(counts).safe[0] == (after[0] > (floor + value) / 2)
+        between += floor < after[0] <= (floor + value) / 2
+    assert between
 
 
 @pytest.mark.parametrize(("learner", "scale", "episodes"), [(DOPE, 0.003, 3000), (OptPessLP, 0.01, 20_000)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,10 @@ def jobs(trials: int = 20, episodes: int = 40_000, quick: bool = False) -> list[
     ranges = ("remaining", "horizon")
     paper = [Job("paper", name, trials, episodes, value_range=r) for r in ranges for name in (*MIXING, "baseline")]
     paper += [
-        Job("paper", name, trials, episodes, scale, "-")
+        Job("paper", name, min(trials, 10), episodes, scale, "-")
         for name in ("dope", "optpess-lp") for scale in (1.0, 0.03, 0.003)
     ]  # fmt: skip
-    long = 400 if quick else 4_000_000
+    long = 400 if quick else 2_000_000
     proof = [Job("proof", name, min(trials, 10), long, 1.0) for name in MIXING]
     scales = [
         Job("scale", name, trials, episodes, scale, r)
@@ -86,19 +86,20 @@ def run(todo: Sequence[Job], file: Path, spread: Map, done: Callable[[int, int],
 
     spread: as `Workers.run`. done: called with jobs done, and all. A job that was only partly written runs again.
     """
-    records = _complete(file, todo)
+    records = _complete(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".tmp")
     draft.write_text("".join(json.dumps(record) + "\n" for found in records.values() for record in found))
     draft.replace(file)  # without what a killed run left half written
     left = [job for job in todo if job not in records]
-    done(len(todo) - len(left), len(todo))
+    finished = len(todo) - len(left)
+    done(finished, len(todo))
     with file.open("a") as out:
-        for number, found in spread(_runner, left):
+        for count, (number, found) in enumerate(spread(_runner, left), start=1):
             records[left[number]] = found
             out.write("".join(json.dumps(record) + "\n" for record in found))
             out.flush()
-            done(len(records), len(todo))
+            done(finished + count, len(todo))
     return [record for job in todo for record in records[job]]
 
 
@@ -187,16 +188,14 @@ def _offline(job: Job, mdp: TabularMDP, problem: Problem, common: list[Record]) 
     return records
 
 
-def _complete(file: Path, todo: Sequence[Job]) -> dict[Job, list[Record]]:
+def _complete(file: Path) -> dict[Job, list[Record]]:
     """Records by job, of those jobs whose trials are all there."""
     found: dict[Job, list[Record]] = {}
-    wanted, names = set(todo), asdict(replace(todo[0])).keys() if todo else ()
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             record = json.loads(line)
-            job = Job(**{name: record[name] for name in names})
+            job = Job(**{name.name: record[name.name] for name in fields(Job)})
         except (ValueError, KeyError, TypeError):
             continue  # half a line, or of another version
-        if job in wanted:
-            found.setdefault(job, []).append(record)
+        found.setdefault(job, []).append(record)
     return {job: records for job, records in found.items() if len(records) == job.trials}

@@ -114,8 +114,8 @@ def _paper(records: list[Record], figures: Path) -> str:
 
 "first tenth": the share of the first tenth of the episodes that lie below the floor. "ratio to ucbvi": regret as a
 multiple of the unconstrained learner's on the same MDPs, of the same range and scale {PRACTICAL:g} (DOPE and
-OptPess-LP: range "remaining"). DOPE and OptPess-LP are told the baseline's value and the number of episodes; `scale`
-multiplies their radii.
+OptPess-LP: range "remaining"). These two run on the first {min(10, some["trials"])} MDPs alone; they are told the
+baseline's value and the number of episodes, and `scale` multiplies their radii.
 """
 
 
@@ -259,7 +259,7 @@ def _violations(group: list[Record]) -> list[str]:
 
 
 def _ratio(group: list[Record], against: list[Record]) -> str:
-    mine, theirs = np.array(_column(group, "regret")), np.array(_column(against, "regret"))
+    mine, theirs = (np.array(_column(records, "regret")) for records in (group, against[: len(group)]))  # same MDPs
     return mean_interval(mine, lambda drawn: mine[drawn].sum(1) / theirs[drawn].sum(1))
 
 
