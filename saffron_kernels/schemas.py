@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import compress
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
     declared = schema[schema.index("(") + 1 : schema.index(") ->")].split(",")
     parameters = [parameter.split()[-1] for parameter in declared]
     stored = [parameter not in _PARAMETERS for parameter in parameters]
+    is_tensor = ["Tensor" in parameter for parameter in declared]
+    tensors = itemgetter(*[i for i, is_one in enumerate(is_tensor) if is_one])
+    others = [i for i, is_one in enumerate(is_tensor) if not is_one]
     forced, grad_enabled = forced_backend, torch.is_grad_enabled
     _library.define(schema)
 
@@ -48,9 +52,16 @@ def register(schema: str, fake: Callable[..., object]) -> Callable[..., Any]:
     chosen: dict[tuple[object, ...], Callable[..., object]] = _chosen.setdefault(name, {})
 
     def run(*args: Any) -> object:
+        given = tensors(args)
         if grad_enabled():
-            refuse_gradients(args)
-        key = (forced(), *[(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
+            for a in given:
+                if a is not None and a.requires_grad:
+                    refuse_gradients(args)
+        key = (
+            forced(),
+            *[None if a is None else (a.shape, a.dtype, a.device) for a in given],
+            *[args[i] for i in others],
+        )
         function = chosen.get(key)
         if function is None:
             check(*args)
