@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -163,8 +164,11 @@ class TrieStep:
 
     def __post_init__(self) -> None:
         self.mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=self.plan.positions.device)
-        for window in set(self.windows or ()):
-            if window is not None and window < self.plan.length:
+        for window in set(self.windows or ()) - {None}:
+            assert window is not None
+            if self.static:
+                self.plans[window] = _of_size(windowed(self.plan, window), len(self.plan.slot))
+            elif window < self.plan.length:
                 self.plans[window] = windowed(self.plan, window)
 
     def arguments(self) -> dict[str, Any]:
@@ -238,6 +242,16 @@ class TrieStep:
             )
 
 
+def _of_size(plan: TreeStep, tokens: int) -> TreeStep:
+    """The plan with so many entries: those that are added nobody sees."""
+    more = tokens - len(plan.slot)
+    if more < 0:
+        raise UnsupportedModelError(
+            f"static=True: the windows of this step are {len(plan.slot)} intervals, more than the capacity of {tokens}"
+        )
+    return replace(plan, slot=pad(plan.slot, (0, more)), begin=pad(plan.begin, (0, more)), end=pad(plan.end, (0, more)))
+
+
 def refuse(config: PretrainedConfig, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"{config.model_type} model: {why}")
 
@@ -246,12 +260,15 @@ def check_supported(config: PretrainedConfig, model_class: type[PreTrainedModel]
     """Refuses, by name, what a configuration alone shows; what a model does shows `inspect_model`.
 
     Raises:
-        UnsupportedModelError: encoder-decoder models, layers that are not attention, or a model class that does not use
-            the standard attention interface.
+        UnsupportedModelError: encoder-decoder models, ALiBi, layers that are not attention, or a model class that does
+            not use the standard attention interface.
     """
     text = config.get_text_config()
     if config.is_encoder_decoder:
         raise refuse(config, "encoder-decoder models are not served by the trie cache")
+    alibi = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi"
+    if alibi or config.model_type in ("bloom", "mpt"):
+        raise refuse(config, "ALiBi position biases are not served by the trie cache")
     served = {"full_attention", "sliding_attention"}
     unserved = set(getattr(text, "layer_types", None) or ()) - served
     if unserved:
@@ -281,6 +298,7 @@ class Geometry:
         layers, heads, kv_heads: numbers. head_dim: of Q and K. value_dim: of V.
         dtype: of K and V.
         windows: per layer, how many tokens a query sees (itself included), None for all.
+        outputs: what the model returns beside logits.
     """
 
     layers: int
@@ -290,6 +308,7 @@ class Geometry:
     value_dim: int
     dtype: torch.dtype
     windows: tuple[int | None, ...]
+    outputs: tuple[str, ...] = ()
 
     def cache(self, dtype: torch.dtype, device: torch.device, **options: Any) -> KVTrie:
         """An empty `KVTrie`; `options` are `capacity`, `grow`, `k_scale` and `v_scale`."""

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from saffron.errors import UnsupportedModelError
 from saffron.models.attention import ATTENTION, Call, Geometry, MaskFunction, check_supported, mask_recorder, refuse
@@ -25,7 +26,9 @@ _POSITIONS = (0, 1, 2, 2)
 _SEEN = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
 _SWAPPED = [0, 1, 3, 2]
 # Keyword arguments of layers that the attention function may leave aside.
-_HARMLESS = {"position_ids", "is_causal", "position_embeddings", "cache_position", "max_length_q", "max_length_k"}
+_HARMLESS = {"position_ids", "is_causal", "position_embeddings", "cache_position", "max_length_q", "max_length_k",
+             "output_attentions", "output_hidden_states", "output_router_logits"}  # fmt: skip
+SERVED_OUTPUTS = ("logits", "hidden_states", "past_key_values")  # by a TrieCache
 _FAR = 1 << 20  # a position beyond every window
 
 
@@ -41,6 +44,8 @@ class _Layer:
 
 class Inspection:
     """Stands in the place of a `TrieStep`: looks at every call of the attention function, and attends."""
+
+    static = False
 
     def __init__(self) -> None:
         self.layers: dict[int, _Layer] = {}
@@ -193,18 +198,20 @@ def _inspect(model: PreTrainedModel) -> Geometry:
     forms = {(x.heads, x.kv_heads, x.head_dim, x.value_dim, x.dtype) for x in layers}
     if len(forms) > 1:
         raise UnsupportedModelError(f"its layers have K and V of different forms: {sorted(map(str, forms))}")
-    difference = (output - swapped[_SWAPPED]).abs().max()
-    size = output.abs().max()
+    logits = output.logits[0].float()
+    difference = (logits - swapped.logits[0].float()[_SWAPPED]).abs().max()
+    size = logits.abs().max()
     tolerance = 1e-4 if model.dtype.itemsize > 2 else 0.05
     if bool(difference > tolerance * size):  # false for NaN, which is looked for elsewhere
         raise UnsupportedModelError(
             "its outputs depend on the order of tokens in a row: it counts positions itself, or looks beyond attention"
         )
-    return Geometry(len(layers), *forms.pop(), tuple(x.window for x in layers))
+    others = [name for name, value in output.items() if value is not None and name not in SERVED_OUTPUTS]
+    return Geometry(len(layers), *forms.pop(), tuple(x.window for x in layers), tuple(others))
 
 
-def _run(model: PreTrainedModel, ids: Tensor) -> tuple[dict[int, _Layer], Tensor]:
-    """The layers, and the logits `[4, vocab]`."""
+def _run(model: PreTrainedModel, ids: Tensor) -> tuple[dict[int, _Layer], ModelOutput]:
+    """The layers, and the model's output."""
     inspection = Inspection()
     token = mask_recorder.set(inspection.make_mask)
     try:
@@ -218,7 +225,7 @@ def _run(model: PreTrainedModel, ids: Tensor) -> tuple[dict[int, _Layer], Tensor
         )
     finally:
         mask_recorder.reset(token)
-    return inspection.layers, output.logits[0].float()
+    return inspection.layers, output
 
 
 @contextmanager

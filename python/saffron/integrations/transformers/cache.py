@@ -103,6 +103,9 @@ class TrieCache(Cache):
         super().__init__(layers=[])
         if not trie.model._supports_logits_to_keep():
             raise UnsupportedModelError(f"{trie.model.config.model_type} model: its forward has no logits_to_keep")
+        if trie.geometry.outputs:
+            outputs = ", ".join(trie.geometry.outputs)
+            raise UnsupportedModelError(f"{trie.model.config.model_type} model: it returns {outputs}, not served here")
         self.trie = trie
         self.static = static
         self._rows = Rows(trie)

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.models.attention import ATTENTION
+from saffron.models.inspection import SERVED_OUTPUTS
 
 _READ = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "return_dict",
@@ -139,7 +140,7 @@ def check_output(output: ModelOutput, queries: int | None) -> None:
         queries: of the pass, None for not known.
     """
     for name, value in output.items():
-        if value is not None and name not in ("logits", "hidden_states", "past_key_values"):
+        if value is not None and name not in SERVED_OUTPUTS:
             raise UnsupportedModelError(f"{name}: an output of the model that a TrieCache does not serve")
     for state in output.get("hidden_states") or ():
         if state.dim() != 3 or len(state) != 1 or queries not in (None, state.shape[1]):
