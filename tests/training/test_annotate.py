@@ -24,9 +24,9 @@ from saffron.cli import main
 from saffron.errors import CheckpointError, ConfigError, NumericalError
 from saffron.models.bundled import FOLDER
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.storage.folders import locked
 from saffron.training.annotate import AnnotateConfig, Annotator, annotate
 from saffron.training.conversations import Conversation, read_corpus
-from saffron.training.files import locked
 from saffron.training.layout import AGENT, FORMAT, USER, LayOut
 from saffron.training.shards import MANIFEST, read_rewards
 from saffron.workers import Workers

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
 from saffron.models import attention
+from saffron.models.devices import find_device
 from saffron.models.flops import ModelFlops
 from saffron_kernels import Beams, KVTrie, TreeStep
 from saffron_kernels.checks import FP8
@@ -284,7 +285,7 @@ def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
