@@ -244,7 +244,7 @@ def test_kill_and_resume(corpus, tmp_path):
     assert 2 <= len(done) < len(many)
     with pytest.raises(CheckpointError, match=r"shards are missing .*the same `saffron annotate` again"):
         read_rewards(killed)
-    (killed / ".shard-00000.parquet.tmp").write_bytes(b"half")  # what a kill inside a write leaves
+    (killed / ".saffron-shard-00000.parquet.tmp").write_bytes(b"half")  # what a kill inside a write leaves
     assert main([*options, "--output", str(killed)]) == 0
     assert main([*options, "--output", str(whole)]) == 0
     assert files(killed) == files(whole)

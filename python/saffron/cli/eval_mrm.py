@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add("--limit", type=positive, metavar="N", help="only the first N conversations")
     add(
-        "--policy", type=name, nargs="?", const="", metavar="CHECKPOINT",
+        "--policy", type=name, nargs="?", const=True, metavar="CHECKPOINT",
         help="also how much of this policy's nucleus is unseen (without a value: of the bundled policy)",
     )  # fmt: skip
     add("--top-p", type=number, default=0.8, metavar="P", help="probability mass of the nucleus")
@@ -60,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     )
     policy = None
     if options.policy is not None:
-        policy = Policy.from_pretrained(options.policy or FOLDER / "policy", device=options.device)
+        policy = Policy.from_pretrained(
+            FOLDER / "policy" if options.policy is True else options.policy, device=options.device
+        )
     with progress("evaluating") as show:
         passes = itertools.count(1)
         total = len(rows) * (1 if policy is None else 2)

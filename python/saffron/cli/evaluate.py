@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from saffron.cli.progress import progress
 
 if TYPE_CHECKING:
     from saffron.evaluation.metrics import Group
+    from saffron.evaluation.run import Plan
+    from saffron.evaluation.store import Record
 
 DESCRIPTION = """Attacks a policy that methods defend, and judges what it says: every method against every attack on
 every data set, one JSON line per prompt. Run it again after an interruption: what is there is kept. A method is written
@@ -88,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with progress("attacking") as show:
         records = run_plans([plan], options.output, workers(options), progress=show)
+    _say_skipped(records, plan)
     asked = [
         one
         for one in group(records, variant=plan.models.variant)
@@ -99,6 +103,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(asked)
     return 0
+
+
+def _say_skipped(records: Sequence[Record], plan: Plan) -> None:
+    """On stderr: prompts that were too long."""
+    for one in records:
+        if "error" in one and one["data"] in plan.data and one["attack"] in plan.attacks:
+            prompt = one["prompt"][:40] + "…" * (len(one["prompt"]) > 40)
+            print(f"saffron: {one['data']}, {one['method']}: {prompt!r}: skipped ({one['error']})", file=sys.stderr)
 
 
 def _print(groups: Sequence[Group]) -> None:

@@ -101,7 +101,8 @@ def check_models(options: argparse.Namespace) -> None:
     from saffron.models.devices import find_device
 
     for option in ("policy", "mrm", "base", "prm"):
-        check_checkpoint(f"--{option}", getattr(options, option, None) or None)
+        given = getattr(options, option, None)
+        check_checkpoint(f"--{option}", given if isinstance(given, str) else None)  # True: the bundled one
     find_device(getattr(options, "device", None))
 
 

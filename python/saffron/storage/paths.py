@@ -36,14 +36,17 @@ def check_output_file(name: str, file: Path, inputs: Iterable[Path | None] = ())
         ConfigError: a folder, device or pipe; no such folder; no permission; one of the inputs.
     """
     with outside(f"{name}: {file}: cannot be written"):
-        if os.path.lexists(file):
-            found = kind_of(os.stat(file).st_mode) if file.exists() else None
-            if found:
+        try:
+            there = os.stat(file)
+        except FileNotFoundError:
+            there = None
+        if there is not None:
+            if found := kind_of(there.st_mode):
                 raise ConfigError(f"{name}: {file}: is {found}, expected an ordinary file")
-            if file.exists() and not os.access(file, os.W_OK):
+            if not os.access(file, os.W_OK):
                 raise PermissionError(13, os.strerror(13))
         for given in inputs:
-            if given is not None and file.exists() and given.exists() and os.path.samefile(file, given):
+            if there is not None and given is not None and os.path.exists(given) and os.path.samefile(file, given):
                 raise ConfigError(f"{name}: {file}: is what is read; choose another file")
         _check_folder(Path(os.path.realpath(file)).parent)
 

@@ -100,14 +100,14 @@ class ResultFile:
         there, self.records = schema.parse(file, content)
         if there is None and len(tail) != len(content):
             raise ConfigError(f"{file}: holds something else (no manifest); choose another file")
-        if there is not None:
+        if there is not None and self.records:  # a manifest alone binds nobody
             expect_same(file, there["settings"] if isinstance(there.get("settings"), dict) else {}, _plain(settings))
         self.done = {schema.of(record) for record in self.records}
         if len(self.done) < len(self.records):
             raise ConfigError(f"{file}: holds a result twice")
-        if tail:
-            os.ftruncate(descriptor, len(content) - len(tail))
-        if there is None:
+        with outside(f"{file}: cannot be written"):
+            os.ftruncate(descriptor, len(content) - len(tail) if self.records else 0)
+        if not self.records:
             self._write(manifest)
 
     def append(self, records: Iterable[Record]) -> None:
