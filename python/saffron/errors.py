@@ -75,7 +75,9 @@ def reason(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    first = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+    first, *rest = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0]}"
     sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", first)]
     said = " ".join(part for part in sentences if part and not _ADVICE.search(part)) or type(error).__name__
     return said if len(said) <= _LONGEST else said[: _LONGEST - 1] + "…"

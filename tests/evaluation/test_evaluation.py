@@ -20,9 +20,10 @@ from saffron.evaluation.attacks import Attack, expand_attack, parse_attack
 from saffron.evaluation.choices import expand
 from saffron.evaluation.datasets import Case, load_cases
 from saffron.evaluation.judges import ModelJudge, OracleJudge, load_judge
-from saffron.evaluation.run import ModelFiles, Plan, run_plans, tasks
+from saffron.evaluation.run import Plan, run_plans, tasks
 from saffron.evaluation.store import key, open_results, read_results
 from saffron.models.bundled import FOLDER, load_bundled
+from saffron.models.files import ModelFiles
 
 FAST = "greedy:max_new_tokens=3"
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from saffron.cli import annotate, demo, doctor, eval_mrm, evaluate, generate, parity, report, reproduce, train_mrm
 from saffron.errors import SaffronError, reason
 
+_LONGEST = 1000  # characters of a message; a path may have thousands
 _NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-inf$|^-nan$")
 
 
@@ -99,5 +100,6 @@ def _summary() -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks and other characters that move a terminal's cursor."""
-    return "".join(c if c.isprintable() or c == " " else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    """Short, without line breaks and other characters that move a terminal's cursor."""
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)

@@ -43,9 +43,7 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from saffron.models.bundled import FOLDER
-    from saffron.models.policy import Policy
-    from saffron.models.reward_models import MultifurcationRewardModel
+    from saffron.models.files import ModelFiles
     from saffron.training import plots
     from saffron.training.evaluate import evaluate, nucleus_on_unseen, predict
     from saffron.training.shards import read_rewards
@@ -55,14 +53,10 @@ def run(options: argparse.Namespace) -> int:
         if file := getattr(options, option):
             check_output_file(f"--{option.replace('_', '-')}", file)
     rows = read_rewards(options.data).rows[: options.limit]
-    mrm = MultifurcationRewardModel.from_pretrained(
-        options.mrm or FOLDER / "mrm", base=options.base, device=options.device
-    )
-    policy = None
-    if options.policy is not None:
-        policy = Policy.from_pretrained(
-            FOLDER / "policy" if options.policy is True else options.policy, device=options.device
-        )
+    named = None if options.policy is True else options.policy
+    models = ModelFiles(named, options.mrm, options.base, device=options.device)
+    mrm = models.load_mrm()
+    policy = None if options.policy is None else models.load_policy()
     with progress("evaluating") as show:
         passes = itertools.count(1)
         total = len(rows) * (1 if policy is None else 2)

@@ -75,8 +75,9 @@ def run(options: argparse.Namespace) -> int:
     from saffron.evaluation.attacks import expand_attack
     from saffron.evaluation.choices import expand
     from saffron.evaluation.metrics import group
-    from saffron.evaluation.run import ModelFiles, Plan, run_plans
+    from saffron.evaluation.run import Plan, run_plans
     from saffron.evaluation.tables import summary
+    from saffron.models.files import ModelFiles
 
     check_models(options)
     plan = Plan(

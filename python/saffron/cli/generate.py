@@ -26,15 +26,16 @@ from saffron.cli.options import (
 )
 from saffron.cli.progress import progress
 from saffron.cli.timing import Clock
-from saffron.errors import ConfigError, PromptTooLongError
+from saffron.errors import ConfigError, PromptTooLongError, outside
 from saffron.storage.paths import check_output_file
 from saffron.storage.results import ResultFile, Schema, open_results
 from saffron.storage.text import read_json_lines
 
 if TYPE_CHECKING:
+    from saffron.models.files import ModelFiles
     from saffron.search import SaffronSearch
 
-SCHEMA = Schema("generate", ("id",), ("prompt", "prefill"))
+SCHEMA = Schema("generate", ("id",), lambda record: isinstance(record.get("text", record.get("error")), str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
             return 0
         from saffron.search import SaffronSearch
 
-        search = SaffronSearch(*load(options), config, capture=options.capture)
+        models = _models(options)
+        search = SaffronSearch(models.load_policy(), models.load_mrm(), config, capture=options.capture)
         with Clock(search.policy, search.mrm) as clock:
             if options.stream:
                 clock.tokens = _stream(search, options)
@@ -154,7 +156,8 @@ def answer(search: SaffronSearch, batch: Sequence[Work], *, skip: bool, trace: P
         print(f"saffron: {batch[0].where}: skipped ({error})", file=sys.stderr)
         return [{"id": batch[0].id, "prompt": batch[0].prompt, "prefill": batch[0].prefill, "error": str(error)}]
     if trace is not None:
-        found[0].write_trace(trace)
+        with outside(f"{trace}: cannot be written"):
+            found[0].write_trace(trace)
     return [{"id": one.id, **result.to_json()} for one, result in zip(batch, found, strict=True)]
 
 
@@ -183,21 +186,24 @@ def _results(options: argparse.Namespace) -> Iterator[ResultFile | None]:
     if options.output is None:
         yield None
         return
-    from saffron.models.bundled import FOLDER
     from saffron.models.devices import find_device
-    from saffron.models.fingerprint import fingerprint_all
 
     inputs = [options.prompts, options.trace]
     check_output_file("--output", options.output, inputs)
-    models = (options.policy or FOLDER / "policy", options.mrm or FOLDER / "mrm", options.base)
     settings = {
         **asdict(search_config(options)),
         "batch": options.batch,
         "device": find_device(options.device).type,
-        "models": fingerprint_all(models),
+        "models": _models(options).fingerprint(guard=False),
     }
     with open_results(options.output, SCHEMA, settings, inputs) as results:
         yield results
+
+
+def _models(options: argparse.Namespace) -> ModelFiles:
+    from saffron.models.files import ModelFiles
+
+    return ModelFiles(options.policy, options.mrm, options.base, device=options.device)
 
 
 def _read_prompts(options: argparse.Namespace) -> list[Work]:
@@ -225,15 +231,3 @@ def _numbering() -> Callable[[str, str], str]:
         return found if seen[found] == 1 else f"{found}-{seen[found]}"
 
     return number
-
-
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    from saffron.models.bundled import FOLDER
-    from saffron.models.policy import Policy
-    from saffron.models.reward_models import MultifurcationRewardModel
-
-    policy = Policy.from_pretrained(options.policy or FOLDER / "policy", device=options.device)
-    mrm = MultifurcationRewardModel.from_pretrained(
-        options.mrm or FOLDER / "mrm", base=options.base, device=options.device
-    )
-    return policy, mrm

@@ -167,6 +167,7 @@ def _rows(name: str, load: Callable[[Any], Iterable[Record]]) -> Iterator[tuple[
         import datasets
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
+    datasets.disable_progress_bars()
     try:
         rows = load(datasets)
     except Exception as error:  # those of pyarrow and of `datasets` as well

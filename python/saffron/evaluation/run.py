@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,66 +17,13 @@ from saffron.evaluation.attacks import parse_attack
 from saffron.evaluation.datasets import Case, load_cases
 from saffron.evaluation.judges import Judge, check_judge, judge_checkpoint, load_judge
 from saffron.evaluation.store import Key, Record, ResultFile, open_results
-from saffron.models.bundled import FOLDER, Models
 from saffron.models.devices import find_device
+from saffron.models.files import ModelFiles
 from saffron.models.fingerprint import fingerprint_all
 from saffron.quiet import quiet_transformers
 from saffron.search import Method, parse_config, parse_method
 from saffron.search.result import SearchResult
-from saffron.storage.paths import check_checkpoint
 from saffron.workers import Workers
-
-VARIANTS = ("", "no unseen mask", "no trie cache")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """Checkpoints to load; None: the bundled one.
-
-    Attributes:
-        policy, mrm, base, prm: the policy, the MRM, the checkpoint its adapter belongs to, the guard.
-        device: None: the GPU if there is one.
-        variant: one of `VARIANTS`. "no unseen mask": the MRM scores tokens that its corpus never had; "no trie cache":
-            every read runs whole sequences, each for itself.
-    """
-
-    policy: str | None = None
-    mrm: str | None = None
-    base: str | None = None
-    prm: str | None = None
-    device: str | None = None
-    variant: str = ""
-
-    def load(self) -> Models:
-        from saffron.models.policy import Policy
-        from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
-
-        options: dict[str, Any] = {"device": self.device}
-        if self.variant == "no trie cache":
-            options["share_prefixes"] = False
-        models = Models(
-            Policy.from_pretrained(self.policy or FOLDER / "policy", **options),
-            MultifurcationRewardModel.from_pretrained(self.mrm or FOLDER / "mrm", base=self.base, **options),
-            ProcessRewardModel.from_pretrained(self.prm or FOLDER / "guard", **options),
-        )
-        if self.variant == "no unseen mask":
-            mrm = copy.copy(models.mrm)
-            mrm.unseen = None
-            models = models._replace(mrm=mrm)
-        return models
-
-    def check(self) -> None:
-        """Raises `ConfigError` or `CheckpointError` for what cannot be loaded, before anything is."""
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
-        for name in ("policy", "mrm", "base", "prm"):
-            check_checkpoint(name, getattr(self, name))
-        find_device(self.device)
-
-    def fingerprint(self) -> str:
-        """Of what is in the checkpoints: results of other weights are other results."""
-        named = (self.policy or FOLDER / "policy", self.mrm or FOLDER / "mrm", self.prm or FOLDER / "guard", self.base)
-        return fingerprint_all(named)
 
 
 @dataclass(frozen=True, slots=True)

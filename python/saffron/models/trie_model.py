@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
+from saffron.errors import CheckpointError, ConfigError, PromptTooLongError, outside
 from saffron.models import attention
 from saffron.models.devices import find_device
 from saffron.models.flops import ModelFlops
@@ -286,10 +286,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
     device = find_device(device)
-    try:
+    with outside(f"{path}: no Hugging Face checkpoint there", CheckpointError):
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_first_line(error)})") from error
     attention.check_supported(config)
     wanted: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,12 @@ class Schema:
         kind: the command that writes it.
         key: fields that tell results apart, all text; a file holds at most one result for each. The first of them is
             the first of a record.
-        required: other fields that every record has.
+        fits: whether the other fields of a record are as they should be.
     """
 
     kind: str
     key: tuple[str, ...]
-    required: tuple[str, ...] = ()
+    fits: Callable[[Record], bool]
 
     def of(self, record: Record) -> Key:
         """What a record is the result of."""
@@ -75,11 +75,8 @@ class Schema:
         return manifest, records
 
     def _fits(self, value: Any) -> bool:
-        return (
-            isinstance(value, dict)
-            and all(isinstance(value.get(name), str) for name in self.key)
-            and all(name in value for name in self.required)
-        )
+        keyed = isinstance(value, dict) and all(isinstance(value.get(name), str) for name in self.key)
+        return keyed and self.fits(value)
 
 
 class ResultFile:

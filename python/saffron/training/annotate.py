@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from saffron.errors import ConfigError, NumericalError, shown
+from saffron.errors import CheckpointError, ConfigError, NumericalError, outside, shown
 from saffron.models.devices import find_device
 from saffron.models.fingerprint import fingerprint as checkpoint_fingerprint
 from saffron.models.reward_models import ProcessRewardModel
@@ -87,7 +87,8 @@ class Annotator:
     @classmethod
     def load(cls, prm: str, config: AnnotateConfig) -> Annotator:
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        return cls(ProcessRewardModel.from_pretrained(prm, dtype=dtype, device=config.device), config)
+        with outside(f"{prm}: cannot be used as a guard", CheckpointError):
+            return cls(ProcessRewardModel.from_pretrained(prm, dtype=dtype, device=config.device), config)
 
     def rewards(self, layouts: Sequence[Layout]) -> list[list[float]]:
         """Rewards of every prefix of some conversations, in one forward pass.

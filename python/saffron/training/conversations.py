@@ -73,6 +73,7 @@ def _data_set(source: str, split: str) -> Iterator[tuple[str, Any]]:
         import datasets
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
+    datasets.disable_progress_bars()
     check_checkpoint("corpus", source)  # a path that is none is not looked for on a hub
     with outside(f"{source}: no data set with a split {split!r} there"):
         if (Path(source) / "state.json").exists() or (Path(source) / "dataset_dict.json").exists():
