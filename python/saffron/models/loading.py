@@ -23,8 +23,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, logging
 
-from saffron.errors import CheckpointError, ConfigError, SaffronError
+from saffron.errors import CheckpointError, ConfigError, SaffronError, reason
 from saffron.models import attention
+from saffron.models.devices import find_device
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -33,7 +34,7 @@ def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
-    place = _device(device)
+    place = find_device(device)
     path = check_place(path, "config.json")
     with quiet():
         try:
@@ -183,23 +184,9 @@ def _check_generation_config(file: Path) -> None:
         raise CheckpointError(f"{file}: got a {type(config).__name__}, expected an object")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    """Raises `ConfigError` for a device that is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        if place.type == "meta":
-            raise ConfigError("device: got 'meta', which holds no weights")
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ConfigError(f"device: got {str(device)!r}, which is not available here") from error
-    return place
-
-
 def _reason(error: Exception) -> str:
-    """The first sentence: what follows is advice, often about something else."""
-    line = (str(error).strip() or type(error).__name__).split("\n")[0]
-    if "huggingface.co" in line or "couldn't connect" in line.lower():
+    """What went wrong, without the advice of other libraries, which is often about something else."""
+    text = str(error)
+    if "huggingface.co" in text or "couldn't connect" in text.lower():
         return "neither a folder here nor a repository that the hub shows us"
-    return re.split(r"(?<=[.!]) (?=[A-Z])", line)[0]
+    return reason(error)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, shown
 
+MOST = 2**31 - 1  # numbers are int32 in the ops
 Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
 LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
@@ -108,6 +109,8 @@ def check_whole(config: object, **lowest: int) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+        if value > MOST:
+            raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at most {MOST}")
 
 
 def check_number(config: object, **positive: bool) -> None:

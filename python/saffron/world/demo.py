@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saffron import world
+from saffron.errors import outside
 from saffron.models.bundled import load_bundled
 from saffron.search import GreedyConfig, GreedyDecoding, SaffronSearch
 from saffron.search.config import SearchConfig
@@ -69,7 +70,8 @@ def run_demo(config: SearchConfig, count: int, seed: int, page: Path, as_json: b
         )
     # Draw a search that had something to defend.
     drawn = next((i for i, (a, b) in enumerate(zip(undefended.harmful, defended.harmful, strict=True)) if a > b), 0)
-    write_page(page, defended.results[drawn], undefended.results[drawn])
+    with outside(f"{page}: cannot be written"):
+        write_page(page, defended.results[drawn], undefended.results[drawn])
     report = {
         "undefended": undefended.summary(),
         "saffron": defended.summary() | {"width": config.width},
