@@ -110,8 +110,8 @@ def trie_attention(
         `[1, queries, heads, value_dim]` and None (no attention weights).
     """
     if trie_step is None:
-        for name, given in (("soft-capping", softcap), ("sinks", s_aux)):
-            if given is not None:
+        for name, feature in (("soft-capping", softcap), ("sinks", s_aux)):
+            if feature is not None:
                 raise UnsupportedModelError(
                     f'attention {name}: attn_implementation="{ATTENTION}" serves it through saffron.TrieModel, or in '
                     "generate with past_key_values=saffron.integrations.transformers.TrieCache(model); this model was "
@@ -121,7 +121,7 @@ def trie_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **others,
         )  # fmt: skip
-    given = {name: value for name, value in others.items() if value is not None and value is not False}
+    given: dict[str, Any] = {name: value for name, value in others.items() if value is not None and value is not False}
     call = Call(
         module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, given
     )  # fmt: skip
@@ -133,7 +133,8 @@ def trie_mask(*args: Any, mask_function: MaskFunction = causal_mask_function, **
     record = mask_recorder.get()
     if record is not None:
         return record(mask_function, options)
-    return sdpa_mask(*args, mask_function=mask_function, **options)
+    masked: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **options)  # type: ignore[misc]
+    return masked
 
 
 AttentionInterface.register(ATTENTION, trie_attention)

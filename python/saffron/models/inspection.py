@@ -188,6 +188,8 @@ def inspect_model(model: PreTrainedModel) -> Geometry:
 def _inspect(model: PreTrainedModel) -> Geometry:
     embeddings: Any = model.get_input_embeddings()
     ids = torch.arange(1, 1 + len(_POSITIONS), device=model.device) % len(embeddings.weight)
+    output: Any
+    swapped: Any
     (first, output), (_, swapped) = (_run(model, x) for x in (ids, ids[_SWAPPED]))
     layers = [first[i] for i in sorted(first)]
     if not layers:

@@ -46,7 +46,6 @@ def load_model(
         _check_generation_config(path)
         if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
             raise CheckpointError(f"{path}: its configuration has no layers (num_hidden_layers is 0)")
-        _check_generation_config(Path(path) / "generation_config.json")
         wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -71,7 +70,7 @@ def _check_generation_config(path: str) -> None:
     if found is None:
         return
     try:
-        content = json.loads(Path(found).read_text())
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got a {type(content).__name__}")
         GenerationConfig.from_dict(content)
@@ -172,16 +171,6 @@ def some(names: list[str], count: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
-
-
-def _check_generation_config(file: Path) -> None:
-    """Raises `CheckpointError` for a damaged file, which `transformers` takes for none: answers would not end."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: got a {type(config).__name__}, expected an object")
 
 
 def _reason(error: Exception) -> str:

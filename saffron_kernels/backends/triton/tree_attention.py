@@ -66,7 +66,7 @@ def _attend(
 ):  # fmt: skip
     """The largest score, the sum of weights and the result so far of each row. CAREFUL: V of a token that is not finite
     makes NaN in the rows that see the token, and does not meet the others."""
-    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+    kv_head = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M] (query, head of the group) pairs
     query = row // group
@@ -112,10 +112,7 @@ def _attend(
             read_k = needed[:, None] & in_dim[None, :]
             k = tl.load(k_ptr + k_row[:, None] + dim[None, :] * k_stride_d, read_k, 0.0)  # [BLOCK_N, BLOCK_D]
             scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            if CAPPED:
-                scores = tanh(scores * cap_inner) * cap_outer
-            else:
-                scores = scores * scale_log2
+            scores = tanh(scores * cap_inner) * cap_outer if CAPPED else scores * scale_log2
             seen = (begin_n[None, :] <= query[:, None]) & (query[:, None] < end_n[None, :]) & needed[None, :]
             scores = tl.where(seen, scores, float("-inf"))
 
