@@ -279,6 +279,8 @@ def _draw_paper(groups: dict[tuple, list[Record]], file: Path) -> None:
         label = name if value_range != "-" else f"{name}, scale {scale:g}"
         for axis, column in ((left, "values"), (right, "regrets")):
             curves = np.array([record[column] for record in group])
+            if axis is left:  # learners need not have run on the same MDPs
+                curves -= np.array([[record["best"]] for record in group])
             mean = curves.mean(0)
             spread = 1.96 * curves.std(0) / np.sqrt(len(curves))
             axis.plot(group[0]["points"], mean, color=COLOURS[name], label=label)
@@ -286,11 +288,10 @@ def _draw_paper(groups: dict[tuple, list[Record]], file: Path) -> None:
                 axis.fill_between(
                     group[0]["points"], mean - spread, mean + spread, color=COLOURS[name], alpha=0.15, lw=0
                 )
-    for name, style in (("best", ":"), ("floor", "--")):
-        left.axhline(
-            np.mean([r[name] for r in some]), color="0.3", lw=1, ls=style, label={"best": "optimum"}.get(name, name)
-        )
-    left.set(xscale="log", xlabel="episode", ylabel="expected return of its policy", title="Return")
+    left.axhline(np.mean([r["floor"] - r["best"] for r in some]), color="0.3", lw=1, ls="--", label="floor (mean)")
+    left.set(
+        xscale="log", xlabel="episode", ylabel="expected return, less the optimum", title="Return of what is played"
+    )
     right.set(xscale="log", xlabel="episode", ylabel="regret so far", title="Regret (mean, 95 %)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
