@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def _paper(records: list[Record], figures: Path) -> str:
 ## The paper's experiment
 
 {some["trials"]} trials of {some["episodes"]:,} episodes. Means over the MDPs: optimum {numbers["best"]}, baseline
-{numbers["baseline"]}, floor {numbers["floor"]}. {_verdicts(groups)}
+{numbers["baseline"]}, floor {numbers["floor"]}. At the practical scale, {PRACTICAL:g}:
+
+{_verdicts(groups)}
 
 ![Return and regret by episode](figures/conservative-paper.svg)
 
@@ -138,7 +141,7 @@ def _verdicts(groups: dict[tuple, list[Record]]) -> str:
         if free_group:
             broken = sum(r["below"] > 0 for r in free_group)
             lines.append(f'ucbvi, range "{value_range}": below the floor in {broken} of {len(free_group)} trials.')
-    return "At the practical scale:\n\n" + "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _proof(records: list[Record], figures: Path) -> str:
@@ -208,12 +211,15 @@ def _floor(records: list[Record], figures: Path) -> str:
         if broken
         else "Nowhere in this table is an episode below the floor."
     )
+    text = (
+        f'{some["trials"]} trials of {some["episodes"]:,} episodes, range "remaining". {said} "chance of a trial, at '
+        'most": upper end of the exact 95 % interval of the share of trials with a violation. "gain": what the last '
+        "policy gained over the baseline, 1 being the optimum."
+    )
     return f"""
 ## The floor tightened until it breaks
 
-{some["trials"]} trials of {some["episodes"]:,} episodes, range "remaining". {said} "chance of a trial, at most":
-upper end of the exact 95 % interval of the share of trials with a violation. "gain": what the last policy gained over
-the baseline, 1 being the optimum.
+{textwrap.fill(text, 118)}
 
 {_table(head, rows)}
 """
@@ -273,6 +279,8 @@ def _draw_paper(groups: dict[tuple, list[Record]], file: Path) -> None:
         label = name if value_range != "-" else f"{name}, scale {scale:g}"
         for axis, column in ((left, "values"), (right, "regrets")):
             curves = np.array([record[column] for record in group])
+            if axis is left:  # learners need not have run on the same MDPs
+                curves -= np.array([[record["best"]] for record in group])
             mean = curves.mean(0)
             spread = 1.96 * curves.std(0) / np.sqrt(len(curves))
             axis.plot(group[0]["points"], mean, color=COLOURS[name], label=label)
@@ -280,11 +288,10 @@ def _draw_paper(groups: dict[tuple, list[Record]], file: Path) -> None:
                 axis.fill_between(
                     group[0]["points"], mean - spread, mean + spread, color=COLOURS[name], alpha=0.15, lw=0
                 )
-    for name, style in (("best", ":"), ("floor", "--")):
-        left.axhline(
-            np.mean([r[name] for r in some]), color="0.3", lw=1, ls=style, label={"best": "optimum"}.get(name, name)
-        )
-    left.set(xscale="log", xlabel="episode", ylabel="expected return of its policy", title="Return")
+    left.axhline(np.mean([r["floor"] - r["best"] for r in some]), color="0.3", lw=1, ls="--", label="floor (mean)")
+    left.set(
+        xscale="log", xlabel="episode", ylabel="expected return, less the optimum", title="Return of what is played"
+    )
     right.set(xscale="log", xlabel="episode", ylabel="regret so far", title="Regret (mean, 95 %)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
