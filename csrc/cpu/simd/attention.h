@@ -68,10 +68,10 @@ class Prefetch {
     start_row();
   }
 
-  int64_t lines() const { return count_ * (k_lines_ + v_lines_); }
-  bool active() const { return row_ < 2 * count_; }
+  SAFFRON_INLINE int64_t lines() const { return count_ * (k_lines_ + v_lines_); }
+  SAFFRON_INLINE bool active() const { return row_ < 2 * count_; }
   /// Harmless after the last line.
-  void next() {
+  SAFFRON_INLINE void next() {
     __builtin_prefetch(at_, 0, 2);
     at_ += step_;
     if (--left_ == 0) {
@@ -79,7 +79,7 @@ class Prefetch {
       start_row();
     }
   }
-  void next(int64_t lines) {
+  SAFFRON_INLINE void next(int64_t lines) {
     for (int64_t i = 0; i < lines && active(); ++i) next();
   }
 
@@ -268,7 +268,7 @@ inline void start_head(Math& math, const AttentionTask& task, int64_t head,
 
 /// `kCareful`: no V of a token meets rows that do not see it.
 template <class Math, class T, bool kCareful>
-inline void attend_tiles(const AttentionTask& task) {
+SAFFRON_INLINE void attend_tiles(const AttentionTask& task) {
   const int64_t rows = task.queries * task.group, columns = ceil_div(rows, kLanes);
   Carver carver{task.scratch};
   Math math(carver, columns * task.heads, task.q.shape[2], task.v_dim);
@@ -319,9 +319,19 @@ inline void attend_tiles(const AttentionTask& task) {
   }
 }
 
+// Two functions, so that the rare one takes nothing from what the compiler inlines into the other.
+template <class Math, class T>
+__attribute__((noinline)) void attend_fast(const AttentionTask& task) {
+  attend_tiles<Math, T, false>(task);
+}
+template <class Math, class T>
+__attribute__((noinline, cold)) void attend_careful(const AttentionTask& task) {
+  attend_tiles<Math, T, true>(task);
+}
+
 template <class Math, class T>
 inline void attend(const AttentionTask& task) {
-  attend_tiles<Math, T, false>(task);
+  attend_fast<Math, T>(task);
   const int64_t columns = ceil_div(task.queries * task.group, kLanes);
   for (int64_t head = 0; head < task.heads; ++head) {
     AttentionTask one = task;
@@ -331,7 +341,7 @@ inline void attend(const AttentionTask& task) {
     one.heads = 1;
     one.partial += head * task.partial_stride;
     if (is_spoilt(Partial(one.partial, columns, task.v_dim), columns, task.v_dim)) {
-      attend_tiles<Math, T, true>(one);
+      attend_careful<Math, T>(one);
     }
   }
 }

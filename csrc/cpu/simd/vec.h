@@ -33,17 +33,19 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
-inline Vec splat(float x) { return x - Vec{}; }  // unlike `x + 0`, the same as x even for -0: free
-inline VecI splat_int(int32_t x) { return x - VecI{}; }
+SAFFRON_INLINE Vec splat(float x) {
+  return x - Vec{};
+}  // unlike `x + 0`, the same as x even for -0: free
+SAFFRON_INLINE VecI splat_int(int32_t x) { return x - VecI{}; }
 
-inline Vec load(const float* p) {
+SAFFRON_INLINE Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+SAFFRON_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline Vec load(const uint16_t* p) {  // bf16
+SAFFRON_INLINE Vec load(const uint16_t* p) {  // bf16
   VecH h;
   std::memcpy(&h, p, sizeof h);
 #if defined(__AVX512F__)  // GCC splits the conversion in two otherwise
@@ -55,8 +57,8 @@ inline Vec load(const uint16_t* p) {  // bf16
 #endif
 }
 
-inline float as_float(float x) { return x; }
-inline float as_float(uint16_t x) {  // bf16
+SAFFRON_INLINE float as_float(float x) { return x; }
+SAFFRON_INLINE float as_float(uint16_t x) {  // bf16
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -64,18 +66,18 @@ inline float as_float(uint16_t x) {  // bf16
 }
 
 /// fp32 to bf16, rounded to nearest even; NaN stays NaN.
-inline VecU round_bf16(Vec v) {
+SAFFRON_INLINE VecU round_bf16(Vec v) {
   const VecU bits = (VecU)v;
   const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return (VecU)((v == v) ? (VecI)rounded : (VecI)((bits >> 16) | 0x40));
 }
-inline void store(uint16_t* p, Vec v) {
+SAFFRON_INLINE void store(uint16_t* p, Vec v) {
   const VecH h = __builtin_convertvector(round_bf16(v), VecH);
   std::memcpy(p, &h, sizeof h);
 }
 
 /// The larger; `a` if either is NaN.
-inline Vec max(Vec a, Vec b) {
+SAFFRON_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);  // GCC warns of the plain one
 #elif defined(__AVX__)
@@ -85,14 +87,14 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-inline VecI lane_numbers() {
+SAFFRON_INLINE VecI lane_numbers() {
   VecI v{};
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
 }
 
 /// One bit for each lane of a comparison's result.
-inline uint32_t bits(VecI mask) {
+SAFFRON_INLINE uint32_t bits(VecI mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX__)
@@ -104,14 +106,14 @@ inline uint32_t bits(VecI mask) {
 #endif
 }
 
-inline float reduce_add(Vec v) {
+SAFFRON_INLINE float reduce_add(Vec v) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
   }
   return v[0];
 }
 
-inline float reduce_max(Vec v) {
+SAFFRON_INLINE float reduce_max(Vec v) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) v[i] = v[i] < v[i + width] ? v[i + width] : v[i];
   }
@@ -119,7 +121,7 @@ inline float reduce_max(Vec v) {
 }
 
 /// 2^f for -0.5 <= f <= 0.5: the Taylor series.
-inline Vec exp2_fraction(Vec f) {
+SAFFRON_INLINE Vec exp2_fraction(Vec f) {
   Vec y = splat(1.5403530393381609954e-4f);
   y = y * f + 1.3333558146428443423e-3f;
   y = y * f + 9.6181291076284771619e-3f;
@@ -130,7 +132,7 @@ inline Vec exp2_fraction(Vec f) {
 }
 
 /// 2^x for x <= 127, within 2 units in the last place; 0 below the normal numbers, NaN for NaN.
-inline Vec exp2(Vec x) {
+SAFFRON_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const __m512 floor = _mm512_set1_ps(-126.f);
   const __m512 clamped = _mm512_maskz_max_ps(0xffff, floor, (__m512)x);  // NaN stays
@@ -150,7 +152,7 @@ inline Vec exp2(Vec x) {
 
 /// Transposes kLanes vectors in place. `Step` exchanges blocks of 1, 2, 4, ... lanes.
 template <int kStep>
-inline void transpose(Vec (&rows)[kLanes]) {
+SAFFRON_INLINE void transpose(Vec (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
     VecI low{}, high{};
     for (int j = 0; j < kLanes; ++j) {
