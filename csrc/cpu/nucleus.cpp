@@ -47,8 +47,13 @@ class RowSelector {
     return (of_tokens + of_blocks + copies + 4 * 64) / 64 * 64;
   }
 
-  RowSelector(const Tensor& row, const std::vector<int32_t>& banned, double top_p, char* memory)
-      : row_(row), top_p_(top_p), vocab_(row.shape[0]), num_blocks_(blocks_of(vocab_)) {
+  RowSelector(const Tensor& logits, int64_t r, const std::vector<int32_t>& banned, double top_p,
+              char* memory)
+      : row_(logits.at(r)),
+        dtype_(logits.dtype),
+        top_p_(top_p),
+        vocab_(logits.shape[1]),
+        num_blocks_(blocks_of(vocab_)) {
     keys_ = take<uint64_t>(memory, vocab_ + kCollectSlack);
     spare_ = take<uint64_t>(memory, vocab_);
     block_ = take<const char*>(memory, num_blocks_);
@@ -57,33 +62,38 @@ class RowSelector {
     tops_ = take<float>(memory, num_blocks_ * kernels().lanes);
     sums_ = take<float>(memory, num_blocks_ * kernels().lanes);
     p_ = take<float>(memory, vocab_);
-    for (int64_t b = 0; b < num_blocks_; ++b) block_[b] = row_.at(b * kScanTokens);
+    for (int64_t b = 0; b < num_blocks_; ++b)
+      block_[b] = row_ + b * kScanTokens * item_size(dtype_);
     int64_t last = -1;
     for (const int32_t token : banned) {  // a block with banned tokens is replaced by a copy
-      const int64_t b = token / kScanTokens, bytes = size(b) * item_size(row_.dtype);
+      const int64_t b = token / kScanTokens, bytes = size(b) * item_size(dtype_);
       if (b != last) {
         block_[b] = static_cast<char*>(std::memcpy(memory, block_[b], static_cast<size_t>(bytes)));
-        memory += kScanTokens * item_size(row_.dtype);
+        memory += kScanTokens * item_size(dtype_);
       }
       last = b;
-      char* logit = const_cast<char*>(block_[b]) + token % kScanTokens * item_size(row_.dtype);
+      char* logit = const_cast<char*>(block_[b]) + token % kScanTokens * item_size(dtype_);
       const uint32_t none = 0xff800000u;  // -infinity, of which bf16 is the upper half
-      const bool half = row_.dtype == DType::kBFloat16;
+      const bool half = dtype_ == DType::kBFloat16;
       std::memcpy(logit, reinterpret_cast<const char*>(&none) + (half ? 2 : 0), half ? 2 : 4);
     }
   }
 
-  /// Reads the row. Returns its largest logit; not finite if the row has no nucleus.
-  float maximum() {
+  int64_t num_blocks() const { return num_blocks_; }
+
+  /// Reads a block; each has to be, in any order.
+  void scan(int64_t b) {
     const int64_t lanes = kernels().lanes;
-    for (int64_t b = 0; b < num_blocks_; ++b) {
-      kernels().scan(block_[b], row_.dtype, size(b), tops_ + b * lanes, sums_ + b * lanes);
-    }
+    kernels().scan(block_[b], dtype_, size(b), tops_ + b * lanes, sums_ + b * lanes);
+  }
+
+  /// The largest logit; not finite if the row has no nucleus.
+  float maximum() {
     const double sum =
         kernels().join(tops_, sums_, num_blocks_, block_top_, block_mass_, &maximum_);
     sum_ = static_cast<float>(sum);
     if (std::isnan(sum) && maximum_ < std::numeric_limits<float>::infinity()) return sum_;
-    if (!(sum > 0)) return -std::numeric_limits<float>::infinity();
+    if (!(sum >= 0.5)) return -std::numeric_limits<float>::infinity();
     return maximum_;
   }
 
@@ -96,8 +106,8 @@ class RowSelector {
       double mass = 0;
       for (int64_t b = 0; b < num_blocks_; ++b) {
         if (!(block_top_[b] >= threshold)) continue;
-        count += kernels().collect(block_[b], row_.dtype, size(b), b * kScanTokens, threshold,
-                                   maximum_, keys_ + count, &mass);
+        count += kernels().collect(block_[b], dtype_, size(b), b * kScanTokens, threshold, maximum_,
+                                   keys_ + count, &mass);
       }
       if (span < kFarthest && mass < enough) continue;
       if (mass >= enough) count = narrow(count, span, enough);
@@ -183,7 +193,8 @@ class RowSelector {
     return size < count || mass >= top_p_;
   }
 
-  const Tensor& row_;
+  const char* row_;
+  DType dtype_;
   double top_p_;
   int64_t vocab_, num_blocks_;
   uint64_t *keys_, *spare_;
@@ -245,15 +256,34 @@ Candidates nucleus(const Tensor& logits, const Tensor& top_p, const Tensor& bann
   char* memory = scratch(memory_size * std::max<int64_t>(1, std::min<int64_t>(threads, count)));
   std::vector<Row> found(static_cast<size_t>(rows));
   std::vector<float> maxima(static_cast<size_t>(rows));  // finite for rows that are skipped
-  parallel_for(count, threads, [&](int64_t i, int worker) {
+  const auto of_row = [&](int64_t i, char* at) {
     const int64_t r = looked_at[static_cast<size_t>(i)];
-    const Tensor row{logits.at(r), logits.dtype, 1, {vocab}, {1}};
-    RowSelector selector(row, lists[banned.rank == 2 ? static_cast<size_t>(i) : 0],
-                         *reinterpret_cast<const double*>(top_p.at(r)),
-                         memory + worker * memory_size);
+    return RowSelector(logits, r, lists[banned.rank == 2 ? static_cast<size_t>(i) : 0],
+                       *reinterpret_cast<const double*>(top_p.at(r)), at);
+  };
+  const auto finish = [&](int64_t i, RowSelector& selector) {
+    const auto r = static_cast<size_t>(looked_at[static_cast<size_t>(i)]);
     maxima[r] = selector.maximum();
     if (std::isfinite(maxima[r])) found[r] = selector.select();
-  });
+  };
+  if (count < threads) {  // row after row; threads share the reading
+    constexpr int64_t chunk = 32;
+    for (int64_t i = 0; i < count; ++i) {
+      RowSelector selector = of_row(i, memory);
+      const int64_t blocks = selector.num_blocks();
+      parallel_for((blocks + chunk - 1) / chunk, threads, [&](int64_t c, int) {
+        const int64_t end = std::min(blocks, (c + 1) * chunk);
+        for (int64_t b = c * chunk; b < end; ++b) selector.scan(b);
+      });
+      finish(i, selector);
+    }
+  } else {
+    parallel_for(count, threads, [&](int64_t i, int worker) {
+      RowSelector selector = of_row(i, memory + worker * memory_size);
+      for (int64_t b = 0; b < selector.num_blocks(); ++b) selector.scan(b);
+      finish(i, selector);
+    });
+  }
 
   Candidates all;
   all.offsets.push_back(0);
