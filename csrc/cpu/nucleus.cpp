@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 
@@ -11,27 +12,18 @@
 namespace saffron::cpu {
 namespace {
 
-struct Span {
-  int64_t first, count;
-};
-
-/// The vocabulary without the tokens that are banned in row `r`.
-std::vector<Span> allowed_spans(const Tensor& banned, int64_t r, int64_t vocab) {
-  std::vector<Span> spans;
+/// The tokens that are banned in row `r`, ascending.
+std::vector<int32_t> banned_tokens(const Tensor& banned, int64_t r, int64_t vocab) {
   std::vector<int32_t> sorted;
   if (banned.given()) {
     const IntView ids(banned, r);
     check_index("banned", ids, vocab, -1);
-    for (int64_t i = 0; i < ids.size; ++i) sorted.push_back(ids[i]);
+    for (int64_t i = 0; i < ids.size; ++i) {
+      if (ids[i] >= 0) sorted.push_back(ids[i]);
+    }
     std::sort(sorted.begin(), sorted.end());
   }
-  int64_t first = 0;
-  for (const int32_t token : sorted) {
-    if (token > first) spans.push_back({first, token - first});
-    first = std::max<int64_t>(first, token + 1);
-  }
-  if (first < vocab) spans.push_back({first, vocab - first});
-  return spans;
+  return sorted;
 }
 
 /// What one row contributes.
@@ -40,86 +32,150 @@ struct Row {
   std::vector<float> probabilities;
 };
 
-/// Finds the nucleus of a row. No sort of the vocabulary: a search over thresholds finds one above
-/// which just more than top_p of the mass lies, and only what reaches it is sorted.
+/// Finds the nucleus of a row without a sort of the vocabulary. The row is read once, in blocks
+/// that keep their largest logit and their mass. These tell from where on tokens must be collected
+/// for top_p of the mass to be among them, and in which blocks such tokens are at all; only what
+/// was collected is sorted.
 class RowSelector {
  public:
-  static int64_t memory_size(int64_t vocab) {
-    return (vocab * 24 + 16 * kCollectSlack + 63) / 64 * 64;
+  /// Bytes for a vocabulary of which up to so many tokens are banned.
+  static int64_t memory_size(int64_t vocab, int64_t banned) {
+    const int64_t blocks = blocks_of(vocab);
+    const int64_t of_tokens = vocab * 20 + 8 * kCollectSlack;
+    const int64_t of_blocks = blocks * (16 + 8 * kernels().lanes);
+    const int64_t copies = std::min(blocks, banned) * kScanTokens * int64_t{sizeof(float)};
+    return (of_tokens + of_blocks + copies + 4 * 64) / 64 * 64;
   }
 
-  RowSelector(const Tensor& row, const std::vector<Span>& spans, double top_p, char* memory)
-      : row_(row), spans_(spans), top_p_(top_p), vocab_(row.shape[0]) {
-    keys_ = reinterpret_cast<uint64_t*>(memory);
-    spare_ = keys_ + vocab_ + kCollectSlack;
-    e_ = reinterpret_cast<float*>(spare_ + vocab_);
-    p_ = e_ + vocab_;
+  RowSelector(const Tensor& logits, int64_t r, const std::vector<int32_t>& banned, double top_p,
+              char* memory)
+      : row_(logits.at(r)),
+        dtype_(logits.dtype),
+        top_p_(top_p),
+        vocab_(logits.shape[1]),
+        num_blocks_(blocks_of(vocab_)) {
+    keys_ = take<uint64_t>(memory, vocab_ + kCollectSlack);
+    spare_ = take<uint64_t>(memory, vocab_);
+    block_ = take<const char*>(memory, num_blocks_);
+    block_top_ = take<float>(memory, num_blocks_);
+    block_mass_ = take<float>(memory, num_blocks_);
+    tops_ = take<float>(memory, num_blocks_ * kernels().lanes);
+    sums_ = take<float>(memory, num_blocks_ * kernels().lanes);
+    p_ = take<float>(memory, vocab_);
+    for (int64_t b = 0; b < num_blocks_; ++b)
+      block_[b] = row_ + b * kScanTokens * item_size(dtype_);
+    int64_t last = -1;
+    for (const int32_t token : banned) {  // a block with banned tokens is replaced by a copy
+      const int64_t b = token / kScanTokens, bytes = size(b) * item_size(dtype_);
+      if (b != last) {
+        block_[b] = static_cast<char*>(std::memcpy(memory, block_[b], static_cast<size_t>(bytes)));
+        memory += kScanTokens * item_size(dtype_);
+      }
+      last = b;
+      char* logit = const_cast<char*>(block_[b]) + token % kScanTokens * item_size(dtype_);
+      const uint32_t none = 0xff800000u;  // -infinity, of which bf16 is the upper half
+      const bool half = dtype_ == DType::kBFloat16;
+      std::memcpy(logit, reinterpret_cast<const char*>(&none) + (half ? 2 : 0), half ? 2 : 4);
+    }
+  }
+
+  int64_t num_blocks() const { return num_blocks_; }
+
+  /// Reads a block; each has to be, in any order.
+  void scan(int64_t b) {
+    const int64_t lanes = kernels().lanes;
+    kernels().scan(block_[b], dtype_, size(b), tops_ + b * lanes, sums_ + b * lanes);
   }
 
   /// The largest logit; not finite if the row has no nucleus.
   float maximum() {
-    maximum_ = -std::numeric_limits<float>::infinity();
-    for (const Span& span : spans_) {
-      const float largest = kernels().largest(row_.at(span.first), row_.dtype, span.count);
-      if (std::isnan(largest)) return largest;
-      maximum_ = std::max(maximum_, largest);
-    }
+    const double sum =
+        kernels().join(tops_, sums_, num_blocks_, block_top_, block_mass_, &maximum_);
+    sum_ = static_cast<float>(sum);
+    if (std::isnan(sum) && maximum_ < std::numeric_limits<float>::infinity()) return sum_;
+    if (!(sum >= 0.5)) return -std::numeric_limits<float>::infinity();
     return maximum_;
   }
 
   Row select() {
-    int64_t after = 0;  // the last span; between spans lie banned tokens
-    for (const Span& span : spans_) {
-      std::fill(e_ + after, e_ + span.first, 0.f);
-      after = span.first + span.count;
-      kernels().exponentials(row_.at(span.first), row_.dtype, span.count, maximum_,
-                             e_ + span.first);
-    }
-    std::fill(e_ + after, e_ + vocab_, 0.f);
     Row row;
-    if (!take_from(find_threshold(), row)) take_from(kLeast, row);
-    return row;
+    const double enough = top_p_ * sum_ * (1 + 1e-6);  // sums in another order round differently
+    for (double span = first_span(enough);; span = 1.25 * span + 0.5) {
+      const auto threshold = static_cast<float>(double{maximum_} - span);
+      int64_t count = 0;
+      double mass = 0;
+      for (int64_t b = 0; b < num_blocks_; ++b) {
+        if (!(block_top_[b] >= threshold)) continue;
+        count += kernels().collect(block_[b], dtype_, size(b), b * kScanTokens, threshold, maximum_,
+                                   keys_ + count, &mass);
+      }
+      if (span < kFarthest && mass < enough) continue;
+      if (mass >= enough) count = narrow(count, span, enough);
+      if (take_from(count, row) || span >= kFarthest) return row;
+    }
   }
 
  private:
-  static constexpr float kLeast = std::numeric_limits<float>::min();  // below it, e is 0
+  static constexpr double kFarthest = 88;  // so far below the maximum e^x is 0
 
-  /// Some e such that those from there on weigh at least top_p, as nearly as a few passes over the
-  /// row tell. Also finds the sum.
-  float find_threshold() {
-    std::array<float, kThresholds> thresholds;
-    std::array<double, kThresholds> masses;
-    double low = std::log(double{kLeast}), high = 0;  // logarithms of e: enough mass from low on
-    for (int pass = 0; pass < 4; ++pass) {
-      for (int j = 0; j < kThresholds; ++j) {
-        // First in doubling steps, as nuclei are usually near the maximum; then evenly.
-        const double at =
-            pass == 0 ? -0.75 * (1 << j) : high + (low - high) * (j + 1) / kThresholds;
-        thresholds[j] = static_cast<float>(std::exp(at));
-      }
-      if (pass == 0) thresholds[kThresholds - 1] = 0;  // everything
-      kernels().masses_above(e_, vocab_, thresholds.data(), masses.data());
-      if (pass == 0) sum_ = static_cast<float>(masses[kThresholds - 1]);
-      const double enough = top_p_ * sum_ * (1 + 1e-6);  // sums in another order round differently
-      int reached = 0;
-      while (reached < kThresholds && masses[reached] < enough) ++reached;
-      if (reached == kThresholds) return kLeast;
-      if (pass == 0 && reached == kThresholds - 1) {
-        high = std::log(double{thresholds[reached - 1]});
-        continue;
-      }
-      if (reached > 0) high = std::log(double{thresholds[reached - 1]});
-      low = std::log(double{thresholds[reached]});
-      if (masses[reached] - (reached > 0 ? masses[reached - 1] : 0) < 0.02 * sum_) break;
-    }
-    return static_cast<float>(std::exp(low) * (1 - 1e-5));
+  static int64_t blocks_of(int64_t vocab) { return (vocab + kScanTokens - 1) / kScanTokens; }
+  int64_t size(int64_t b) const { return std::min(kScanTokens, vocab_ - b * kScanTokens); }
+
+  template <class T>
+  static T* take(char*& memory, int64_t count) {
+    char* at = memory;
+    memory += (count * int64_t{sizeof(T)} + 7) / 8 * 8;
+    return reinterpret_cast<T*>(at);
   }
 
-  /// Selects among the tokens whose e reaches a threshold. False if their mass does not reach
+  /// A distance from the maximum within which all blocks together have enough mass whose largest
+  /// logit lies there. Tokens of that mass reach a little farther, usually.
+  double first_span(double enough) const {
+    constexpr int kBins = 256;
+    constexpr float kPerBin = 0.25f;
+    std::array<float, kBins> mass{};
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      const float bin = (maximum_ - block_top_[b]) / kPerBin;
+      if (bin < kBins) mass[static_cast<size_t>(bin)] += block_mass_[b];
+    }
+    double within = 0;
+    for (size_t bin = 0; bin < kBins; ++bin) {
+      within += static_cast<double>(mass[bin]);
+      if (within >= enough) return kPerBin * static_cast<double>(bin + 1) + 0.5;
+    }
+    return kFarthest;
+  }
+
+  /// Of `count` keys, which reach `span` below the maximum and have enough mass, those that are
+  /// needed for it: all above a threshold that is found by counting.
+  int64_t narrow(int64_t count, double span, double enough) {
+    if (count < 128) return count;
+    constexpr size_t kBins = 1024;
+    std::array<uint32_t, kBins> in_bin{};
+    const float scale = kBins / static_cast<float>(span);
+    const auto bin_of = [&](uint64_t key) {
+      const float below = maximum_ - value_of_key(static_cast<uint32_t>(key >> 32));
+      return std::min(static_cast<size_t>(below * scale), kBins - 1);
+    };
+    for (int64_t i = 0; i < count; ++i) ++in_bin[bin_of(keys_[i])];
+    const double step = std::exp(-span / kBins * (1 + 1e-4));  // bins are as wide but for rounding
+    double least = 1, mass = 0;                                // e^x at the far end of a bin
+    size_t last = 0;
+    for (; last < kBins; ++last) {
+      mass += in_bin[last] * (least *= step);
+      if (mass >= enough) break;
+    }
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      keys_[kept] = keys_[i];
+      kept += bin_of(keys_[i]) <= last;
+    }
+    return kept;
+  }
+
+  /// Selects among `count` tokens that are before all others. False if their mass does not reach
   /// top_p.
-  bool take_from(float threshold, Row& row) {
-    const int64_t count =
-        kernels().collect(row_.data, row_.dtype, e_, vocab_, std::max(threshold, kLeast), keys_);
+  bool take_from(int64_t count, Row& row) {
     radix_sort(keys_, spare_, count);
     kernels().probabilities(keys_, count, maximum_, sum_, p_);
     double mass = 0;
@@ -137,12 +193,13 @@ class RowSelector {
     return size < count || mass >= top_p_;
   }
 
-  const Tensor& row_;
-  const std::vector<Span>& spans_;
+  const char* row_;
+  DType dtype_;
   double top_p_;
-  int64_t vocab_;
+  int64_t vocab_, num_blocks_;
   uint64_t *keys_, *spare_;
-  float *e_, *p_;
+  const char** block_;
+  float *block_top_, *block_mass_, *tops_, *sums_, *p_;
   float maximum_ = 0, sum_ = 0;
 };
 
@@ -150,7 +207,7 @@ class RowSelector {
 
 void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count) {
   if (count < 256) {
-    std::stable_sort(keys, keys + count, [](uint64_t a, uint64_t b) { return a >> 32 < b >> 32; });
+    std::sort(keys, keys + count);
     return;
   }
   constexpr int digit_bits = 11;
@@ -188,25 +245,45 @@ Candidates nucleus(const Tensor& logits, const Tensor& top_p, const Tensor& bann
   }
   const auto count = static_cast<int64_t>(looked_at.size());
   // One list for all rows, or one for each.
-  std::vector<std::vector<Span>> spans;
+  std::vector<std::vector<int32_t>> lists;
   if (banned.rank == 2) {
-    for (const int64_t r : looked_at) spans.push_back(allowed_spans(banned, r, vocab));
+    for (const int64_t r : looked_at) lists.push_back(banned_tokens(banned, r, vocab));
   } else {
-    spans.push_back(allowed_spans(banned, 0, vocab));
+    lists.push_back(banned_tokens(banned, 0, vocab));
   }
-  const int64_t memory_size = RowSelector::memory_size(vocab);
+  const int64_t most_banned = banned.given() ? banned.shape[banned.rank - 1] : 0;
+  const int64_t memory_size = RowSelector::memory_size(vocab, most_banned);
   char* memory = scratch(memory_size * std::max<int64_t>(1, std::min<int64_t>(threads, count)));
   std::vector<Row> found(static_cast<size_t>(rows));
   std::vector<float> maxima(static_cast<size_t>(rows));  // finite for rows that are skipped
-  parallel_for(count, threads, [&](int64_t i, int worker) {
+  const auto of_row = [&](int64_t i, char* at) {
     const int64_t r = looked_at[static_cast<size_t>(i)];
-    const Tensor row{logits.at(r), logits.dtype, 1, {vocab}, {1}};
-    RowSelector selector(row, spans[banned.rank == 2 ? static_cast<size_t>(i) : 0],
-                         *reinterpret_cast<const double*>(top_p.at(r)),
-                         memory + worker * memory_size);
+    return RowSelector(logits, r, lists[banned.rank == 2 ? static_cast<size_t>(i) : 0],
+                       *reinterpret_cast<const double*>(top_p.at(r)), at);
+  };
+  const auto finish = [&](int64_t i, RowSelector& selector) {
+    const auto r = static_cast<size_t>(looked_at[static_cast<size_t>(i)]);
     maxima[r] = selector.maximum();
     if (std::isfinite(maxima[r])) found[r] = selector.select();
-  });
+  };
+  if (count < threads) {  // row after row; threads share the reading
+    constexpr int64_t chunk = 32;
+    for (int64_t i = 0; i < count; ++i) {
+      RowSelector selector = of_row(i, memory);
+      const int64_t blocks = selector.num_blocks();
+      parallel_for((blocks + chunk - 1) / chunk, threads, [&](int64_t c, int) {
+        const int64_t end = std::min(blocks, (c + 1) * chunk);
+        for (int64_t b = c * chunk; b < end; ++b) selector.scan(b);
+      });
+      finish(i, selector);
+    }
+  } else {
+    parallel_for(count, threads, [&](int64_t i, int worker) {
+      RowSelector selector = of_row(i, memory + worker * memory_size);
+      for (int64_t b = 0; b < selector.num_blocks(); ++b) selector.scan(b);
+      finish(i, selector);
+    });
+  }
 
   Candidates all;
   all.offsets.push_back(0);

@@ -95,7 +95,8 @@ void check_widths(const Widths& widths);
 /// The row of every candidate.
 std::vector<int32_t> rows_of(const IntView& offsets, int64_t count);
 
-/// Sorts by the upper 32 bits; equal ones keep their order. `spare` has room for as many.
+/// Sorts by the upper 32 bits; of equal ones the lower bits ascend, before as after. `spare` has
+/// room for as many.
 void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count);
 
 }  // namespace saffron::cpu

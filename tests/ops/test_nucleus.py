@@ -136,6 +136,20 @@ def test_banned(banned, backend, device, dtype) -> None:
     check(logits, 0.3, LAYOUTS["gaps"](i32(banned, device)))
 
 
+@pytest.mark.parametrize("few", [1, 3])
+def test_numbers_at_the_ends_of_the_range(few, backend, device, dtype) -> None:
+    """The lowest finite number is what masks are often made of; a row of nothing else is a row of equal logits."""
+    lowest, highest = torch.finfo(dtype).min, torch.finfo(dtype).max
+    logits = torch.full((3, 300), lowest, dtype=dtype, device=device)
+    logits[1, 7 : 7 + few] = highest
+    logits[2, :-few] = -torch.inf
+    tokens, probability, offsets = nucleus(logits, 1.0)
+    assert offsets.tolist() == [0, 300, 300 + few, 300 + 2 * few]
+    assert tokens.tolist() == [*range(300), *range(7, 7 + few), *range(300 - few, 300)]
+    expected = torch.tensor([1 / 300] * 300 + [1 / few] * 2 * few, dtype=probability.dtype, device=device)
+    assert torch.allclose(probability, expected)
+
+
 def test_no_rows(backend, device, dtype) -> None:
     tokens, probability, offsets = nucleus(torch.zeros(0, 5, dtype=dtype, device=device), 0.5)
     assert tokens.numel() == probability.numel() == 0 and offsets.tolist() == [0]

@@ -72,17 +72,15 @@ void blend_any(const char* a, const char* b, float weight_a, float weight_b, DTy
   });
 }
 
-float largest_any(const char* logits, DType dtype, int64_t count) {
-  return with_type(dtype, logits, [&](auto* x) { return largest(x, count); });
+void scan_any(const char* logits, DType dtype, int64_t count, float* top, float* sum) {
+  with_type(dtype, logits, [&](auto* x) { scan(x, count, top, sum); });
 }
 
-void exponentials_any(const char* logits, DType dtype, int64_t count, float shift, float* e) {
-  with_type(dtype, logits, [&](auto* x) { exponentials(x, count, shift, e); });
-}
-
-int64_t collect_any(const char* logits, DType dtype, const float* e, int64_t count, float threshold,
-                    uint64_t* keys) {
-  return with_type(dtype, logits, [&](auto* x) { return collect(x, e, count, threshold, keys); });
+int64_t collect_any(const char* logits, DType dtype, int64_t count, int64_t first_token,
+                    float threshold, float shift, uint64_t* keys, double* mass) {
+  return with_type(dtype, logits, [&](auto* x) {
+    return collect(x, count, first_token, threshold, shift, keys, mass);
+  });
 }
 
 void dots_any(const char* weight, DType dtype, const float* hidden, int64_t hidden_stride,
@@ -108,9 +106,8 @@ const Kernels table = {SAFFRON_NAME(SAFFRON_ISA),
                        &attend_any,
                        &finish_any,
                        &blend_any,
-                       &largest_any,
-                       &exponentials_any,
-                       &masses_above,
+                       &scan_any,
+                       &join,
                        &collect_any,
                        &probabilities,
                        &dots_any,

@@ -49,8 +49,8 @@ struct FinishTask {
   int64_t first_query, queries, first_head, group;
 };
 
-/// How many thresholds Kernels::masses_above takes at once.
-constexpr int kThresholds = 8;
+/// Tokens of a block of a row of logits.
+constexpr int64_t kScanTokens = 256;
 constexpr int kCollectSlack = 16;
 
 struct Kernels {
@@ -65,16 +65,18 @@ struct Kernels {
   /// to[i] = a[i] * weight_a + b[i] * weight_b, all of one dtype, contiguous.
   void (*blend)(const char* a, const char* b, float weight_a, float weight_b, DType, int64_t count,
                 char* to);
-  /// Largest of some logits; NaN if there is one, -infinity if there are none.
-  float (*largest)(const char* logits, DType dtype, int64_t count);
-  /// e[i] = exp(logit - shift), for logits up to `shift`.
-  void (*exponentials)(const char* logits, DType dtype, int64_t count, float shift, float* e);
-  /// masses[j] = sum of the e that reach thresholds[j], added up in fp64.
-  void (*masses_above)(const float* e, int64_t count, const float* thresholds, double* masses);
-  /// Writes `descending_key(logit) << 32 | token` for each token with e >= threshold, in the order
-  /// of tokens, and returns how many. Up to kCollectSlack elements after the last are overwritten.
-  int64_t (*collect)(const char* logits, DType dtype, const float* e, int64_t count,
-                     float threshold, uint64_t* keys);
+  /// Of up to kScanTokens logits, for each of `lanes` shares of them: the largest (a finite number)
+  /// and the sum of e^(logit - that), NaN if a logit is NaN or +infinity.
+  void (*scan)(const char* logits, DType dtype, int64_t count, float* top, float* sum);
+  /// Of all blocks that were scanned, one after the other: the largest, and for each block the
+  /// largest and the sum of e^(logit - largest of all). Returns the sum of these sums.
+  double (*join)(const float* tops, const float* sums, int64_t blocks, float* block_top,
+                 float* block_mass, float* largest);
+  /// Writes `descending_key(logit) << 32 | token` for each logit from `threshold` on, in their
+  /// order, and returns how many; adds the sum of their e^(logit - shift) to `mass`. Up to
+  /// kCollectSlack elements after the last are overwritten.
+  int64_t (*collect)(const char* logits, DType dtype, int64_t count, int64_t first_token,
+                     float threshold, float shift, uint64_t* keys, double* mass);
   /// probabilities[i] = exp(logit - shift) / sum, of the logits in the keys.
   void (*probabilities)(const uint64_t* keys, int64_t count, float shift, float sum,
                         float* probabilities);

@@ -8,6 +8,7 @@
 namespace saffron::cpu::SAFFRON_ISA {
 
 constexpr float kToLog2 = 1.4426950408889634f;
+constexpr float kLowest = -__FLT_MAX__;
 
 /// e^x for x <= 0: 2^(x log2 e) with the product's rounding error made good, as fp32 softmax needs.
 inline Vec exp(Vec x) {
@@ -18,92 +19,104 @@ inline Vec exp(Vec x) {
   return y + y * (low * 0.69314718055994531f);
 }
 
+/// The value that a token has where there is none.
 template <class T>
-inline float largest(const T* x, int64_t count) {
-  const Vec lowest = splat(-__builtin_inff());
-  Vec best[4] = {lowest, lowest, lowest, lowest};
-  VecI numbers = splat_int(-1);
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const Vec v = load(x + i + j * kLanes);
-      numbers &= v == v;
-      best[j] = max(best[j], v);
-    }
+inline T no_logit() {
+  if constexpr (sizeof(T) == 2) return T{0xff80};
+  return -__builtin_inff();
+}
+
+/// Lane by lane, so that nothing has to be added up across a vector: the largest of a block's
+/// logits, and the sum of e^(logit - that), which is NaN if a logit is NaN or +infinity.
+template <class T>
+inline void scan_whole(const T* x, float* top, float* sum) {
+  constexpr int kVectors = kScanTokens / kLanes;
+  Vec best[4];
+  for (int j = 0; j < 4; ++j) best[j] = load(x + j * kLanes);
+  for (int i = 4; i < kVectors; i += 4) {
+    for (int j = 0; j < 4; ++j) best[j] = max(best[j], load(x + (i + j) * kLanes));
   }
-  bool number = bits(numbers) == bits(splat_int(-1));
-  float result = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
-  for (; i < count; ++i) {
-    const float v = as_float(x[i]);
-    number &= v == v;
-    result = result < v ? v : result;
+  const Vec largest = max(max(best[0], best[1]), max(best[2], best[3]));
+  const Vec base = max(splat(kLowest), largest);  // -infinity would give NaN
+  Vec sums[2] = {};
+  for (int i = 0; i < kVectors; i += 2) {
+    // The largest of the lane counts 1, exactly; the error of the others grows with the distance
+    // from it, as they get smaller.
+    sums[0] += exp2_addend((load(x + i * kLanes) - base) * kToLog2);
+    sums[1] += exp2_addend((load(x + (i + 1) * kLanes) - base) * kToLog2);
   }
-  return number ? result : __builtin_nanf("");
+  store(top, base);
+  store(sum, sums[0] + sums[1]);
 }
 
 template <class T>
-inline void exponentials(const T* x, int64_t count, float shift, float* e) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(e + i, exp(load(x + i) - shift));
-  if (i == count) return;
-  float rest[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) rest[j] = i + j < count ? as_float(x[i + j]) : shift;
-  const Vec result = exp(load(rest) - shift);
-  for (int64_t j = 0; i + j < count; ++j) e[i + j] = result[j];
+inline void scan(const T* x, int64_t count, float* top, float* sum) {
+  if (count == kScanTokens) return scan_whole(x, top, sum);
+  T padded[kScanTokens];
+  for (int64_t i = 0; i < kScanTokens; ++i) padded[i] = i < count ? x[i] : no_logit<T>();
+  scan_whole(padded, top, sum);
 }
 
-inline void masses_above(const float* e, int64_t count, const float* thresholds, double* masses) {
-  Vec least[kThresholds];
-  for (int j = 0; j < kThresholds; ++j) {
-    least[j] = splat(thresholds[j]);
-    masses[j] = 0;
+inline double join(const float* tops, const float* sums, int64_t blocks, float* block_top,
+                   float* block_mass, float* largest) {
+  Vec best = splat(kLowest);
+  for (int64_t b = 0; b < blocks; ++b) best = max(best, load(tops + b * kLanes));
+  *largest = reduce_max(best);
+  double total = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Vec top = load(tops + b * kLanes), sum = load(sums + b * kLanes);
+    block_top[b] = reduce_max(top);
+    block_mass[b] = reduce_add(sum * exp(top - *largest));
+    total += static_cast<double>(block_mass[b]);
   }
-  constexpr int64_t run =
-      32 * kLanes;  // short runs in fp32, then fp64: as exact as fp64 throughout
-  int64_t i = 0;
-  while (i + kLanes <= count) {
-    Vec sum[kThresholds] = {};
-    for (const int64_t end = i + run; i + kLanes <= count && i < end; i += kLanes) {
-      const Vec v = load(e + i);
-      for (int j = 0; j < kThresholds; ++j) sum[j] += (v >= least[j]) ? v : Vec{};
-    }
-    for (int j = 0; j < kThresholds; ++j) masses[j] += static_cast<double>(reduce_add(sum[j]));
-  }
-  for (; i < count; ++i) {
-    for (int j = 0; j < kThresholds; ++j) masses[j] += e[i] >= thresholds[j] ? e[i] : 0;
-  }
+  return total;
 }
+
+/// e^x of the lanes in question, 0 in the others.
+inline Vec masked_exp(Vec x, VecI of) { return (of != 0) ? exp(x) : Vec{}; }
 
 template <class T>
-inline int64_t collect(const T* x, const float* e, int64_t count, float threshold, uint64_t* keys) {
+inline int64_t collect(const T* x, int64_t count, int64_t first_token, float threshold, float shift,
+                       uint64_t* keys, double* mass) {
   uint64_t* const first = keys;
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    uint32_t found = bits(load(e + i) >= splat(threshold));
+  Vec sum{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    T rest[kLanes];
+    const T* from = x + i;
+    if (i + kLanes > count) {
+      for (int64_t j = 0; j < kLanes; ++j) rest[j] = i + j < count ? x[i + j] : no_logit<T>();
+      from = rest;
+    }
+    const Vec v = load(from);
+    const VecI reaches = v >= splat(threshold);
+    uint32_t found = bits(reaches);
     if (found == 0) continue;
+    sum += masked_exp(v - shift, reaches);
 #if defined(__AVX512F__)
     // All lanes at once: the ones in question first, and what follows them is overwritten next
     // time.
-    const VecU value = (VecU)(load(x + i) + 0.f);
+    const VecU value = (VecU)(v + 0.f);
     const VecU key = ((VecI)value < 0) ? value : ~(value | 0x80000000u);
-    const VecU token = (VecU)lane_numbers() + static_cast<uint32_t>(i);
-    uint32_t packed[2][kLanes];
+    const VecU token = (VecU)lane_numbers() + static_cast<uint32_t>(first_token + i);
     const auto mask = static_cast<__mmask16>(found);
-    _mm512_storeu_si512(packed[0], _mm512_maskz_compress_epi32(mask, (__m512i)key));
-    _mm512_storeu_si512(packed[1], _mm512_maskz_compress_epi32(mask, (__m512i)token));
-    for (int j = 0; j < kLanes; ++j) keys[j] = uint64_t{packed[0][j]} << 32 | packed[1][j];
+    const __m512i packed_key = _mm512_maskz_compress_epi32(mask, (__m512i)key);
+    const __m512i packed_token = _mm512_maskz_compress_epi32(mask, (__m512i)token);
+    const __m512i low = _mm512_unpacklo_epi32(packed_token, packed_key);
+    const __m512i high = _mm512_unpackhi_epi32(packed_token, packed_key);
+    const __m512i order_low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i order_high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(keys, _mm512_permutex2var_epi64(low, order_low, high));
+    _mm512_storeu_si512(keys + 8, _mm512_permutex2var_epi64(low, order_high, high));
     keys += __builtin_popcount(found);
 #else
     for (; found != 0; found &= found - 1) {
-      const int64_t token = i + __builtin_ctz(found);
-      *keys++ = uint64_t{descending_key(as_float(x[token]))} << 32 | static_cast<uint64_t>(token);
+      const int lane = __builtin_ctz(found);
+      *keys++ = uint64_t{descending_key(as_float(from[lane]))} << 32 |
+                static_cast<uint64_t>(first_token + i + lane);
     }
 #endif
   }
-  for (; i < count; ++i) {
-    if (e[i] < threshold) continue;
-    *keys++ = uint64_t{descending_key(as_float(x[i]))} << 32 | static_cast<uint64_t>(i);
-  }
+  *mass += static_cast<double>(reduce_add(sum));
   return keys - first;
 }
 

@@ -150,6 +150,20 @@ SAFFRON_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+/// 2^x for x <= 0 that is good enough to be added to 1: below 2^-126 it is that. NaN for NaN.
+inline Vec exp2_addend(Vec x) {
+  const Vec clamped = max(x, splat(-126.f));  // NaN stays
+#if defined(__AVX512F__)
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, (__m512)clamped, 8);
+  const Vec fraction = exp2_fraction(clamped - (Vec)whole);
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)fraction, whole);
+#else
+  const Vec shifted = clamped + splat(12582912.f);  // as in exp2
+  const VecU power = ((VecU)shifted + 127) << 23;
+  return exp2_fraction(clamped - (shifted - splat(12582912.f))) * (Vec)power;
+#endif
+}
+
 /// Transposes kLanes vectors in place. `Step` exchanges blocks of 1, 2, 4, ... lanes.
 template <int kStep>
 SAFFRON_INLINE void transpose(Vec (&rows)[kLanes]) {
