@@ -218,7 +218,8 @@ def test_the_installed_command_starts_quickly_and_helps() -> None:
         [sys.executable, "-X", "importtime", "-m", "saffron.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert "generate" in help_text.stdout and "demo" in help_text.stdout
-    assert "transformers" not in help_text.stderr  # nothing heavy is imported for a help text
+    for heavy in ("transformers", "torch", "numpy", "rich"):  # nothing heavy is imported for a help text
+        assert not re.search(rf"\| +{heavy}(\.|$)", help_text.stderr, re.MULTILINE), heavy
 
 
 def test_reproduce_needs_a_clone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -229,3 +230,61 @@ def test_reproduce_needs_a_clone(capsys: pytest.CaptureFixture[str], monkeypatch
     status, out, err = run(capsys, "reproduce", "--output", str(tmp_path / "out"))
     assert (status, out) == (2, "") and err.count("\n") == 1 and "from a clone of the repository only" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_every_option_is_explained() -> None:
+    """Help has no "None", no empty line for an option, and one name for what is written."""
+    from saffron import cli
+
+    (commands,) = (action for action in cli.parser()._actions if action.dest == "command" or action.choices)
+    for name, command in commands.choices.items():
+        shown = command.format_help()
+        assert "None" not in shown and "==SUPPRESS==" not in shown, name
+        for action in command._actions:
+            assert action.help, f"{name} {action.option_strings}"
+            assert "--out" not in action.option_strings
+            said = command._get_formatter()._expand_help(action)
+            if action.option_strings and action.default not in (None, False, True, "") and action.nargs != 0:
+                assert "default" in said, f"{name} {action.option_strings}: {said}"
+
+
+def test_an_old_name_still_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(capsys, "report", str(tmp_path / "none"), "--out", str(tmp_path / "out"))[0] == 2  # of the file alone
+
+
+def test_negative_numbers_are_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "generate", "--prompt", PROMPT, *FAST, "--unseen-reward", "-1e3")[0] == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "mps", "meta", "foo", "cpu:3", ""])
+def test_devices_that_are_not_here(capsys: pytest.CaptureFixture[str], tmp_path: Path, device: str) -> None:
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text(json.dumps({"prompt": PROMPT, "response": "No."}) + "\n")
+    for command in (
+        ["generate", "--prompt", "x"],
+        ["annotate", str(corpus), "--output", str(tmp_path / "rewards")],
+        ["train-mrm", str(tmp_path), "--output", str(tmp_path / "mrm")],
+        ["eval-mrm", str(tmp_path)],
+        ["eval", "--output", str(tmp_path / "r.jsonl"), "--count", "1"],
+    ):
+        status, _, err = run(capsys, *command, "--device", device)
+        assert status == 2 and err.startswith("saffron: device: got") and err.count("\n") == 1
+
+
+def test_what_only_a_process_shows(tmp_path: Path) -> None:
+    """Arguments that are not UTF-8, a full standard output, a hub that is not asked."""
+    command = [sys.executable, "-m", "saffron.cli"]
+    broken = subprocess.run([*command, "generate", "--prompt", b"caf\xe9"], capture_output=True)
+    assert broken.returncode == 2 and broken.stderr.count(b"\n") == 1 and b"character 4 is not Unicode" in broken.stderr
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    Path(os.fsdecode(odd)).write_text("{")
+    named = subprocess.run([*command, "generate", "--prompts", odd], capture_output=True)
+    assert named.returncode == 2 and named.stderr.count(b"\n") == 1 and b"line 1" in named.stderr
+    with Path("/dev/full").open("w") as full:
+        unsaid = subprocess.run([*command, "doctor"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert unsaid.returncode == 2
+    assert unsaid.stderr == "saffron: standard output: cannot be written (No space left on device)\n"

@@ -49,6 +49,11 @@ def test_world_cases_are_held_out_requests_whatever_their_number():
     assert load_cases("world", 5, seed=1) != few
 
 
+def test_the_world_has_so_many_requests():
+    with pytest.raises(ConfigError, match="count .*got 15304, and the world has 15303 forbidden requests"):
+        load_cases("world", 15304)
+
+
 def test_harmful_hex_phi_is_pairs_of_messages(tmp_path):
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     file = lines(tmp_path / "Harmful-HEx-PHI.jsonl", [chat, chat, [{"role": "user", "content": "other"}, chat[1]]])

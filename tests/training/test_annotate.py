@@ -304,6 +304,35 @@ def test_damaged_shards_are_named(annotated, tmp_path, damage):
         read_rewards(tmp_path)
 
 
+def test_copied_shards_are_named(corpus, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    annotate(corpus[:4], GUARD, one, config(shard_size=2))
+    annotate(corpus[4:8], GUARD, other, config(shard_size=2))
+    second = (one / "shard-00001.parquet").read_bytes()
+    (one / "shard-00001.parquet").write_bytes((one / "shard-00000.parquet").read_bytes())
+    with pytest.raises(CheckpointError, match=r"shard-00001.parquet: its first conversation is number \[0\]"):
+        read_rewards(one)
+    (one / "shard-00001.parquet").write_bytes((other / "shard-00001.parquet").read_bytes())
+    with pytest.raises(CheckpointError, match="shard-00001.parquet: is of another annotation"):
+        read_rewards(one)
+    (one / "shard-00001.parquet").write_bytes(second)
+    assert len(read_rewards(one).rows) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shards": "2"}, {"shards": 0}, {"shards": 10**30}, {"corpus": []}, {"corpus": {"conversations": None}},
+     {"prm": {}}, {"prm": {"source": 7}}, {"format": ["x"]}],
+)  # fmt: skip
+def test_manifests_of_other_types_are_named(annotated, tmp_path, changes):
+    for name, content in files(annotated).items():
+        (tmp_path / name).write_bytes(content)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | changes))
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: "):
+        read_rewards(tmp_path)
+
+
 def test_folders_of_something_else_are_errors(annotated, corpus, tmp_path):
     with pytest.raises(CheckpointError, match=MANIFEST):
         read_rewards(tmp_path)

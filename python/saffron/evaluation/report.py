@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from saffron.errors import ConfigError, outside
 from saffron.evaluation import plots
@@ -57,6 +59,8 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     for name in options.formats:
         if name not in FORMATS:
             raise ConfigError(f"format: got {name!r}, expected one of {', '.join(FORMATS)}")
+    if options.scatter is not None:
+        read_bytes(options.scatter)  # whatever is wrong with it is said now
     groups = group(records)
     if not groups:
         raise ConfigError("results: there are none")
@@ -135,7 +139,7 @@ def _markdown(section: Section, out: Path) -> str:
 
 
 def _relative(file: Path, out: Path) -> str:
-    return file.relative_to(out).as_posix() if file.is_relative_to(out) else str(file)
+    return quote(os.fsencode(file.relative_to(out) if file.is_relative_to(out) else file))
 
 
 def _page(sections: list[Section]) -> str:

@@ -21,7 +21,7 @@ def find_device(given: torch.device | str | None = None) -> torch.device:
         return torch.device("cuda" if here else "cpu")
     try:
         device = torch.device(given)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, UnicodeError) as error:
         raise ConfigError(f"device: got {shown(given)}, expected cpu, cuda or cuda:NUMBER") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: got {shown(given)}, expected cpu, cuda or cuda:NUMBER")
