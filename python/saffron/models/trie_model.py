@@ -256,6 +256,7 @@ class TrieModel:
         if not self.share_prefixes:
             return _NONE, self._run_alone(sequences)
         self.check_weights()
+        self.geometry.check_length(max(map(len, sequences), default=0))
         fill = self.kv.insert(sequences)
         try:
             # Sequences that end in the same prefix share its output.
@@ -306,6 +307,7 @@ class TrieModel:
             rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
             return self._run_alone(rows.sequences)
         self.check_weights()
+        self.geometry.check_length(int(rows.beams.positions.max(initial=-1)) + 2)
         beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
         order = np.argsort(beam, kind="stable")  # the trie numbers new beams by parent
         ids = np.asarray(tokens, dtype=np.int32)[order]
@@ -404,7 +406,9 @@ def _check_generation_config(path: str | Path) -> None:
         content = json.loads(Path(found).read_text())
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got a {type(content).__name__}")
-        GenerationConfig.from_dict(content)
+        ends = GenerationConfig.from_dict(content).eos_token_id
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ValueError(f"eos_token_id: got {ends!r}, expected token ids")
     except Exception as error:  # whatever a class of transformers makes of wrong values
         raise CheckpointError(f"{found}: not a generation configuration ({_first_line(error)})") from error
 
