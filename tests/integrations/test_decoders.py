@@ -153,7 +153,7 @@ def test_plain_calls_of_a_trie_model_run_as_with_sdpa() -> None:
         assert a.grad is not None and torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("broken", ["{", "[1]", '{"num_beams": "many"}', '{"eos_token_id": "end", "max_length": []}'])
+@pytest.mark.parametrize("broken", ["{", "[1]", '{"eos_token_id": "end"}', '{"eos_token_id": [1, "end"]}'])
 def test_a_broken_generation_configuration_is_named(broken: str, tmp_path: Path) -> None:
     folder = tiny.save_checkpoint(tmp_path)
     Policy.from_pretrained(folder)

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # of the largest logit
 REASONS = (
     "encoder-decoder", "layers are not served", "standard attention interface", "twice", "mask", "bidirectional",
     "K and V", "ALiBi", "keyword arguments", "order of tokens", "logits_to_keep", "it returns",
-    "run attention once", "cannot serve",
+    "run attention once", "positions", "cannot serve",
 )  # fmt: skip
 
 
@@ -122,7 +122,11 @@ ENCODERS = ["Bert", "BertGeneration", "Camembert", "Data2VecText", "Electra", "E
 def test_encoders_are_read_both_ways_unless_they_are_decoders(name: str) -> None:
     """Read causally they would answer all the same, from other logits."""
     assert "bidirectional mask" in outcome(f"{name}Config")
-    assert outcome(f"{name}Config", is_decoder=True) == "equal"
+    result = outcome(f"{name}Config", is_decoder=True)
+    if f"{name}Config" in architectures.PADDED_POSITIONS:
+        assert "positions that it counts by itself do not begin at 0" in result
+    else:
+        assert result == "equal"
 
 
 class Twice(torch.nn.Module):
@@ -142,9 +146,7 @@ class Skipped(Twice):
         return hidden
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [(Twice, "layer 1 runs attention twice"), (Skipped, "layers 1 of 3 ran")]
-)
+@pytest.mark.parametrize(("change", "message"), [(Twice, "layer 1 runs attention twice"), (Skipped, "layers 1 of 3")])
 def test_models_that_change_after_they_were_inspected(change: type[Twice], message: str) -> None:
     model = architectures.model("LlamaConfig", "eager")
     trie = TrieModel(model)
@@ -167,3 +169,33 @@ def test_masks_are_not_dropped() -> None:
     step = TrieStep(trie.kv, fill.step)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match="layer 0: got an attention mask of its own"):
         trie.model(fill.tokens[None], **{**step.arguments(), "attention_mask": torch.zeros(1, 1, 3, 3)})
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "Phi3Config": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 12,
+    },
+    "LlamaConfig": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 12},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_embeddings_that_change_with_the_length(name: str) -> None:
+    """A prefix that is cached would be turned otherwise in a longer text."""
+    changes = {"rope_parameters": ROPES[name], "max_position_embeddings": 12, "original_max_position_embeddings": 12}
+    ours, eager = (architectures.model(name, "eager", **changes) for _ in range(2))
+    trie = TrieModel(ours)
+    search(trie, eager, [text[:8] for text in TEXTS], steps=4)
+    rows, _ = trie.prefill([list(range(5, 17))])
+    message = "change with the text's length beyond 12 tokens .* the text has 13"
+    with pytest.raises(UnsupportedModelError, match=message):
+        trie.step(rows, [0], [3])
+    with pytest.raises(UnsupportedModelError, match=message):
+        trie.prefill([list(range(5, 18))])
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=message):
+        ours(torch.arange(5, 18)[None], past_key_values=TrieCache.from_trie(trie))
+    assert trie.kv.num_nodes == 12

@@ -32,6 +32,11 @@ SMALL: dict[str, Any] = {
 
 _MLA = {"num_key_value_heads": 6, "num_hidden_layers": 2, "head_dim": 4}  # head_dim: of the rotated part
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12}
+# Encoders that count positions from the padding token on.
+PADDED_POSITIONS = (
+    "CamembertConfig", "Data2VecTextConfig", "RobertaConfig", "RobertaPreLayerNormConfig", "XLMRobertaConfig",
+    "XLMRobertaXLConfig", "XmodConfig",
+)  # fmt: skip
 # What a configuration wants beyond SMALL; None leaves the default.
 CHANGES: dict[str, dict[str, Any]] = {
     "AXK1Config": _MLA,
@@ -51,6 +56,18 @@ CHANGES: dict[str, dict[str, Any]] = {
         "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    "Gemma3Config": {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 48,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
     "Gemma4TextConfig": {"pad_token_id": 2},
     "Gemma4UnifiedTextConfig": {"pad_token_id": 2},
     "Glm4MoeLiteConfig": _MLA,
@@ -66,8 +83,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ReformerConfig": {"is_decoder": True, "axial_pos_embds_dim": [16, 32], "axial_pos_shape": [8, 16]},
     "RoCBertConfig": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
     "XLNetConfig": {"max_position_embeddings": None, "n_layer": 2},
-    "XmodConfig": {"default_language": "en_XX"},
     "YoutuConfig": _MLA,
+    **{name: {"pad_token_id": 1} for name in PADDED_POSITIONS},
+    "XmodConfig": {"pad_token_id": 1, "default_language": "en_XX"},
     "Zamba2Config": {"num_hidden_layers": None},
     "ZambaConfig": {"num_hidden_layers": None},
     "ZayaConfig": {"num_experts_per_tok": 1},

@@ -121,7 +121,7 @@ def trie_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **others,
         )  # fmt: skip
-    given: dict[str, Any] = {name: value for name, value in others.items() if value is not None and value is not False}
+    given = {name: other for name, other in others.items() if other is not None and other is not False}
     call = Call(
         module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, given
     )  # fmt: skip
@@ -133,8 +133,7 @@ def trie_mask(*args: Any, mask_function: MaskFunction = causal_mask_function, **
     record = mask_recorder.get()
     if record is not None:
         return record(mask_function, options)
-    masked: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **options)  # type: ignore[misc]
-    return masked
+    return sdpa_mask(*args, **{**options, "mask_function": mask_function})
 
 
 AttentionInterface.register(ATTENTION, trie_attention)
@@ -300,6 +299,7 @@ class Geometry:
         dtype: of K and V.
         windows: per layer, how many tokens a query sees (itself included), None for all.
         outputs: what the model returns beside logits.
+        longest: the longest text whose rotary embeddings do not depend on its length, None for any.
     """
 
     layers: int
@@ -310,6 +310,15 @@ class Geometry:
     dtype: torch.dtype
     windows: tuple[int | None, ...]
     outputs: tuple[str, ...] = ()
+    longest: int | None = None
+
+    def check_length(self, tokens: int) -> None:
+        """Raises `UnsupportedModelError` for texts of other rotary embeddings than those of their cached prefixes."""
+        if self.longest is not None and tokens > self.longest:
+            raise UnsupportedModelError(
+                f"rotary embeddings (dynamic or longrope) that change with the text's length beyond {self.longest} "
+                f"tokens are not served by the trie cache, whose prefixes are shared; the text has {tokens}"
+            )
 
     def cache(self, dtype: torch.dtype, device: torch.device, **options: Any) -> KVTrie:
         """An empty `KVTrie`; `options` are `capacity`, `grow`, `k_scale` and `v_scale`."""

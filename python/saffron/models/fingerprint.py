@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import NoneType
+
 import torch
 from torch import Tensor, nn
 
@@ -16,16 +19,21 @@ def fingerprint(model: nn.Module) -> int:
     seen: list[object] = [torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")]
     if any(seen):
         seen += [torch.get_autocast_dtype("cuda"), torch.get_autocast_dtype("cpu")]
-    for module in model.modules():
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    adapter: type = getattr(tuners, "BaseTunerLayer", NoneType)
+    stack = [model]
+    while stack:  # `model.modules()` takes three times as long
+        module = stack.pop()
         for parameter in module._parameters.values():
             if parameter is not None:
-                seen += (id(parameter), _address(parameter), _version(parameter), parameter.dtype)
-        if hasattr(module, "active_adapters"):
+                seen.append((id(parameter), _address(parameter), _version(parameter), parameter.dtype))
+        if isinstance(module, adapter):
             seen += [str(getattr(module, name, None)) for name in _ADAPTER_STATE]
+        stack += [child for child in module._modules.values() if child is not None]
     return hash(tuple(seen))
 
 
-_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling", "_hf_peft_config_loaded")
+_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
 def _version(parameter: Tensor) -> int:

@@ -1,9 +1,9 @@
 """What the attention of a model is, found out by running it over four tokens.
 
-Name lists cannot say which of some 200 architectures a trie serves. So a model is run twice over the texts `a b c` and
-`a b d` as one row, in the order `a b c d` and then `a b d c`, and every call of the attention function is looked at.
-The order must not matter: so layers are found that look at their neighbours (convolutions, recurrences) or count
-positions themselves.
+Name lists cannot say which of some 200 architectures a trie serves. So a model runs over the texts `a b c` and `a b d`
+as one row, in the order `a b c d` and then `a b d c`, and every call of the attention function is looked at. The order
+must not matter: so layers are found that look at their neighbours (convolutions, recurrences) or count positions
+themselves. A third run, over the text `a b c d` without positions, tells whether those of the model begin at 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from saffron.errors import UnsupportedModelError
@@ -23,7 +23,8 @@ from saffron.models.attention import ATTENTION, Call, Geometry, MaskFunction, ch
 
 _POSITIONS = (0, 1, 2, 2)
 # Who sees whom, in both orders: the branches do not see each other.
-_SEEN = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+_BRANCHES = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+_CHAIN = torch.ones(4, 4, dtype=torch.bool).tril()
 _SWAPPED = [0, 1, 3, 2]
 # Keyword arguments of layers that the attention function may leave aside.
 _HARMLESS = {"position_ids", "is_causal", "position_embeddings", "cache_position", "max_length_q", "max_length_k",
@@ -47,7 +48,8 @@ class Inspection:
 
     static = False
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Tensor) -> None:
+        self.seen = seen  # [queries, tokens]
         self.layers: dict[int, _Layer] = {}
         self._masks: list[tuple[Tensor, int | None | str]] = []  # masks that were made, with their windows
 
@@ -95,15 +97,14 @@ class Inspection:
             "cannot serve"
         )
 
-    @staticmethod
-    def _attention(call: Call) -> Tensor:
+    def _attention(self, call: Call) -> Tensor:
         """Softmax attention in fp32, `[1, queries, heads, value_dim]`."""
         repeats = call.query.shape[1] // call.key.shape[1]
         k, v = (x.float().repeat_interleave(repeats, 1) for x in (call.key, call.value))
         scores = call.query.float() @ k.mT * call.scale
         if call.softcap is not None:
             scores = call.softcap * (scores / call.softcap).tanh()
-        scores = scores.masked_fill(~_SEEN.to(scores.device), -torch.inf)
+        scores = scores.masked_fill(~self.seen.to(scores.device), -torch.inf)
         if call.sinks is not None:
             sinks = call.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sinks], -1)
@@ -187,10 +188,12 @@ def inspect_model(model: PreTrainedModel) -> Geometry:
 @torch.no_grad()
 def _inspect(model: PreTrainedModel) -> Geometry:
     embeddings: Any = model.get_input_embeddings()
-    ids = torch.arange(1, 1 + len(_POSITIONS), device=model.device) % len(embeddings.weight)
-    output: Any
-    swapped: Any
-    (first, output), (_, swapped) = (_run(model, x) for x in (ids, ids[_SWAPPED]))
+    special = model.config.get_text_config().pad_token_id
+    ids = torch.tensor([i for i in range(3, 8) if i != special][:4], device=model.device) % len(embeddings.weight)
+    positions = torch.tensor([_POSITIONS], device=model.device)
+    first, output = _run(model, ids, positions, _BRANCHES)
+    _, other_order = _run(model, ids[_SWAPPED], positions, _BRANCHES)
+    _, alone = _run(model, ids, None, _CHAIN)
     layers = [first[i] for i in sorted(first)]
     if not layers:
         raise UnsupportedModelError("its layers do not hand keyword arguments on to the attention function")
@@ -200,26 +203,43 @@ def _inspect(model: PreTrainedModel) -> Geometry:
     forms = {(x.heads, x.kv_heads, x.head_dim, x.value_dim, x.dtype) for x in layers}
     if len(forms) > 1:
         raise UnsupportedModelError(f"its layers have K and V of different forms: {sorted(map(str, forms))}")
-    logits = output.logits[0].float()
-    difference = (logits - swapped.logits[0].float()[_SWAPPED]).abs().max()
-    size = logits.abs().max()
-    tolerance = 1e-4 if model.dtype.itemsize > 2 else 0.05
-    if bool(difference > tolerance * size):  # false for NaN, which is looked for elsewhere
+    logits, swapped, chain = (x["logits"][0].float() for x in (output, other_order, alone))
+    tolerance = logits.abs().max() * (1e-4 if model.dtype.itemsize > 2 else 0.05)
+    # Comparisons with NaN are false: it is looked for elsewhere.
+    if bool((logits[:3] - chain[:3]).abs().max() > tolerance):
+        raise UnsupportedModelError("the positions that it counts by itself do not begin at 0, as those of a trie do")
+    if bool((logits - swapped[_SWAPPED]).abs().max() > tolerance):
         raise UnsupportedModelError(
             "its outputs depend on the order of tokens in a row: it counts positions itself, or looks beyond attention"
         )
     others = [name for name, value in output.items() if value is not None and name not in SERVED_OUTPUTS]
-    return Geometry(len(layers), *forms.pop(), tuple(x.window for x in layers), tuple(others))
+    windows = tuple(x.window for x in layers)
+    return Geometry(len(layers), *forms.pop(), windows, tuple(others), _longest(model.config))
 
 
-def _run(model: PreTrainedModel, ids: Tensor) -> tuple[dict[int, _Layer], ModelOutput]:
+def _longest(config: PretrainedConfig) -> int | None:
+    """The text beyond which rotary embeddings would turn tokens otherwise that are cached already."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (parameters, *(x for x in parameters.values() if isinstance(x, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            own = rope.get("original_max_position_embeddings")
+            own = own or getattr(text, "original_max_position_embeddings", None)
+            limits.append(own or text.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def _run(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor | None, seen: Tensor
+) -> tuple[dict[int, _Layer], ModelOutput]:
     """The layers, and the model's output."""
-    inspection = Inspection()
+    inspection = Inspection(seen)
     token = mask_recorder.set(inspection.make_mask)
     try:
         output = model(
             input_ids=ids[None],
-            position_ids=torch.tensor([_POSITIONS], device=ids.device),
+            **({} if positions is None else {"position_ids": positions}),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=ids.device),
             use_cache=False,
             return_dict=True,

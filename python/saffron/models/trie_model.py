@@ -272,6 +272,7 @@ class TrieModel:
             return _NONE, self._run_alone(sequences)
         with self.kv.lock:
             self.check_weights()
+            self.geometry.check_length(max(map(len, sequences), default=0))
             fill = self.kv.insert(sequences)
             try:
                 # Sequences that end in the same prefix share its output.
@@ -322,6 +323,7 @@ class TrieModel:
             rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
             return self._run_alone(rows.sequences)
         self.check_weights()
+        self.geometry.check_length(int(rows.beams.positions.max(initial=-1)) + 2)
         beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
         order = np.argsort(beam, kind="stable")  # the trie numbers new beams by parent
         ids = np.asarray(tokens, dtype=np.int32)[order]

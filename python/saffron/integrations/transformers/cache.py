@@ -101,7 +101,8 @@ class TrieCache(Cache):
 
     def _begin(self, trie: TrieModel, static: bool) -> None:
         super().__init__(layers=[])
-        if not trie.model._supports_logits_to_keep():  # type: ignore[operator]
+        model: Any = trie.model
+        if not model._supports_logits_to_keep():
             raise UnsupportedModelError(f"{trie.model.config.model_type} model: its forward has no logits_to_keep")
         if trie.geometry.outputs:
             outputs = ", ".join(trie.geometry.outputs)

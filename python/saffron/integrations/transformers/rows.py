@@ -78,7 +78,7 @@ class Rows:
 
         Raises:
             ConfigError: other rows than before, rows that end in padding, positions that are not those of the text.
-            CacheFullError: no room.
+            UnsupportedModelError: a text of other rotary embeddings than its prefixes. CacheFullError: no room.
         """
         if self._beam_of_row is not None and len(ids) != len(self):
             raise ConfigError(
@@ -91,6 +91,7 @@ class Rows:
         depth = lengths[:, None] + (np.arange(1, ids.shape[1] + 1) if real is None else real.cumsum(1)) - 1
         _check_padding(depth, real)
         _check_positions(depth, real, positions)
+        self.trie.geometry.check_length(int(depth.max()) + 1)
         if self._beams is not None and ids.shape[1] == 1 and real is None and lengths.all():
             return self._decode(ids[:, 0])
         return self._extend(ids, real, wanted)
