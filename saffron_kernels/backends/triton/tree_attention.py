@@ -47,10 +47,13 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
             return Config(16, 16, num_warps=4, num_stages=2)
         return Config(16, 32, num_warps=8, num_stages=2)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if rows >= 1024 and dim <= 128 and 90 <= arch < 100:
+    if rows >= 1024 and 90 <= arch < 100:
         block_m = 128
-    block_n = 32 if dim > 128 else 64
-    stages = 3 if arch >= 90 and dim <= 128 else 2
+    if dim > 128:  # the pass that keeps V from other rows holds twice as much of the result
+        block_m = min(block_m, 32)
+        return Config(block_m, 32, num_warps=8 if block_m == 32 else 4, num_stages=2)
+    block_n = 64
+    stages = 3 if arch >= 90 else 2
     return Config(block_m, block_n, num_warps=8 if block_m >= 64 else 4, num_stages=stages)
 
 
