@@ -7,8 +7,8 @@ from torch import Tensor
 
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.cuda import native
-from saffron_kernels.backends.reference import apart
 from saffron_kernels.backends.cuda.native import CODE, view
+from saffron_kernels.backends.reference import apart
 
 
 def append_kv(

@@ -65,8 +65,10 @@ def _attend(
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The largest score, the sum of weights and the result of each row. CAREFUL = 1: what is not finite in V counts as 0;
-    = 2: in place of the result, how much of that a row sees."""
+    """The largest score, the sum of weights and the result of each row.
+
+    CAREFUL = 1: what is not finite in V counts as 0; = 2: in place of the result, how much of that a row sees.
+    """
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     first_row = tl.program_id(0) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M] (query, head of the group) pairs
