@@ -49,7 +49,7 @@ def exp(x):
 
 @triton.jit
 def tanh(x):
-    """To a few units in the last place; near 0, where exponentials cancel, by a polynomial (Cephes' tanhf)."""
+    """To a few units in the last place: a polynomial near 0 (Cephes' tanhf), where exponentials cancel."""
     size = tl.abs(x)
     e = exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)

@@ -47,10 +47,11 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
             return Config(16, 16, num_warps=4, num_stages=2)
         return Config(16, 32, num_warps=8, num_stages=2)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if rows >= 1024 and dim <= 128 and 90 <= arch < 100:
-        block_m = 128
-    block_n = 32 if dim > 128 else 64
-    stages = 3 if arch >= 90 and dim <= 128 else 2
+    if dim > 128:  # the pass that keeps V from other rows holds twice as much of the result
+        block_m = min(block_m, 32)
+        return Config(block_m, 32, num_warps=8 if block_m == 32 else 4, num_stages=2)
+    block_n = 64
+    stages = 3 if arch >= 90 else 2
     return Config(block_m, block_n, num_warps=8 if block_m >= 64 else 4, num_stages=stages)
 
 
@@ -64,8 +65,10 @@ def _attend(
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The largest score, the sum of weights and the result so far of each row. CAREFUL: V of a token that is not finite
-    makes NaN in the rows that see the token, and does not meet the others."""
+    """The largest score, the sum of weights and the result of each row.
+
+    CAREFUL = 1: what is not finite in V counts as 0; = 2: in place of the result, how much of that a row sees.
+    """
     kv_head = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M] (query, head of the group) pairs
@@ -112,7 +115,10 @@ def _attend(
             read_k = needed[:, None] & in_dim[None, :]
             k = tl.load(k_ptr + k_row[:, None] + dim[None, :] * k_stride_d, read_k, 0.0)  # [BLOCK_N, BLOCK_D]
             scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            scores = tanh(scores * cap_inner) * cap_outer if CAPPED else scores * scale_log2
+            if CAPPED:
+                scores = tanh(scores * cap_inner) * cap_outer
+            else:
+                scores = scores * scale_log2
             seen = (begin_n[None, :] <= query[:, None]) & (query[:, None] < end_n[None, :]) & needed[None, :]
             scores = tl.where(seen, scores, float("-inf"))
 
@@ -129,11 +135,10 @@ def _attend(
             if CAREFUL:
                 wide = v.to(tl.float32)
                 unfit = wide - wide != 0.0
-                v = tl.where(unfit, 0.0, wide).to(v.dtype)
-                acc = dot(narrow(weight, v.dtype), v, acc * decay[:, None])
-                ones, those = tl.where(seen, 1.0, 0.0).to(v.dtype), tl.where(unfit, 1.0, 0.0).to(v.dtype)
-                touched = dot(ones, those, tl.zeros([BLOCK_M, BLOCK_V], tl.float32)) > 0.0
-                acc = tl.where(touched, float("nan"), acc)
+                if CAREFUL == 1:
+                    acc = dot(narrow(weight, v.dtype), tl.where(unfit, 0.0, wide).to(v.dtype), acc * decay[:, None])
+                else:
+                    acc = dot(tl.where(seen, 1.0, 0.0).to(v.dtype), tl.where(unfit, 1.0, 0.0).to(v.dtype), acc)
             else:
                 acc = dot(narrow(weight, v.dtype), v, acc * decay[:, None])
             largest = new_largest
@@ -167,16 +172,17 @@ def _attention_kernel(
         q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
         scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
         q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
-        D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=False,
+        D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=0,
     )  # fmt: skip
     # 0 times NaN is NaN: V of a token that only some rows see may have spoilt the others.
     spoilt = (acc - acc != 0.0) & (total == total)[:, None]
-    if tl.max(spoilt.to(tl.int32)) > 0:
+    again = tl.max(spoilt.to(tl.int32)) > 0
+    if again:
         largest, total, acc = _attend(
             q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
             scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
             q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
-            D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=True,
+            D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=1,
         )  # fmt: skip
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -192,7 +198,17 @@ def _attention_kernel(
     tl.store(lse_ptr + place, lse, present)
     # A partial that saw nothing is not written: its lse says so, and the join does not read it.
     written = present & (largest > float("-inf"))
-    tl.store(part_ptr + place[:, None] * D_V + dim[None, :], out, written[:, None] & (dim < D_V)[None, :])
+    elements = written[:, None] & (dim < D_V)[None, :]
+    tl.store(part_ptr + place[:, None] * D_V + dim[None, :], out, elements)
+    if again:  # apart, as registers do not hold two results
+        _, _, touched = _attend(
+            q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
+            scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
+            q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
+            D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=2,
+        )  # fmt: skip
+        nan = tl.full([BLOCK_M, BLOCK_V], float("nan"), tl.float32)
+        tl.store(part_ptr + place[:, None] * D_V + dim[None, :], nan, elements & (touched > 0.0))
 
 
 @triton.jit(do_not_specialize=["splits", "rows", "heads"])
