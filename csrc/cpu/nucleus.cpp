@@ -100,6 +100,7 @@ class RowSelector {
   Row select() {
     Row row;
     const double enough = top_p_ * sum_ * (1 + 1e-6);  // sums in another order round differently
+    bool narrows = true;
     for (double span = first_span(enough);; span = 1.25 * span + 0.5) {
       const auto threshold = static_cast<float>(double{maximum_} - span);
       int64_t count = 0;
@@ -110,8 +111,9 @@ class RowSelector {
                                    keys_ + count, &mass);
       }
       if (span < kFarthest && mass < enough) continue;
-      if (mass >= enough) count = narrow(count, span, enough);
-      if (take_from(count, row) || span >= kFarthest) return row;
+      const int64_t tried = narrows && mass >= enough ? narrow(count, span, enough) : count;
+      if (take_from(tried, row) || (span >= kFarthest && tried == count)) return row;
+      narrows = false;  // the sample was wrong
     }
   }
 
@@ -147,28 +149,32 @@ class RowSelector {
   }
 
   /// Of `count` keys, which reach `span` below the maximum and have enough mass, those that are
-  /// needed for it: all above a threshold that is found by counting.
+  /// needed for it, as well as counting tells: of many keys a sample is counted.
   int64_t narrow(int64_t count, double span, double enough) {
     if (count < 128) return count;
-    constexpr size_t kBins = 1024;
-    std::array<uint32_t, kBins> in_bin{};
+    constexpr int kBins = 1024;
+    const int64_t every = count < 8192 ? 1 : 16;
+    std::array<int32_t, kBins> in_bin{};
     const float scale = kBins / static_cast<float>(span);
-    const auto bin_of = [&](uint64_t key) {
-      const float below = maximum_ - value_of_key(static_cast<uint32_t>(key >> 32));
-      return std::min(static_cast<size_t>(below * scale), kBins - 1);
-    };
-    for (int64_t i = 0; i < count; ++i) ++in_bin[bin_of(keys_[i])];
-    const double step = std::exp(-span / kBins * (1 + 1e-4));  // bins are as wide but for rounding
-    double least = 1, mass = 0;                                // e^x at the far end of a bin
-    size_t last = 0;
-    for (; last < kBins; ++last) {
-      mass += in_bin[last] * (least *= step);
-      if (mass >= enough) break;
+    for (int64_t i = 0; i < count; i += every) {
+      const float below = maximum_ - value_of_key(static_cast<uint32_t>(keys_[i] >> 32));
+      ++in_bin[static_cast<size_t>(std::min(static_cast<int>(below * scale), kBins - 1))];
     }
+    const double step = std::exp(-span / kBins * (1 + 1e-4));  // bins are as wide but for rounding
+    const double wanted = every == 1 ? enough : 1.02 * enough / static_cast<double>(every);
+    double least = 1, mass = 0;  // e^x at the far end of a bin
+    int last = 0;
+    for (; last < kBins; ++last) {
+      mass += in_bin[static_cast<size_t>(last)] * (least *= step);
+      if (mass >= wanted) break;
+    }
+    if (last >= kBins - 1) return count;
+    const double far = double{maximum_} - span / kBins * (last + 1) * (1 + 1e-4);
+    const uint32_t limit = descending_key(static_cast<float>(far));
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
       keys_[kept] = keys_[i];
-      kept += bin_of(keys_[i]) <= last;
+      kept += keys_[i] >> 32 <= limit;
     }
     return kept;
   }

@@ -115,10 +115,7 @@ def _attend(
             read_k = needed[:, None] & in_dim[None, :]
             k = tl.load(k_ptr + k_row[:, None] + dim[None, :] * k_stride_d, read_k, 0.0)  # [BLOCK_N, BLOCK_D]
             scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            if CAPPED:
-                scores = tanh(scores * cap_inner) * cap_outer
-            else:
-                scores = scores * scale_log2
+            scores = tanh(scores * cap_inner) * cap_outer if CAPPED else scores * scale_log2
             seen = (begin_n[None, :] <= query[:, None]) & (query[:, None] < end_n[None, :]) & needed[None, :]
             scores = tl.where(seen, scores, float("-inf"))
 
