@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from saffron.errors import (
 )
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Engine, Handle, Request, SaffronSearch
+from saffron.search import Engine, GreedyDecoding, Handle, Request, SaffronSearch
 from saffron.search.captured_step import CapturedStep
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import ModelPair
@@ -262,20 +263,31 @@ def test_bounds_of_the_queue_and_the_cache() -> None:
         engine.submit(PROMPTS[0])
 
 
-def test_numbers_that_are_not_finite_stop_one_search() -> None:
-    policy, mrm = doubles()
+def test_numbers_that_are_not_finite_stop_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose last token is poisoned come out as NaN, in a prompt or in a step."""
+    policy, mrm = PAIR
     expected = alone(PROMPTS[0], CONFIG, frozenset({1}), (), True).result()
     said = {node["token"] for step in expected.trace or [] for node in step["beam"]}
     poisoned = next(token for token in range(2, 97) if token not in said)
-    with torch.no_grad():
-        policy.model.get_input_embeddings().weight[poisoned] = torch.nan
-    engine = make((policy, mrm))
+    read, step = policy.read, policy.step
+
+    def poison(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(torch.tensor(tokens)[:, None] == poisoned, torch.nan)
+
+    def bad_read(sequences):
+        leaves, logits = read(sequences)
+        return leaves, poison([s[-1] for s in sequences], logits)
+
+    monkeypatch.setattr(policy, "read", bad_read)
+    monkeypatch.setattr(policy, "step", lambda rows, parents, tokens: poison(tokens, step(rows, parents, tokens)))
+    engine = make()
     good, bad = engine.submit(PROMPTS[0]), engine.submit(Request((0, poisoned), (0, 4)))
     late = engine.submit(Request((0, 5), (0, 4)), replace(CONFIG, top_p=1.0, width=97, max_new_tokens=3))
     engine.run()
     for handle in (bad, late):
         with pytest.raises(NumericalError, match="policy"):
             handle.result()
+    assert not bad.tree.steps and late.tree.steps
     assert good.result().tokens == expected.tokens
     assert policy.kv.num_nodes == mrm.kv.num_nodes == policy.kv.reserved == 0
 
@@ -352,3 +364,40 @@ def test_a_thread_of_its_own() -> None:
             thread.join()
     assert not wrong and answered[0] + cancelled[0] == 36 and answered[0] >= 24
     assert PAIR[0].kv.num_nodes == PAIR[1].kv.num_nodes == PAIR[0].kv.reserved == 0
+
+
+@pytest.mark.parametrize("shared", ["search", "policy"])
+def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
+    """Where no engine owns the models: every answer is right, whatever the caches do meanwhile."""
+    policy, mrm = doubles(capacity=4)  # they grow while others are in them
+    searches = [SaffronSearch(policy, mrm, CONFIG)]
+    searches += searches if shared == "search" else [SaffronSearch(policy, mrm, CONFIG)]
+    greedy = GreedyDecoding(policy, 8)
+    expected = [alone(request, CONFIG, frozenset({1}), (), False).result() for request in PROMPTS]
+    undefended = [r.tokens for r in greedy.search(PROMPTS)]
+    wrong: list[object] = []
+
+    def client(search: SaffronSearch, first: int) -> None:
+        try:
+            for i in range(len(PROMPTS)):
+                which = (first + i) % len(PROMPTS)
+                (result,) = search.search([PROMPTS[which]])
+                (plain,) = greedy.search([PROMPTS[which]])
+                if result.tokens != expected[which].tokens or plain.tokens != undefended[which]:
+                    wrong.append((which, result))
+        except BaseException as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=client, args=(searches[i % 2], i)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    for model in (policy, mrm):
+        assert model.kv.num_nodes == model.kv.reserved == 0 and model.kv.capacity == model.kv.k.shape[1] > 4

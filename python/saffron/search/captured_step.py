@@ -325,7 +325,7 @@ class CapturedStep(EagerStep):
         self.config, self.groups, self._capture = config, groups, capture
         self.forest: StaticForest | None = None
         self._searches: list[Handle] = []  # by group
-        self._changed = False
+        self._gone: set[Handle] = set()  # of them: those that have left since
 
     def check(self, search: Handle) -> None:
         """Raises `ConfigError` for a search that cannot run in this forest."""
@@ -350,18 +350,18 @@ class CapturedStep(EagerStep):
     @property
     def room(self) -> int:
         """Places for further searches."""
-        return self.groups - len({*self._searches, *self.policy.prompts})
+        return self.groups - len({*self._searches, *self.policy.prompts} - self._gone)
 
     def step(self, batch: Batch) -> list[StepRecord]:
         joining = self._read()
-        if joining or self._changed:
-            batch.rows = [*batch.rows, *(Row(search, search.tree.beam[0]) for search in joining)]
+        batch.rows = [*batch.rows, *(Row(search, search.tree.beam[0]) for search in joining)]
         if not batch.rows:
+            self._searches, self._gone = [], set()
             return []
         searches = list(dict.fromkeys(row.search for row in batch.rows))
         left = max(search.config.max_new_tokens - len(search.tree.steps) for search in searches)
         steps = min(left, 1 if self.policy.prompts.keys() - set(joining) else EVERY)
-        if joining or self._changed or not self._fits(steps):
+        if joining or self._gone or not self._fits(steps):
             self._rebuild(batch, searches, joining, left)
         assert self.forest is not None
         models = self.models.policy, self.models.mrm
@@ -378,11 +378,11 @@ class CapturedStep(EagerStep):
     def leave(self, searches: Collection[Handle]) -> None:
         for reader in (self.policy, self.mrm):
             reader.leave(searches, None)
-        self._changed |= any(search in searches for search in self._searches)
+        self._gone |= {search for search in self._searches if search in searches}
 
     def close(self) -> None:
         self.leave({*self.policy.prompts, *self.mrm.prompts})
-        self._searches, self._changed = [], False
+        self._searches, self._gone = [], set()
 
     def _fits(self, steps: int) -> bool:
         forest = self.forest
@@ -409,7 +409,7 @@ class CapturedStep(EagerStep):
             room = [1 << (n - 1).bit_length() for n in wanted]
             forest = StaticForest(self.models, self.config, self.groups, (room[0], room[1]), self._capture)
         forest.lay_out(batch.rows, batch.finished, searches, parts)
-        self.forest, self._searches, self._changed = forest, searches, False
+        self.forest, self._searches, self._gone = forest, searches, set()
         for reader in (self.policy, self.mrm):
             reader.leave(joining, None)  # their prompts are in the buffers
 
