@@ -138,11 +138,11 @@ def test_analytic_flops_are_what_torch_counts() -> None:
     assert counter.get_total_flops() - square in (0, rotary)  # dense attention computes the masked half as well
 
 
-def test_blind_steps_keep_the_policys_order() -> None:
+def test_steps_of_unseen_tokens_keep_the_policys_order() -> None:
     policy, mrm = tiny.pair()
     mrm.unseen = torch.ones_like(mrm.unseen)  # type: ignore[arg-type]
     (result,) = SaffronSearch(policy, mrm, replace(CONFIG, width=1)).search(REQUESTS[:1])
-    assert all(step.blind for step in result.steps)
+    assert all(step.all_unseen for step in result.steps)
     greedy: list[int] = []
     model = tiny.model(attention="eager")
     while len(greedy) < CONFIG.max_new_tokens and 1 not in greedy:

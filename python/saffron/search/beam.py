@@ -30,7 +30,7 @@ class BeamConfig(DrawingConfig):
         check_whole(self, width=1, children=1, step_tokens=1)
 
 
-class BeamSearch(Decoder):
+class BeamSearch(Decoder[BeamConfig]):
     """Beam search guided by a process reward model (SAFFRON-1, section 3, "beam search" with `children`).
 
     Each step every beam proposes `children` continuations, the reward model scores each, and the `width` of the
@@ -50,7 +50,6 @@ class BeamSearch(Decoder):
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
-        assert isinstance(config, BeamConfig)
         beams = [[Candidate((), 0.0)] for _ in range(batch.size)]
         for done in range(0, config.max_new_tokens, config.step_tokens):
             live = [(g, beam.tokens) for g, mine in enumerate(beams) for beam in mine if batch.goes_on(beam.tokens)]
@@ -69,7 +68,6 @@ class BeamSearch(Decoder):
     def _children(self, batch: SearchBatch, live: list[Owned]) -> list[Owned]:
         """All continuations of the live beams; the policy's cache then holds what leads to them."""
         config = self.config
-        assert isinstance(config, BeamConfig)
         logits = batch.logits(live)
         reading = set(live)
         batch.policy.retain(lambda g, r: (g, r) in reading)

@@ -26,7 +26,7 @@ class BestOfNConfig(DrawingConfig):
         check_whole(self, n=1)
 
 
-class BestOfN(Decoder):
+class BestOfN(Decoder[BestOfNConfig]):
     """Best-of-N sampling (Stiennon et al., 2020, arXiv 2009.01325, as SAFFRON-1 compares with it).
 
     N responses are drawn independently from the policy's nucleus, all N step by step at once; prefixes that samples
@@ -40,7 +40,6 @@ class BestOfN(Decoder):
         super().__init__(policy, RewardScorer(policy, reward), config or BestOfNConfig())
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
-        assert isinstance(self.config, BestOfNConfig)
         n, steps = self.config.n, self.config.max_new_tokens
         grown = sample(
             batch,

@@ -43,7 +43,7 @@ class _Node:
     score: float
 
 
-class DeAL(Decoder):
+class DeAL(Decoder[DeALConfig]):
     """Decoding-time alignment (Huang et al., 2024, arXiv 2402.06147, section 3): heuristic-guided search.
 
     Each step the policy's most probable tokens are candidates. A candidate's heuristic is the reward of the response
@@ -63,7 +63,6 @@ class DeAL(Decoder):
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
-        assert isinstance(config, DeALConfig)
         proposer = Proposer(batch, config.children)
         beams = [[_Node((), 0.0, 0.0)] for _ in range(batch.size)]
         for step in range(config.max_new_tokens):

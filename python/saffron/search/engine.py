@@ -398,7 +398,7 @@ class Engine:
                 reward_model_calls=len(expanded),
                 policy_flops=policy.flops - sum(s.policy_flops for s in steps),
                 reward_flops=reward.flops - sum(s.reward_flops for s in steps),
-                blind=all_unseen,
+                all_unseen=all_unseen,
             )
         )
 

@@ -55,7 +55,7 @@ class TreeNode:
         return self.value / self.visits if self.visits else 0.0
 
 
-class MCTS(Decoder):
+class MCTS(Decoder[MCTSConfig]):
     """Monte Carlo tree search by UCT (Kocsis and Szepesvari, 2006), with a reward model for the value of a response.
 
     For each token of the answer, simulations are run until the root has been visited `simulations` times: *selection*
@@ -78,7 +78,6 @@ class MCTS(Decoder):
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
-        assert isinstance(config, MCTSConfig)
         proposer = Proposer(batch, config.children)
         roots = [TreeNode(()) for _ in range(batch.size)]
         for step in range(config.max_new_tokens):
@@ -101,7 +100,6 @@ class MCTS(Decoder):
     def simulate(self, batch: SearchBatch, proposer: Proposer, roots: list[tuple[int, TreeNode]]) -> None:
         """One simulation in each tree: selection, expansion, rollout, backup."""
         config = self.config
-        assert isinstance(config, MCTSConfig)
         paths = [self._select(root) for _, root in roots]
         reached = [(g, path[-1]) for (g, _), path in zip(roots, paths, strict=True)]
         # The first visit of a node is its own rollout; the second goes on to its first child.
@@ -120,7 +118,7 @@ class MCTS(Decoder):
                 node.value += value
 
     def _undecided(self, root: TreeNode) -> bool:
-        assert isinstance(self.config, MCTSConfig) and root.children
+        assert root.children
         return len(root.children) > 1 and root.visits < self.config.simulations
 
     def _select(self, root: TreeNode) -> list[TreeNode]:
@@ -131,7 +129,6 @@ class MCTS(Decoder):
         return path
 
     def _urgency(self, parent: TreeNode, child: TreeNode) -> float:
-        assert isinstance(self.config, MCTSConfig)
         if child.visits == 0:
             return math.inf
         return child.mean + self.config.exploration * math.sqrt(math.log(parent.visits) / child.visits)

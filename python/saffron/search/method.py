@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Owned, Reward, RewardScorer
 
 Progress = Callable[[int, int], None]
+ConfigT = TypeVar("ConfigT", bound=DecodingConfig)
 
 
 class Method(Protocol):
@@ -146,7 +147,7 @@ class SearchBatch:
         return Cost.of(self.policy.tallies[search], reward, seconds)
 
 
-class Decoder(ABC):
+class Decoder(ABC, Generic[ConfigT]):
     """A method over one policy, with or without a reward model.
 
     Args:
@@ -155,7 +156,7 @@ class Decoder(ABC):
         config: hyperparameters.
     """
 
-    def __init__(self, policy: Policy, scorer: RewardScorer | None, config: DecodingConfig) -> None:
+    def __init__(self, policy: Policy, scorer: RewardScorer | None, config: ConfigT) -> None:
         self.policy, self.scorer, self.config = policy, scorer, config
         self.end_tokens = frozenset(policy.end_tokens)
 

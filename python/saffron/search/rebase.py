@@ -33,7 +33,7 @@ class RebaseConfig(DrawingConfig):
         check_number(self, balance=True)
 
 
-class Rebase(Decoder):
+class Rebase(Decoder[RebaseConfig]):
     """Reward-balanced search (Wu et al., 2024, arXiv 2408.00724, section 3).
 
     The root is expanded `width` times. Then, in every step, the reward model scores the new nodes, and node `j` is
@@ -54,7 +54,6 @@ class Rebase(Decoder):
 
     def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
-        assert isinstance(config, RebaseConfig)
         leaves: list[list[Candidate]] = [[] for _ in range(batch.size)]
         live = [(g, Candidate((), 0.0)) for g in range(batch.size)]
         for done in range(0, config.max_new_tokens, config.step_tokens):

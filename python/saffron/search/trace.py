@@ -49,7 +49,7 @@ def trace_step(
     ]  # fmt: skip
     return {
         "step": expanded[0].depth,
-        "blind": all_unseen,
+        "all_unseen": all_unseen,
         "expanded": [{"node": n.id, "candidates": c} for n, c in zip(expanded, candidates, strict=True)],
         "beam": beam,
     }

@@ -17,7 +17,7 @@ class SamplingConfig(DrawingConfig):
     min_new_tokens: int = 0
 
 
-class GreedyDecoding(Decoder):
+class GreedyDecoding(Decoder[DecodingConfig]):
     """The most probable next token, again and again. The score is the log-probability of the tokens.
 
     Args:
@@ -65,7 +65,7 @@ class GreedyDecoding(Decoder):
         return [Candidate(tuple(response), score) for response, score in zip(responses, scores, strict=True)]
 
 
-class Sampling(Decoder):
+class Sampling(Decoder[SamplingConfig]):
     """The next token drawn from the policy's nucleus, again and again. The score is the log-probability of the tokens.
 
     (Top-p sampling: Holtzman et al., 2020, arXiv 1904.09751.)
