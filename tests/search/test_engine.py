@@ -29,7 +29,7 @@ from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import Engine, GreedyDecoding, Handle, Request, SaffronSearch
 from saffron.search.captured_step import CapturedStep
 from saffron.search.config import SearchConfig
-from saffron.search.eager_step import ModelPair
+from saffron.search.model_pair import ModelPair
 
 
 def doubles(seed: int = 0, **options: object) -> tuple[Policy, MultifurcationRewardModel]:

@@ -281,7 +281,7 @@ def test_through_text_encodes_only_the_end_anew(text_search: SaffronSearch, monk
     read: list[list[int]] = []
     plain_read, encode = mrm.read, mrm.encode
     encoded: list[int] = []
-    monkeypatch.setattr("saffron.search.eager_step.same_tokens", lambda *_: False)
+    monkeypatch.setattr("saffron.search.model_pair.same_tokens", lambda *_: False)
     monkeypatch.setattr(mrm, "read", lambda sequences: read.extend(sequences) or plain_read(sequences))
     monkeypatch.setattr(mrm, "encode", lambda text: encoded.append(len(text)) or encode(text))
     search = SaffronSearch(policy, mrm, replace(CONFIG, max_new_tokens=24, min_new_tokens=24))

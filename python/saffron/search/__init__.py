@@ -9,6 +9,7 @@ from saffron.search.handle import Handle
 from saffron.search.mcts import MCTS, MCTSConfig
 from saffron.search.method import Candidate, Decoder, Method
 from saffron.search.methods import METHODS, GreedyConfig, Kind, parse_config, parse_method
+from saffron.search.model_pair import ModelPair
 from saffron.search.rebase import Rebase, RebaseConfig
 from saffron.search.saffron import SaffronSearch
 from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Kind",
     "MCTSConfig",
     "Method",
+    "ModelPair",
     "Rebase",
     "RebaseConfig",
     "Request",

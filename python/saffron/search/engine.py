@@ -12,13 +12,12 @@ import torch
 from saffron.errors import CapacityError, EngineClosedError, QueueFullError
 from saffron.models.trie_model import TrieModel
 from saffron.search.config import Request, SearchConfig
-from saffron.search.eager_step import EagerStep, ModelPair
+from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle
+from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
-from saffron.search.result import StepStatistics
+from saffron.search.statistics import charge, count_step, trace_step
 from saffron.search.step import Batch, Step, StepRecord
-from saffron.search.trace import trace_step
-from saffron.search.tree import Node
 
 
 class Engine:
@@ -66,7 +65,6 @@ class Engine:
         self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
         self.prefill_tokens = prefill_tokens
         self._step: Step = step or EagerStep(models)
-        self._vocab = self.policy.vocab_size
         # Of the forest: held during a step.
         self._lock, self._stepping = threading.RLock(), False
         self._searches: dict[Handle, tuple[int, int]] = {}  # that prefill or run: slots set aside for each
@@ -336,7 +334,7 @@ class Engine:
         for child in record.children:
             children[rows[child[0]].search].append(child)
         kept = [finished[i] for i in record.kept]
-        self._charge(rows)
+        charge(self.models, rows)
         new, ended = list[Row](), list[Row]()
         for search, indices in mine.items():
             if search in record.failures and search not in record.all_unseen:
@@ -349,9 +347,11 @@ class Engine:
             else:
                 stay = [node for node in tree.beam if node.finished]
             live = tree.expand(nodes, stay, search.config.ranking, search.step_width)
-            self._count(search, expanded, [record.nucleus_sizes[i] for i in indices], record.all_unseen[search])
+            sizes = [record.nucleus_sizes[i] for i in indices]
+            count_step(self.models, search, len(expanded), sizes, record.all_unseen[search])
             if tree.trace is not None and record.outputs is not None:
-                self._trace(search, expanded, indices, record)
+                logits, hidden = (x[indices] for x in record.outputs)
+                tree.trace.append(trace_step(self.models, search, expanded, logits, hidden, record.all_unseen[search]))
             if len(tree.steps) == search.config.max_new_tokens:
                 live = []
             going_on = set(live)
@@ -362,59 +362,9 @@ class Engine:
         self._batch = Batch(new, [*kept, *ended])
         return [search for search in {**mine, **record.failures} if search in self._searches]
 
-    def _charge(self, rows: list[Row]) -> None:
-        """Counts what running the rows has cost, each search as if alone; what reads text keeps its own account."""
-        for side, model in enumerate((self.policy, self.mrm)):
-            if side and not self.models.same:
-                return
-            flops, shared = model.flops, model.share_prefixes
-            for search, node in rows:
-                request = search.request
-                length = len(request.reward if side else request.policy) + node.depth
-                tally = search.tree.tallies[side]
-                if node.depth and shared:
-                    tally.add(flops.token(length - 1), 1)
-                else:
-                    tally.add(flops.prompt(length), length)
-
     def _ended(self, search: Handle) -> bool:
         tree = search.tree
         return len(tree.steps) == search.config.max_new_tokens or not tree.live
-
-    def _count(self, search: Handle, expanded: list[Node], sizes: list[int], all_unseen: bool) -> None:
-        tree = search.tree
-        policy, reward = tree.tallies
-        policy.flops += len(expanded) * self._vocab * self.policy.flops.per_head_row
-        reward.flops += sum(sizes) * self.mrm.flops.per_head_row
-        live, steps = len(tree.live), tree.steps
-        steps.append(
-            StepStatistics(
-                step=len(steps),
-                live=live,
-                finished=len(tree.beam) - live,
-                nucleus_sizes=sizes,
-                candidates=sum(sizes),
-                trie_nodes=len(search.request.policy) + tree.cached,
-                reward_model_calls=len(expanded),
-                policy_flops=policy.flops - sum(s.policy_flops for s in steps),
-                reward_flops=reward.flops - sum(s.reward_flops for s in steps),
-                all_unseen=all_unseen,
-            )
-        )
-
-    def _trace(self, search: Handle, expanded: list[Node], rows: list[int], record: StepRecord) -> None:
-        assert search.tree.trace is not None and record.outputs is not None
-        logits, hidden = (x[rows] for x in record.outputs)
-        config, tokenizer = search.config, self.policy.tokenizer
-        banned = expanded[0].depth < config.min_new_tokens
-        ends = torch.tensor(sorted(search.end_tokens), dtype=torch.int32, device=logits.device) if banned else None
-        search.tree.trace.append(
-            trace_step(
-                search.tree, expanded, logits, hidden, self.models.head(config.lm_head_bias), config.unseen_reward,
-                config.top_p, ends, record.all_unseen[search],
-                lambda token: "" if tokenizer is None else str(tokenizer.decode([token])),
-            )
-        )  # fmt: skip
 
     def _report(self, search: Handle) -> None:
         if search.on_step is not None and search.error is None:

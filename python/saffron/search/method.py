@@ -33,7 +33,7 @@ class Method(Protocol):
         """Answers prompts, all in one forest of tries.
 
         Args:
-            prompts: user turns.
+            prompts: user turns; a string is one prompt.
             prefill: how the answers are forced to begin: one text for all prompts, or one each. Reward models are not
                 shown it: what was forced on the policy is left out of the safety evaluation.
             progress: called with (steps done, steps at most) along the way.
@@ -164,6 +164,7 @@ class Decoder(ABC, Generic[ConfigT]):
         self, prompts: Sequence[str], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
     ) -> list[SearchResult]:
         """Answers prompts, all in one forest of tries; see `Method.generate`."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         prefills = one_each(prompts, prefill)
         requests = [
             Request(

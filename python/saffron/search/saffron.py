@@ -16,10 +16,10 @@ from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured_step import CapturedStep, why_not_captured
 from saffron.search.config import Request, SearchConfig
-from saffron.search.eager_step import ModelPair
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
 from saffron.search.method import Progress, one_each
+from saffron.search.model_pair import ModelPair
 from saffron.search.result import SearchResult
 from saffron.search.tree import Tree
 

@@ -1,0 +1,30 @@
+"""The policy and the MRM of a search."""
+
+from __future__ import annotations
+
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.search.hand_over import Head, head_for, same_tokens
+
+
+class ModelPair:
+    """A policy and an MRM that fit each other.
+
+    Attributes:
+        same: they share a tokenizer; otherwise responses reach the MRM as text.
+        vocab_size: of the policy.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+
+    def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
+        self.policy, self.mrm = policy, mrm
+        self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
+        self._heads = {True: head_for(policy, mrm, True)}
+
+    def head(self, trained_bias: bool) -> Head:
+        """The MRM's head by the policy's token ids."""
+        if trained_bias not in self._heads:
+            self._heads[trained_bias] = head_for(self.policy, self.mrm, trained_bias)
+        return self._heads[trained_bias]
