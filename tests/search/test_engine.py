@@ -26,7 +26,7 @@ from saffron.errors import (
 )
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Engine, GreedyDecoding, Handle, Request, SaffronSearch
+from saffron.search import Engine, GreedyDecoding, Handle, Request, SaffronSearch, parse_method
 from saffron.search.captured_step import CapturedStep
 from saffron.search.config import SearchConfig
 from saffron.search.model_pair import ModelPair
@@ -364,6 +364,27 @@ def test_a_thread_of_its_own() -> None:
             thread.join()
     assert not wrong and answered[0] + cancelled[0] == 36 and answered[0] >= 24
     assert PAIR[0].kv.num_nodes == PAIR[1].kv.num_nodes == PAIR[0].kv.reserved == 0
+
+
+def test_other_methods_run_between_the_steps() -> None:
+    models = tiny.trio()
+    engine = make((models.policy, models.mrm), prefill_tokens=None)
+    prompt = Request(tuple(models.policy.chat("hello there")), tuple(models.guard.context_tokens("hello there")))
+    methods = [parse_method(name, models, n=3, width=2, max_new_tokens=5) for name in ("best-of-n", "beam", "greedy")]
+    long = engine.submit(PROMPTS[0], replace(CONFIG, max_new_tokens=40, min_new_tokens=40))
+    jobs = [engine.submit_job(method, prompt) for method in methods]  # type: ignore[arg-type]
+    stopped = engine.submit_job(methods[0], prompt)  # type: ignore[arg-type]
+    engine.step()
+    stopped.cancel()
+    for steps in range(2, 40):
+        engine.step()
+        assert len(long.tree.steps) == steps
+    assert isinstance(stopped.error, CancelledError) and not long.done
+    for job, method in zip(jobs, methods, strict=True):
+        (alone,) = method.search([prompt])  # type: ignore[attr-defined]
+        assert job.result(0).tokens == alone.tokens and job.result(0).cost == alone.cost
+    engine.close(drain=False)
+    assert models.policy.kv.num_nodes == models.mrm.kv.num_nodes == models.guard.kv.num_nodes == 0
 
 
 @pytest.mark.parametrize("shared", ["search", "policy"])

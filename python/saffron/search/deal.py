@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
 from saffron.search.rewards import Owned, RewardModel, RewardScorer
@@ -61,7 +61,7 @@ class DeAL(Decoder[DeALConfig]):
     def __init__(self, policy: Policy, reward: RewardModel, config: DeALConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward), config or DeALConfig())
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
         proposer = Proposer(batch, config.children)
         beams = [[_Node((), 0.0, 0.0)] for _ in range(batch.size)]
@@ -79,7 +79,7 @@ class DeAL(Decoder[DeALConfig]):
                 beams[g].append(_Node(response, chance, config.policy_weight * chance + reward))
             beams = [sorted(mine, key=lambda node: -node.score)[: config.width] for mine in beams]
             _forget(proposer, step + 1, {(g, node.tokens) for g, mine in enumerate(beams) for node in mine})
-            progress(step + 1, config.max_new_tokens)
+            yield step + 1, config.max_new_tokens
         best = [max(mine, key=lambda node: (node.score, batch.ended(node.tokens))) for mine in beams]
         return [Candidate(node.tokens, node.score) for node in best]
 

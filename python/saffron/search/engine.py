@@ -6,14 +6,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-from saffron.errors import CapacityError, EngineClosedError, QueueFullError
+from saffron.errors import CapacityError, ConfigError, EngineClosedError, QueueFullError
 from saffron.models.trie_model import TrieModel
 from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import EagerStep
-from saffron.search.handle import Handle
+from saffron.search.handle import Handle, Job
+from saffron.search.method import Decoder
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
 from saffron.search.statistics import charge, count_step, trace_step
@@ -70,7 +72,7 @@ class Engine:
         self._searches: dict[Handle, tuple[int, int]] = {}  # that prefill or run: slots set aside for each
         self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
         # Of the queue.
-        self._changed, self._waiting = threading.Condition(), deque[Handle]()
+        self._changed, self._waiting, self._jobs = threading.Condition(), deque[Handle](), list[Job]()
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -104,15 +106,36 @@ class Engine:
         handle = Handle(self, request, config or self.config, ends, trace=trace, max_width=max_width, on_step=on_step)
         self._check(handle, index)
         with self._changed:
-            if self._closed:
-                raise EngineClosedError("the engine is closed")
-            if self.queue is not None and len(self._waiting) >= self.queue:
-                raise QueueFullError(f"queue: {self.queue} requests are waiting already")
+            self._open()
             self._waiting.append(handle)
             self._changed.notify_all()
         return handle
 
     add = submit
+
+    def submit_job(self, method: Decoder[Any], request: Request) -> Job:
+        """Runs another method on the engine's thread, a forward pass or two between steps of the searches.
+
+        Raises:
+            ConfigError, PromptTooLongError: a request that cannot be run, or caches that do not grow (other methods do
+            not say what they need at most). QueueFullError, EngineClosedError.
+        """
+        for model in (method.policy, *([method.scorer.model] if method.scorer else [])):
+            if not model.kv.grow:
+                raise ConfigError(f"method: got {type(method).__name__}, which needs caches that grow")
+        method.check([request])
+        job = Job(self, method.run([request]))
+        with self._changed:
+            self._open()
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job
+
+    def _open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self.queue is not None and len(self._waiting) + len(self._jobs) >= self.queue:
+            raise QueueFullError(f"queue: {self.queue} requests are waiting already")
 
     def cancel(self, handle: Handle) -> None:
         """Ends a search without an answer; its slots come back at once, or after the step that is running."""
@@ -141,7 +164,7 @@ class Engine:
             try:
                 self._drop()
                 self._admit()
-                went_on = self._run()
+                went_on = self._run() | self._run_jobs()
             except Exception as error:
                 self._end_all(error)
                 went_on = True
@@ -163,12 +186,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any search runs or waits."""
-        return bool(self._searches or self._waiting)
+        return bool(self._searches or self._waiting or self._jobs)
 
     @property
     def running(self) -> int:
-        """Searches that have been admitted."""
-        return len(self._searches)
+        """Searches that have been admitted, and other methods."""
+        return len(self._searches) + len(self._jobs)
 
     @property
     def waiting(self) -> int:
@@ -190,8 +213,8 @@ class Engine:
         with self._changed:
             self._closed = True
             if not drain:
-                for handle in [*self._waiting, *self._searches]:
-                    handle.cancelled = True
+                for pending in [*self._waiting, *self._searches, *self._jobs]:
+                    pending.cancelled = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -323,6 +346,13 @@ class Engine:
             if not search.done and self._ended(search):
                 search.finish(self._text)
         return bool(running or self._searches)
+
+    def _run_jobs(self) -> bool:
+        for job in list(self._jobs):
+            job.advance()
+            if job.done:
+                self._jobs.remove(job)
+        return bool(self._jobs)
 
     def _apply(self, record: StepRecord) -> list[Handle]:
         """What one step chose becomes the trees' new beams, and the batch of the next step."""

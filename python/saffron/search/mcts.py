@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
 from saffron.search.rewards import RewardModel, RewardScorer
@@ -76,7 +76,7 @@ class MCTS(Decoder[MCTSConfig]):
     def __init__(self, policy: Policy, reward: RewardModel, config: MCTSConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward), config or MCTSConfig())
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
         proposer = Proposer(batch, config.children)
         roots = [TreeNode(()) for _ in range(batch.size)]
@@ -87,12 +87,13 @@ class MCTS(Decoder[MCTSConfig]):
             self._expand(proposer, [(g, roots[g]) for g in live])
             while searching := [g for g in live if self._undecided(roots[g])]:
                 self.simulate(batch, proposer, [(g, roots[g]) for g in searching])
+                yield None
             for g in live:
                 roots[g] = chosen(roots[g])
             at = {(g, root.response) for g, root in enumerate(roots)}
             parents = {(g, response[:-1]) for g, response in at}
             proposer.retain(lambda g, r, d=step + 1, at=at, up=parents: (g, r[:d]) in at or (g, r) in up)  # type: ignore[misc]
-            progress(step + 1, config.max_new_tokens)
+            yield step + 1, config.max_new_tokens
         responses = [root.response for root in roots]
         rewards = batch.score(list(enumerate(responses)))
         return [Candidate(response, reward) for response, reward in zip(responses, rewards, strict=True)]

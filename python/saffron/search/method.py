@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -21,6 +21,8 @@ from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Owned, Reward, RewardScorer
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
+Steps = Generator[tuple[int, int] | None, None, T]  # work that yields between its forward passes, at times its progress
 ConfigT = TypeVar("ConfigT", bound=DecodingConfig)
 
 
@@ -179,14 +181,27 @@ class Decoder(ABC, Generic[ConfigT]):
     @torch.inference_mode()
     def search(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[SearchResult]:
         """`generate` for token ids. Equal requests are searched once."""
-        self._check(requests)
+        steps = self.run(requests)
+        try:
+            while True:
+                done = next(steps)
+                if progress is not None and done is not None:
+                    progress(*done)
+        except StopIteration as end:
+            return list(end.value)
+        finally:
+            steps.close()
+
+    def run(self, requests: Sequence[Request]) -> Steps[list[SearchResult]]:
+        """`search` in steps: whoever runs it may do other things between them, or close it to give the caches back."""
+        self.check(requests)
         if not requests:
             return []
         started = time.perf_counter()
         distinct = list(dict.fromkeys(requests))
         batch = SearchBatch(self.policy, self.scorer, self.config, self.end_tokens, distinct)
         try:
-            answers = self._decode(batch, progress or (lambda done, total: None))
+            answers = yield from self._decode(batch)
         finally:
             batch.close()
         seconds = (time.perf_counter() - started) / len(requests)
@@ -197,10 +212,10 @@ class Decoder(ABC, Generic[ConfigT]):
         return [found[request] for request in requests]
 
     @abstractmethod
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
-        """The method itself: an answer for each search of the batch."""
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
+        """The method itself: returns an answer for each search, and yields between its forward passes."""
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
         for i, request in enumerate(requests):
             self.policy.check_tokens(f"requests[{i}]", request.policy)
             self.policy.check_length(f"prompt {i}", len(request.policy), self.config.max_new_tokens)

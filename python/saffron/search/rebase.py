@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_number, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
 
@@ -52,7 +52,7 @@ class Rebase(Decoder[RebaseConfig]):
     def __init__(self, policy: Policy, reward: RewardModel, config: RebaseConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward), config or RebaseConfig())
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
         leaves: list[list[Candidate]] = [[] for _ in range(batch.size)]
         live = [(g, Candidate((), 0.0)) for g in range(batch.size)]
@@ -62,7 +62,7 @@ class Rebase(Decoder[RebaseConfig]):
                 mine = [node for owner, node in live if owner == g]
                 shares = allocate([node.score for node in mine], config.width - len(leaves[g]), config.balance)
                 parents += [(g, node.tokens) for node, share in zip(mine, shares, strict=True) for _ in range(share)]
-            children = sample(batch, parents, config.step_tokens, [batch.draws[g] for g, _ in parents])
+            children = yield from sample(batch, parents, config.step_tokens, [batch.draws[g] for g, _ in parents])
             rewards = batch.score(children)
             live = []
             for (g, response), reward in zip(children, rewards, strict=True):
@@ -72,7 +72,7 @@ class Rebase(Decoder[RebaseConfig]):
                 else:
                     leaves[g].append(node)
             batch.retain_leaves((g, node.tokens) for g, node in live)
-            progress(min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens)
+            yield min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens
             if not live:
                 break
         return [max(mine, key=lambda leaf: (leaf.score, batch.ended(leaf.tokens))) for mine in leaves]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, DrawingConfig
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import log_probability, sample
 
 
@@ -30,7 +30,7 @@ class GreedyDecoding(Decoder[DecodingConfig]):
         config = DecodingConfig(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
         super().__init__(policy, None, config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         policy, tallies = self.policy, batch.policy.tallies
         flops, head = policy.flops, policy.vocab_size * policy.flops.per_head_row
         contexts = list(batch.policy.contexts.values())
@@ -48,7 +48,7 @@ class GreedyDecoding(Decoder[DecodingConfig]):
                     tallies[search].flops += head
                     scores[search] += chance
                     responses[search].append(token)
-                progress(step + 1, self.config.max_new_tokens)
+                yield step + 1, self.config.max_new_tokens
                 going = [row for row, search in enumerate(live) if batch.goes_on(tuple(responses[search]))]
                 if not going:
                     break
@@ -74,14 +74,14 @@ class Sampling(Decoder[SamplingConfig]):
     def __init__(self, policy: Policy, config: SamplingConfig | None = None) -> None:
         super().__init__(policy, None, config or SamplingConfig())
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         steps, scores = self.config.max_new_tokens, [0.0] * batch.size
-        grown = sample(
+        grown = yield from sample(
             batch,
             [(search, ()) for search in range(batch.size)],
             steps,
             [batch.stream(search, 0) for search in range(batch.size)],
-            on_step=lambda done: progress(done, steps),
+            report=True,
             chances=scores,
         )
         return [Candidate(response, score) for (_, response), score in zip(grown, scores, strict=True)]
