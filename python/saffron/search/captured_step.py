@@ -103,7 +103,7 @@ class CapturedStep(EagerStep):
         self._gone |= {search for search in self._searches if search in searches}
 
     def close(self) -> None:
-        self.leave({*self.policy.prompts, *self.mrm.prompts})
+        super().close()
         self._searches, self._gone = [], set()
 
     def _fits(self, steps: int) -> bool:

@@ -78,7 +78,9 @@ class EagerStep:
             self._number([self._rows[i] for i in keep])
 
     def close(self) -> None:
-        self.leave({*self.policy.prompts, *self.mrm.prompts, *(row.search for row in self._rows)})
+        for reader in (self.policy, self.mrm):
+            reader.close()
+        self._rows = []
 
     def _read(self) -> list[Handle]:
         """Searches whose prompts have been read."""

@@ -247,7 +247,9 @@ class Engine:
             model.check_tokens(name, tokens)
             model.check_length(prompt, len(tokens), config.max_new_tokens)
         self._step.check(search)
-        for model, needed in zip(models, self._needs(search), strict=True):
+        for model, needed in zip(
+            models, self.models.slots(search.request, search.max_width, search.config.max_new_tokens), strict=True
+        ):
             kv = model.kv
             limits = [self.cache_tokens, None if kv.grow else kv.capacity]
             limit = min((x for x in limits if x is not None), default=needed)
@@ -257,32 +259,20 @@ class Engine:
                     f" {config.max_new_tokens} new tokens at width {search.max_width}"
                 )
 
-    def _needs(self, search: Handle) -> tuple[int, int]:
-        """Slots that a search needs at most in the caches of policy and MRM (Proposition 2: one per live prefix).
-
-        A response that reaches the MRM through text may take more tokens there, and two steps of it meet in the cache.
-        """
-        request, config = search.request, search.config
-        new = search.max_width * (config.max_new_tokens - 1)
-        through_text = new if self.models.same else 4 * new
-        shared = self.policy.share_prefixes, self.mrm.share_prefixes
-        return (
-            (len(request.policy) + new) * shared[0],
-            (len(request.reward) + through_text) * shared[1],
-        )
-
     def _admit(self) -> None:
         """Lets those that wait join, in their order, as far as there is room."""
         most = self.max_searches
         while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
             search = self._waiting[0]
-            needs = self._needs(search)
+            needs = self.models.slots(search.request, search.max_width, search.config.max_new_tokens)
             if not self.policy.kv.reserve(needs[0], self.cache_tokens):
                 return
             if not self.mrm.kv.reserve(needs[1], self.cache_tokens):
                 self.policy.kv.reserve(-needs[0])
                 return
             self._searches[search] = needs
+            if self.cache_tokens is not None or not self.mrm.kv.grow:
+                search.mrm_slots = needs[1]
             with self._changed:
                 self._waiting.remove(search)
             self._step.add(search)

@@ -113,6 +113,7 @@ class Handle(Pending):
         end_tokens: ids that end its response.
         max_width: the largest width it may be set to.
         tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
+        mrm_slots: set aside for it in the MRM's cache, where that has a limit.
         step_width: the width of the step that is running.
     """
 
@@ -132,6 +133,7 @@ class Handle(Pending):
         self.max_width = config.width if max_width is None else max_width
         self.tree = Tree(trace=[] if trace else None)
         self.on_step, self.seconds = on_step, 0.0
+        self.mrm_slots: int | None = None
         self._width = self.step_width = config.width
         self._said = ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.search.config import Request
 from saffron.search.hand_over import Head, head_for, same_tokens
 
 
@@ -28,3 +29,12 @@ class ModelPair:
         if trained_bias not in self._heads:
             self._heads[trained_bias] = head_for(self.policy, self.mrm, trained_bias)
         return self._heads[trained_bias]
+
+    def slots(self, request: Request, width: int, new_tokens: int) -> tuple[int, int]:
+        """What a search needs at most in the caches of policy and MRM: one slot per live prefix (Proposition 2).
+
+        A response that reaches the MRM as text may take more tokens there, and two steps of it meet in the cache.
+        """
+        new = width * (new_tokens - 1)  # the last token is not run
+        needs = len(request.policy) + new, len(request.reward) + (new if self.same else 4 * new)
+        return needs[0] * self.policy.share_prefixes, needs[1] * self.mrm.share_prefixes

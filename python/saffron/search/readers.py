@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from saffron.errors import PromptTooLongError
+from saffron.errors import CapacityError, PromptTooLongError, SaffronError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import Index, TrieModel
@@ -86,8 +86,10 @@ class Reader:
 
     def join(self, searches: Sequence[Handle]) -> Tensor:
         """Searches whose prompts have been read get a row each, behind the others; returns the outputs there."""
-        prompts = [self.prompts.pop(search) for search in searches]
+        prompts = [self.prompts[search] for search in searches]
         self._join(searches, prompts)
+        for search in searches:
+            del self.prompts[search]
         return torch.cat([prompt.output for prompt in prompts if prompt.output is not None])
 
     def leave(self, searches: Collection[Handle], keep: Sequence[int] | None) -> None:
@@ -98,8 +100,12 @@ class Reader:
         if keep is not None:
             self.model.regroup(self.rows, keep)
 
-    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, PromptTooLongError]:
-        """Which searches cannot go on as the next rows exceed the context: none, as that was checked before."""
+    def close(self) -> None:
+        """Gives everything back, whatever happened before."""
+        self.leave([*self.prompts], [])
+
+    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, SaffronError]:
+        """Which searches cannot go on as the next rows need too much: none, as that was checked before."""
         return {}
 
     def step(self, parents: Sequence[int], rows: Sequence[Row]) -> Tensor:
@@ -125,9 +131,11 @@ class TextReader(Reader):
         self.scorer = PrefixScorer(mrm, {}, head_rows=0)
         # Of each row: text before so many characters keeps these ids whatever follows.
         self._stable: list[tuple[int, Tokens]] = []
+        self._members: set[Handle] = set()
         self._next: tuple[list[tuple[int, Tokens]], list[Tokens]] = [], []
 
     def _join(self, searches: Sequence[Handle], prompts: Sequence[Prompt]) -> None:
+        self._members |= set(searches)
         for search, prompt in zip(searches, prompts, strict=True):
             self.scorer.add(search, prompt.tokens, search.tree.tallies[1], prompt.leaf)
             self._stable.append((0, ()))
@@ -136,12 +144,19 @@ class TextReader(Reader):
         super().leave(searches, None)
         if keep is not None:
             self._stable = [self._stable[row] for row in keep]
+        self._members -= set(searches)
         for search in searches:
             self.scorer.remove(search)
 
-    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, PromptTooLongError]:
-        """Encodes the responses of the next rows; which searches cannot go on, as their text exceeds the context."""
-        stable, responses, failed = [], [], {}
+    def close(self) -> None:
+        self.leave([*self.prompts, *self._members], [])
+
+    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, SaffronError]:
+        """Encodes the responses of the next rows; which searches cannot go on, as their text exceeds the MRM's context
+        or, in a cache with a limit, what was set aside for them."""
+        stable, responses = [], list[Tokens]()
+        failed: dict[Handle, SaffronError] = {}
+        slots = dict.fromkeys((search for search, _ in rows), 0)
         tokenizer = self.model.require_tokenizer()
         for search, node in rows:
             start, ids = self._stable[node.parent.row if node.parent else -1]
@@ -154,6 +169,11 @@ class TextReader(Reader):
                 self.model.check_length("response", len(search.request.reward) + len(responses[-1]))
             except PromptTooLongError as error:
                 failed[search] = error
+            slots[search] += 2 * len(responses[-1])  # the beams before this step are still there
+            if search.mrm_slots is not None and len(search.request.reward) + slots[search] > search.mrm_slots:
+                failed[search] = CapacityError(
+                    f"the response takes more than the {search.mrm_slots} slots of the MRM's cache that were set aside"
+                )
         self._next = stable, responses
         return failed
 

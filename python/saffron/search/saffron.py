@@ -156,7 +156,8 @@ class SaffronSearch:
                     yield [handles[request] for request in requests]
         finally:
             engine.close(drain=False)
-            self._captured = step
+            if step is not None:
+                self._captured = step
 
     def _captured_step(self, config: SearchConfig, groups: int) -> CapturedStep:
         """Buffers for a forest: those of the call before if they do, else new ones."""
