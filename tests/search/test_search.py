@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from searches import CONFIG, REQUESTS, comparable
 from saffron.errors import ConfigError, NumericalError, PromptTooLongError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Request, SaffronSearch, reference
+from saffron.search import BeamConfig, BeamSearch, BestOfN, GreedyDecoding, Request, SaffronSearch, reference
 from saffron.search.config import SearchConfig
 from saffron.search.tree import Node
 
@@ -229,6 +230,33 @@ def test_bad_requests_are_refused_before_anything_runs() -> None:
         SaffronSearch(Policy(tiny.model(vocab_size=120)), mrm)
     with pytest.raises(ConfigError, match="tokenizer"):
         search.generate(["hello"])
+
+
+def test_wrong_objects_are_named() -> None:
+    policy, mrm = tiny.pair()
+    models = tiny.trio()
+    wrong: list[tuple[str, Callable[[], object]]] = [
+        ("mrm: got ProcessRewardModel, expected a Multi", lambda: SaffronSearch(models.policy, models.guard)),  # type: ignore[arg-type]
+        ("policy: got MultifurcationRewardModel, expected a Policy", lambda: SaffronSearch(mrm, mrm)),  # type: ignore[arg-type]
+        ("config: got dict, expected a SearchConfig", lambda: SaffronSearch(policy, mrm, {"width": 3})),  # type: ignore[arg-type]
+        ("config: got BeamConfig", lambda: SaffronSearch(policy, mrm).search(REQUESTS, config=BeamConfig())),  # type: ignore[arg-type]
+        ("config: got SearchConfig, expected a BeamC", lambda: BeamSearch(policy, mrm, SearchConfig())),  # type: ignore[arg-type]
+        ("reward: got Policy, expected a ProcessRewardModel or a M", lambda: BestOfN(policy, policy)),  # type: ignore[arg-type]
+        ("policy: got Multifurcation", lambda: GreedyDecoding(mrm)),  # type: ignore[arg-type]
+        ("prompt: got list, expected one text", lambda: next(SaffronSearch(models.policy, models.mrm).stream(["hi"]))),  # type: ignore[arg-type]
+    ]
+    for message, make in wrong:
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            make()
+
+
+def test_a_string_is_one_prompt_and_a_call_has_its_own_configuration() -> None:
+    models = tiny.trio()
+    search = SaffronSearch(models.policy, models.mrm, CONFIG)
+    (one,) = search.generate("hello there", config=replace(CONFIG, max_new_tokens=2))
+    assert one.prompt == "hello there" and len(one.tokens) == 2
+    (greedy,) = GreedyDecoding(models.policy, 3).generate("hello there")
+    assert len(greedy.tokens) <= 3
 
 
 # --- with text ---

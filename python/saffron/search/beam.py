@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_whole
+from saffron.search.config import DrawingConfig, check_whole, chosen
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import Nuclei, sample
 from saffron.search.rewards import Owned, RewardModel, RewardScorer
@@ -46,7 +46,7 @@ class BeamSearch(Decoder[BeamConfig]):
     """
 
     def __init__(self, policy: Policy, reward: RewardModel, config: BeamConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or BeamConfig())
+        super().__init__(policy, RewardScorer(policy, reward), chosen(config, BeamConfig))
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_whole
+from saffron.search.config import DrawingConfig, check_whole, chosen
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
@@ -37,7 +37,7 @@ class BestOfN(Decoder[BestOfNConfig]):
     """
 
     def __init__(self, policy: Policy, reward: RewardModel, config: BestOfNConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or BestOfNConfig())
+        super().__init__(policy, RewardScorer(policy, reward), chosen(config, BestOfNConfig))
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         n, steps = self.config.n, self.config.max_new_tokens

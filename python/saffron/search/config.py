@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from saffron.errors import ConfigError
 
 Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,23 @@ class DrawingConfig(DecodingConfig):
     def __post_init__(self) -> None:
         DecodingConfig.__post_init__(self)
         check_whole(self, seed=0)
+
+
+def chosen(config: Config | None, kind: type[Config]) -> Config:
+    """The configuration that was given, or that of `kind` where None was.
+
+    Raises:
+        ConfigError: something else was given.
+    """
+    if config is not None and not isinstance(config, kind):
+        raise ConfigError(f"config: got {type(config).__name__}, expected a {kind.__name__}")
+    return kind() if config is None else config
+
+
+def check_model(name: str, model: object, *kinds: type) -> None:
+    """Raises `ConfigError` unless the model is of one of the kinds."""
+    if not isinstance(model, kinds):
+        raise ConfigError(f"{name}: got {type(model).__name__}, expected a {' or a '.join(k.__name__ for k in kinds)}")
 
 
 def check_whole(config: object, **lowest: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, check_number, check_whole
+from saffron.search.config import DecodingConfig, check_number, check_whole, chosen
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
@@ -59,7 +59,7 @@ class DeAL(Decoder[DeALConfig]):
     """
 
     def __init__(self, policy: Policy, reward: RewardModel, config: DeALConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or DeALConfig())
+        super().__init__(policy, RewardScorer(policy, reward), chosen(config, DeALConfig))
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

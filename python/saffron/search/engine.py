@@ -12,9 +12,9 @@ import torch
 
 from saffron.errors import CapacityError, ConfigError, EngineClosedError, QueueFullError
 from saffron.models.trie_model import TrieModel
-from saffron.search.config import Request, SearchConfig
+from saffron.search.config import Request, SearchConfig, chosen
 from saffron.search.eager_step import EagerStep
-from saffron.search.handle import Handle, Job
+from saffron.search.handle import Handle, Job, Pending
 from saffron.search.method import Decoder
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
@@ -62,7 +62,7 @@ class Engine:
         step: Step | None = None,
     ) -> None:
         self.policy, self.mrm, self.models = models.policy, models.mrm, models
-        self.config = config or SearchConfig()
+        self.config = chosen(config, SearchConfig)
         self.end_tokens = frozenset(self.policy.end_tokens if end_tokens is None else end_tokens)
         self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
         self.prefill_tokens = prefill_tokens
@@ -103,7 +103,8 @@ class Engine:
             the cache holds. QueueFullError, EngineClosedError.
         """
         ends = self.end_tokens if end_tokens is None else frozenset(end_tokens)
-        handle = Handle(self, request, config or self.config, ends, trace=trace, max_width=max_width, on_step=on_step)
+        settings = chosen(self.config if config is None else config, SearchConfig)
+        handle = Handle(self, request, settings, ends, trace=trace, max_width=max_width, on_step=on_step)
         self._check(handle, index)
         with self._changed:
             self._open()
@@ -137,19 +138,17 @@ class Engine:
         if self.queue is not None and len(self._waiting) + len(self._jobs) >= self.queue:
             raise QueueFullError(f"queue: {self.queue} requests are waiting already")
 
-    def cancel(self, handle: Handle) -> None:
-        """Ends a search without an answer; its slots come back at once, or after the step that is running."""
-        handle.cancelled = True
-        self.reap()
+    def cancel(self, handle: Pending) -> None:
+        """See `Handle.cancel`."""
+        handle.cancel()
 
     def reap(self) -> None:
         """Drops the searches that were cancelled or have ended, unless a step is running: that does it at its end."""
         if self._lock.acquire(blocking=False):
-            try:
+            with self._lock:  # it is reentrant
+                self._lock.release()
                 if not self._stepping:
                     self._drop()
-            finally:
-                self._lock.release()
 
     # --- steps: one thread at a time ---
 

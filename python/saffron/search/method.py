@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saffron.errors import ConfigError, NumericalError
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig, Request
+from saffron.search.config import DecodingConfig, DrawingConfig, Request, check_model
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Owned, Reward, RewardScorer
@@ -159,6 +159,7 @@ class Decoder(ABC, Generic[ConfigT]):
     """
 
     def __init__(self, policy: Policy, scorer: RewardScorer | None, config: ConfigT) -> None:
+        check_model("policy", policy, Policy)
         self.policy, self.scorer, self.config = policy, scorer, config
         self.end_tokens = frozenset(policy.end_tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search.config import Request
+from saffron.search.config import Request, check_model
 from saffron.search.hand_over import Head, head_for, same_tokens
 
 
@@ -20,6 +20,8 @@ class ModelPair:
     """
 
     def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
+        check_model("policy", policy, Policy)
+        check_model("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
         self._heads = {True: head_for(policy, mrm, True)}

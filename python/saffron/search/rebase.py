@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_number, check_whole
+from saffron.search.config import DrawingConfig, check_number, check_whole, chosen
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
@@ -50,7 +50,7 @@ class Rebase(Decoder[RebaseConfig]):
     """
 
     def __init__(self, policy: Policy, reward: RewardModel, config: RebaseConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), config or RebaseConfig())
+        super().__init__(policy, RewardScorer(policy, reward), chosen(config, RebaseConfig))
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

@@ -15,6 +15,7 @@ from saffron.errors import NumericalError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
 from saffron.models.trie_model import TrieModel
+from saffron.search.config import check_model
 from saffron.search.hand_over import Head, head_for, same_tokens
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally
@@ -173,6 +174,7 @@ class RewardScorer:
     """
 
     def __init__(self, policy: Policy, model: RewardModel, unseen_reward: float = -1024.0) -> None:
+        check_model("reward", model, ProcessRewardModel, MultifurcationRewardModel)
         self.policy, self.model, self.unseen_reward = policy, model, unseen_reward
         self.head = head_for(policy, model, True) if isinstance(model, MultifurcationRewardModel) else None
 

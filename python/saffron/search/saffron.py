@@ -15,7 +15,7 @@ from saffron.errors import ConfigError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured_step import CapturedStep, why_not_captured
-from saffron.search.config import Request, SearchConfig
+from saffron.search.config import Request, SearchConfig, chosen
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
 from saffron.search.method import Progress, one_each
@@ -51,7 +51,7 @@ class SaffronSearch:
         capture: bool = False,
     ) -> None:
         self.policy, self.mrm = policy, mrm
-        self.config = config or SearchConfig()
+        self.config = chosen(config, SearchConfig)
         self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
         self.models = ModelPair(policy, mrm)
         self.capture = capture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig
+from saffron.search.config import DecodingConfig, DrawingConfig, chosen
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import log_probability, sample
 
@@ -72,7 +72,7 @@ class Sampling(Decoder[SamplingConfig]):
     """
 
     def __init__(self, policy: Policy, config: SamplingConfig | None = None) -> None:
-        super().__init__(policy, None, config or SamplingConfig())
+        super().__init__(policy, None, chosen(config, SamplingConfig))
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         steps, scores = self.config.max_new_tokens, [0.0] * batch.size
