@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import compare
+import curves
 from harness import FOLDER, RESULTS
+
+from saffron.errors import MissingDependencyError
 
 Row = dict[str, str]
 Key = tuple[str, ...]
@@ -110,74 +111,6 @@ def against_base(revision: str, arguments: list[str], rounds: int) -> str:
     return f"Against {revision}, {rounds} runs of each in turn\n\n{markdown(lines)}{note}"
 
 
-def draw(now: dict[Key, Row], folder: Path) -> list[Path]:
-    """One figure an op: curves where `AXES` says what runs along them, a panel for each of the rest; otherwise bars."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    by_op: dict[str, list[Row]] = defaultdict(list)
-    for row in now.values():
-        by_op[row["op"]].append(row)
-    files = []
-    for op, rows in by_op.items():
-        panels = _curves(op, rows)
-        columns = min(3, len(panels)) or 1
-        lines = -(-len(panels) // columns) or 1
-        size = (4.5 * columns, 3.5 * lines) if panels else (8, 1.5 + 0.3 * len(rows))
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-        for axis in axes.flat[max(1, len(panels)) :]:
-            axis.remove()
-        for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-            for name, points in sorted(curves.items()):
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-            axis.set(xscale="log", yscale="log", title=title, xlabel=AXES[op][0], ylabel="us")
-            axis.legend(fontsize=7)
-        if not panels:
-            _bars(axes[0][0], rows)
-            axes[0][0].set_title(op)
-        figure.tight_layout()
-        files.append(folder / f"{op}.svg")
-        figure.savefig(files[-1])
-        plt.close(figure)
-    return files
-
-
-# What runs along a curve, and what the points of one panel share; every other op is drawn as bars.
-AXES = {"tree_attention": ("prompt", "beams"), "generate": ("beams", "prompt"), "saffron_width": ("width", "prompt")}
-
-
-def _curves(op: str, rows: list[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Points (x, us) by panel and contender, of the panels with more than one point; small ones first."""
-    if op not in AXES:
-        return {}
-    x, shared = AXES[op]
-    panels: dict[tuple[str, int], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        shape = json.loads(row["shape"])
-        if op == "tree_attention" and (shape.get("plan") != "search" or shape["head_dim"] != 128):
-            continue
-        kinds = [name for name, there in (("graph", shape.get("graph")), ("warm", shape.get("l2"))) if there]
-        panel, how = panels[row["dtype"], shape[shared]], f" ({', '.join(kinds)})" if kinds else ""
-        panel[(row["competitor"] or "saffron") + how].append((shape[x], float(row["median_us"])))
-        if row["floor_us"] and not row["competitor"] and not how:
-            panel["floor"].append((shape[x], float(row["floor_us"])))
-    return {
-        f"{shared} {value}, {dtype}": curves
-        for (dtype, value), curves in sorted(panels.items())
-        if len(curves["saffron"]) > 1
-    }
-
-
-def _bars(axis: Any, rows: list[Row]) -> None:
-    names = [f"{row['competitor'] or 'saffron'}\n{describe(row['shape'])[:40]}, {row['dtype']}" for row in rows]
-    axis.barh(range(len(names)), [float(row["median_us"]) for row in rows], tick_label=names)
-    axis.set(xscale="log", xlabel="us")
-    axis.tick_params(axis="y", labelsize=6)
-    axis.invert_yaxis()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV (default: %(default)s)")
@@ -218,10 +151,10 @@ def main() -> None:
     if args.no_curves:
         return
     try:
-        for svg in draw(now, args.results.parent):
+        for svg in curves.draw(list(now.values()), args.results.parent):
             print(svg)
-    except ImportError:
-        print("no curves: matplotlib is not installed")
+    except MissingDependencyError as error:
+        print(f"no curves: {error}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,12 +59,14 @@ def caches(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """K and V caches are `[slots, kv_heads, head_dim]`, of one dtype, on one device.
+    """K and V caches are `[slots, kv_heads, head_dim]` and `[slots, kv_heads, v_dim]`, of one dtype, on one device.
 
     `like` has the dtype that they hold: theirs, or, where they are fp8, any that K and V may be computed in.
     """
     shape("k_cache", k_cache, ["slots", "kv_heads", "head_dim"])
-    shape("v_cache", v_cache, list(k_cache.shape))
+    shape("v_cache", v_cache, [*k_cache.shape[:2], "v_dim"])
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        head_size(name, cache)
     floating("k_cache", k_cache)
     dtype("v_cache", v_cache, k_cache.dtype)
     same_device(("k_cache", k_cache), ("v_cache", v_cache), *([like] if like else []))
@@ -76,6 +79,10 @@ def caches(
             dtype(name, scale, torch.float32)
             shape(name, scale, [k_cache.shape[1]])
             same_device(("k_cache", k_cache), (name, scale))
+
+
+def head_size(name: str, rows: Tensor) -> None:
+    expect(rows.shape[-1] > 0, name, f"shape {list(rows.shape)}", "a head size of at least 1")
 
 
 def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:
@@ -100,7 +107,7 @@ def check_append_kv(
 ) -> None:
     caches(k_cache, v_cache, ("k", k), k_scale, v_scale)
     shape("k", k, ["tokens", *k_cache.shape[1:]])
-    shape("v", v, list(k.shape))
+    shape("v", v, [k.shape[0], *v_cache.shape[1:]])
     dtype("v", v, k.dtype)
     index("slots", slots, [k.shape[0]])
     same_device(("k_cache", k_cache), ("v", v), ("slots", slots), ("cos", cos), ("sin", sin))
@@ -127,6 +134,8 @@ def check_tree_attention(
     count: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     caches(k_cache, v_cache, ("q", q), k_scale, v_scale)
     shape("q", q, ["queries", "heads", k_cache.shape[2]])
@@ -135,13 +144,19 @@ def check_tree_attention(
     index("slot", slot, ["tokens"])
     index("begin", begin, [slot.shape[0]])
     index("end", end, [slot.shape[0]])
-    same_device(("q", q), ("slot", slot), ("begin", begin), ("end", end))
+    same_device(("q", q), ("slot", slot), ("begin", begin), ("end", end), ("sinks", sinks))
     check_count(count, ("q", q))
+    if softcap is not None:  # NaN passes: it makes all scores NaN
+        expect(not softcap <= 0 and softcap != math.inf, "softcap", softcap, "a finite number above 0")
+    if sinks is not None:
+        floating("sinks", sinks)
+        shape("sinks", sinks, [heads])
 
 
 def check_merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     floating("out_a", out_a)
     shape("out_a", out_a, ["queries", "heads", "head_dim"])
+    head_size("out_a", out_a)
     shape("out_b", out_b, list(out_a.shape))
     dtype("out_b", out_b, out_a.dtype)
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):

@@ -111,6 +111,7 @@ class KVTrie:
 
     Args:
         layers, kv_heads, head_dim: geometry of the model.
+        v_dim: head size of V, where it is not that of K (MLA models). None: `head_dim`.
         capacity: slots to begin with.
         grow: double the capacity when held tokens fill it; otherwise raise `CacheFullError`, nothing changed.
         dtype, device: of the caches. `torch.float8_e4m3fn` halves what bf16 takes; queries, K and V are then bf16, fp16
@@ -120,7 +121,7 @@ class KVTrie:
             a head divided by its scale is 448 or less. None: 1, which serves wherever K and V stay below 448.
 
     Attributes:
-        k, v: `[layers, slots, kv_heads, head_dim]`.
+        k, v: `[layers, slots, kv_heads, head_dim]`, `[layers, slots, kv_heads, v_dim]`.
         k_scale, v_scale: `[layers, kv_heads]` fp32 of fp8 caches, else None. What is cached was stored with them: write
             into them only while the trie is empty.
         index: the host trie (`saffron_kernels._native.Trie`).
@@ -140,6 +141,7 @@ class KVTrie:
         kv_heads: int,
         head_dim: int,
         *,
+        v_dim: int | None = None,
         capacity: int = 256,
         grow: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -147,7 +149,9 @@ class KVTrie:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        for name, size in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
+        v_dim = head_dim if v_dim is None else v_dim
+        sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "v_dim": v_dim, "capacity": capacity}
+        for name, size in sizes.items():
             checks.expect(size >= 1, name, size, "at least 1")
         stored = dtype == FP8 or (dtype.is_floating_point and dtype.itemsize > 1)
         checks.expect(stored, "dtype", dtype, f"a floating-point dtype of 16 bits or more, or {FP8}")
@@ -159,7 +163,7 @@ class KVTrie:
         self.unfinished: Index | None = None
         self.index = Trie(capacity)
         self.k = torch.zeros(layers, capacity, kv_heads, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.v = torch.zeros(layers, capacity, kv_heads, v_dim, dtype=dtype, device=device)
 
     @property
     def capacity(self) -> int:
@@ -175,7 +179,7 @@ class KVTrie:
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers."""
         layers, _, kv_heads, head_dim = self.k.shape
-        return 2 * layers * kv_heads * head_dim * self.k.element_size()
+        return layers * kv_heads * (head_dim + self.v.shape[3]) * self.k.element_size()
 
     def insert(self, sequences: Sequence[Sequence[int] | NDArray[np.integer]], outputs: int = 1) -> Prefill:
         """Makes room for the sequences and plans the one forward pass that fills it.

@@ -2,7 +2,8 @@
 
 Every op is registered with PyTorch as `saffron_kernels::<name>` (`schemas.py`), so it works under
 `torch.compile(fullgraph=True)`. The functions below are what people call; each states the equivalent PyTorch
-expression. Arguments are checked before anything is written. Inference only: outputs carry no gradient.
+expression. Arguments are checked before anything is written. Inference only: every op raises a RuntimeError where
+gradients are enabled and an argument requires one.
 
 Index tensors (`slot`, `begin`, `end`, `tokens`, `offsets`, `parents`, `groups`, ...) are int32.
 """
@@ -40,9 +41,12 @@ def append_kv(
     and rounded once, to the caches' dtype.
 
     Args:
-        k, v: `[tokens, kv_heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches), any strides.
+        k: `[tokens, kv_heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches), any strides.
+            It may be a view of its own cache: it is read before anything is written. NaN stays NaN, in fp8 too.
+        v: `[tokens, kv_heads, v_dim]`, likewise.
         slots: `[tokens]` int32, -1 or a row of the caches; no slot twice.
-        k_cache, v_cache: `[slots, kv_heads, head_dim]`, written in place.
+        k_cache: `[slots, kv_heads, head_dim]`, written in place.
+        v_cache: `[slots, kv_heads, v_dim]`, written in place; `v_dim` need not be `head_dim` (MLA models).
         cos, sin: `[tokens, r]` floating, `r` even and at most `head_dim`; or None: K is turned already.
         k_scale, v_scale: `[kv_heads]` fp32, above 0, for fp8 caches only; None: 1.
 
@@ -64,35 +68,49 @@ def tree_attention(
     count: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries over a flattened trie: query `i` sees cached token `t` iff `begin[t] <= i < end[t]`.
 
     Equivalent, for one query head and its KV head (query heads are grouped over KV heads as in GQA), to::
 
         i = torch.arange(queries)[:, None]
-        scores = (q @ k_cache[slot].T * scale).masked_fill((i < begin) | (i >= end), -torch.inf)
-        out, lse = scores.softmax(-1) @ v_cache[slot], scores.logsumexp(-1)
+        scores = q @ k_cache[slot].T * scale
+        scores = softcap * (scores / softcap).tanh()                                     # with softcap
+        scores = scores.masked_fill((i < begin) | (i >= end), -torch.inf)
+        lse = torch.cat([scores, sinks.expand(queries, 1)], -1).logsumexp(-1)            # without sinks: of scores
+        out = (scores - lse[:, None]).exp() @ v_cache[slot]
 
-    where K and V of fp8 caches are `k_cache * k_scale[:, None]` and `v_cache * v_scale[:, None]`.
+    where K and V of fp8 caches are `k_cache * k_scale[:, None]` and `v_cache * v_scale[:, None]`. Soft-capping of
+    scores is that of Gemma 2 (Gemma Team 2024, section 2), sinks are those of gpt-oss (Xiao et al. 2023).
+
+    NaN is never lost, and reaches nobody else: not the queries that do not see its token. In a row of q, in K, `scale`,
+    `softcap`, a sink or a `k_scale` it makes NaN of all of `out` and `lse` that depends on it, in V or a `v_scale` of
+    the elements of `out` that do. A score of inf counts as NaN; an infinity in V gives NaN or infinity.
 
     Args:
         q: `[queries, heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches).
-        k_cache, v_cache: `[slots, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`. K and V of a token that
-            any query sees must be finite.
+        k_cache: `[slots, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
+        v_cache: `[slots, kv_heads, v_dim]`; `v_dim` need not be `head_dim` (MLA models).
         slot, begin, end: `[tokens]` int32. A token with `begin >= end` is seen by nobody, and its slot is not read.
         scale: multiplies the scores; usually `head_dim ** -0.5`.
         count: `[1]` int32, how many tokens there are: what stands behind them in `slot`, `begin` and `end` is not read
             (buffers of a captured CUDA graph, whose plan grows). None: all of them.
         k_scale, v_scale: `[kv_heads]` fp32, for fp8 caches only; None: 1.
+        softcap: bounds the scaled scores; finite, above 0. None: they are not bounded.
+        sinks: `[heads]` floating, a logit per query head that joins the softmax denominator alone. None: there is none.
 
     Returns:
-        out `[queries, heads, head_dim]` in the dtype of `q`, and lse `[queries, heads]`, the natural logarithm of the
-        softmax denominator, in fp32 (fp64 for fp64). A query that sees nothing: out 0, lse -inf.
+        out `[queries, heads, v_dim]` in the dtype of `q`, and lse `[queries, heads]`, the natural logarithm of the
+        softmax denominator, sink included, in fp32 (fp64 for fp64). A query that sees nothing: out 0, lse -inf (with
+        sinks: its sink). Two results over disjoint tokens join by `merge_attention` only if one alone has the sinks.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a slot that does not exist.
     """
-    return schemas.tree_attention(q, k_cache, v_cache, slot, begin, end, scale, count, k_scale, v_scale)
+    plan = slot, begin, end
+    return schemas.tree_attention(q, k_cache, v_cache, *plan, scale, count, k_scale, v_scale, softcap, sinks)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +123,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
     Args:
         out_a, out_b: `[queries, heads, head_dim]`.
-        lse_a, lse_b: `[queries, heads]`, natural logarithm, fp32 (fp64 for fp64); -inf where nothing was seen.
+        lse_a, lse_b: `[queries, heads]`, natural logarithm, fp32 (fp64 for fp64); -inf where nothing was seen. NaN
+            in one makes NaN of out and lse, NaN in `out_a` or `out_b` of the elements of out that it stands in.
 
     Returns:
         out and lse of the union; out 0 and lse -inf where neither saw anything.
@@ -120,14 +139,15 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     """Copies the K and V of whole sequences out of the trie, for decoders that need contiguous caches.
 
     Equivalent to `k_cache[slots].transpose(1, 2)` (and the same for V), with zeros where `slots` is -1. Rows of fp8
-    caches come as they are stored: their scales are the caller's to apply.
+    caches come as they are stored: their scales are the caller's to apply. NaN is copied as any number.
 
     Args:
-        k_cache, v_cache: `[slots, kv_heads, head_dim]`.
+        k_cache: `[slots, kv_heads, head_dim]`.
+        v_cache: `[slots, kv_heads, v_dim]`.
         slots: `[sequences, length]` int32, -1 pads.
 
     Returns:
-        k, v `[sequences, kv_heads, length, head_dim]`, contiguous.
+        k `[sequences, kv_heads, length, head_dim]` and v `[sequences, kv_heads, length, v_dim]`, contiguous.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a slot that does not exist.

@@ -5,6 +5,7 @@
 // Outputs are allocated by the caller and contiguous, unless their size is only known here.
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -14,10 +15,11 @@ namespace saffron::cpu {
 void append_kv(const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& k_cache,
                const Tensor& v_cache, int threads);
 
-/// The last dimension of q and of the caches is contiguous.
+/// The last dimension of q and of the caches is contiguous. sinks fp32, contiguous, or none.
 void tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& slot, const Tensor& begin, const Tensor& end, float scale,
-                    const Tensor& out, const Tensor& lse, int threads);
+                    std::optional<float> softcap, const Tensor& sinks, const Tensor& out,
+                    const Tensor& lse, int threads);
 
 /// The last dimension of all inputs is contiguous.
 void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,

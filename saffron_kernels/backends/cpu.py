@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saffron_kernels._native import cpu as _native
-from saffron_kernels.backends.reference import checked_count, turned
+from saffron_kernels.backends.reference import apart, checked_count, turned
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3, torch.float64: 4}
@@ -40,6 +40,7 @@ def append_kv(
     _k_scale: None,
     _v_scale: None,
 ) -> None:
+    k, v = apart(k, k_cache, v_cache), apart(v, k_cache, v_cache)
     if cos is not None and sin is not None:
         k = turned(k.float(), cos.float(), sin.float()).to(k.dtype)
     _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
@@ -56,16 +57,20 @@ def tree_attention(
     count: Tensor | None,
     _k_scale: None,
     _v_scale: None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if count is not None:
         held = checked_count(count, slot.shape[0])
         slot, begin, end = slot[:held], begin[:held], end[:held]
     q, k_cache, v_cache = _rows(q), _rows(k_cache), _rows(v_cache)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(*q.shape[:2], v_cache.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    sinks = None if sinks is None else sinks.float().contiguous()
     plan = _view(slot), _view(begin), _view(end)
     inputs = _view(q), _view(k_cache), _view(v_cache)
-    _native.tree_attention(*inputs, *plan, scale, _view(out), _view(lse), torch.get_num_threads())
+    outputs = _view(out), _view(lse), torch.get_num_threads()
+    _native.tree_attention(*inputs, *plan, scale, softcap, _optional(sinks), *outputs)
     return out, lse
 
 
@@ -81,7 +86,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
     k = k_cache.new_empty(sequences, kv_heads, length, head_dim)
-    v = torch.empty_like(k)
+    v = v_cache.new_empty(sequences, kv_heads, length, v_cache.shape[2])
     caches = _view(k_cache), _view(v_cache)
     _native.gather_kv(*caches, _view(slots), _view(k), _view(v), torch.get_num_threads())
     return k, v

@@ -51,6 +51,12 @@ def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1)
 
 
+def apart(rows: Tensor, *caches: Tensor) -> Tensor:
+    """`rows`, or a copy where they share memory with a cache: what is appended is read before anything is written."""
+    memory = rows.untyped_storage().data_ptr()
+    return rows.clone() if any(cache.untyped_storage().data_ptr() == memory for cache in caches) else rows
+
+
 def _stored(rows: Tensor, storage: torch.dtype, scale: Tensor | None) -> Tensor:
     """`[n, kv_heads, head_dim]` as a cache holds it; `scale` `[kv_heads]` is given for fp8 alone."""
     if storage != FP8:
@@ -81,11 +87,13 @@ def tree_attention(
     count: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    queries, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[1]
+    queries, heads, _ = q.shape
+    (_, kv_heads, v_dim), group = v_cache.shape, heads // k_cache.shape[1]
     dtype = compute_dtype(q.dtype)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(queries, heads, v_dim)
     lse = torch.empty(queries, heads, dtype=dtype, device=q.device)
 
     if count is not None:
@@ -94,7 +102,11 @@ def tree_attention(
     slot, begin, end = slot[visible], begin[visible], end[visible]
     _check_index("slot", slot, k_cache.shape[0])
     k = _loaded(k_cache, slot, k_scale, dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
-    v = _loaded(v_cache, slot, v_scale, dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
+    v = _loaded(v_cache, slot, v_scale, dtype).transpose(0, 1)  # [kv_heads, tokens, v_dim]
+    # A weight of 0 times NaN is NaN: what is not finite in V must not meet the queries that do not see its token.
+    unfit = v.isfinite().logical_not_()
+    v = v.masked_fill(unfit, 0) if (spoils := bool(unfit.any())) else v
+    sink = None if sinks is None else sinks.to(dtype).view(kv_heads, 1, group, 1)
 
     block = max(1, _MAX_SCORES // max(1, heads * slot.shape[0]))
     for first in range(0, queries, block):
@@ -103,14 +115,25 @@ def tree_attention(
         # Query heads that share a KV head become rows of one matrix: [kv_heads, block * group, head_dim].
         qb = q[first : first + block].to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1)
         scores = torch.matmul(qb.flatten(1, 2) * scale, k).unflatten(1, qb.shape[1:3])
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores.masked_fill_(hidden[:, None, :], -torch.inf)
         # An empty block of tokens has no maximum; a query that sees nothing has -inf, which must not make NaN.
-        largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
-        weights = scores.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()
+        largest = (
+            scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+        )
+        largest = largest if sink is None else torch.maximum(largest, sink)
+        base = largest.masked_fill(largest == -torch.inf, 0)
+        weights = scores.sub_(base).exp_()
         total = weights.sum(-1, keepdim=True)
-        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3]) / total.masked_fill(total == 0, 1)
-        out[first : first + block] = attended.transpose(0, 1).reshape(-1, heads, head_dim)
-        block_lse = (largest + total.log()).squeeze(-1)
+        total = total if sink is None else total + (sink - base).exp()
+        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3]) / total
+        if spoils:
+            touched = torch.matmul((~hidden).to(dtype), unfit.to(dtype)) > 0  # [kv_heads, block, v_dim]
+            attended.masked_fill_(touched[:, :, None], torch.nan)
+        attended.masked_fill_(hidden.all(-1)[:, None, None], 0)
+        out[first : first + block] = attended.transpose(0, 1).reshape(-1, heads, v_dim)
+        block_lse = (base + total.log()).squeeze(-1)
         lse[first : first + block] = block_lse.transpose(0, 1).reshape(-1, heads)
     return out, lse
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reproduce import claims
 from saffron.cli import main
 from saffron.errors import ConfigError, MissingDependencyError
-from saffron.evaluation import claims, figures, metrics, tables
+from saffron.evaluation import metrics, plots, tables
 from saffron.evaluation.metrics import Curve, Group, bootstrap, curves, group, wilson
 from saffron.evaluation.report import ReportOptions, reference_group, write_report
 
@@ -168,7 +169,7 @@ def test_report_command(tmp_path, capsys):
     file, out = tmp_path / "r.jsonl", tmp_path / "report"
     both = [*SWEEP, *(r | {"attack": "none"} for r in SWEEP)]
     file.write_text("".join(json.dumps(r) + "\n" for r in both))
-    assert main(["report", str(file), "--out", str(out), "--format", "svg", "png"]) == 0
+    assert main(["report", str(file), "--output", str(out), "--format", "svg", "png"]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert all(f.stat().st_size > 500 for f in files) and {f.suffix for f in files} == {".md", ".html", ".svg"}
     assert len(list((out / "figures").glob("*.png"))) == len(list((out / "figures").glob("*.svg"))) == 4
@@ -176,9 +177,12 @@ def test_report_command(tmp_path, capsys):
     for expected in ("Table 1", "Table 2", "Table 3", "0.800 [0.652, 0.895]", "world, attack none"):
         assert expected in text and expected in page
     assert "data:image/svg+xml;base64," in page and "http" not in page
-    assert main(["report", str(file), "--out", str(out), "--judge", "prm"]) == 2
+    assert main(["report", str(file), "--output", str(out), "--judge", "prm"]) == 2
     assert "judge: got 'prm'" in capsys.readouterr().err
-    assert main(["report", str(file), "--out", str(out), "--format", "gif"]) == 2
+    for wrong in (["--format", "gif"], ["--limit", "nan"], ["--limit", "0"], ["--limit", "-1e3"], ["--limit", "inf"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(file), "--output", str(out), *wrong])
+        assert f"argument {wrong[0]}: " in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none.jsonl")]) == 2
 
 
@@ -193,7 +197,7 @@ def test_the_same_figure_is_the_same_file(tmp_path):
     pytest.importorskip("matplotlib")
     files = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for file in files:
-        figures.scaling(list(sweep().values()), "oracle", [file], "title", None)
+        plots.scaling(list(sweep().values()), "oracle", [file], "title", None)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

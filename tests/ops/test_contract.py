@@ -144,16 +144,25 @@ def test_strides_do_not_matter(op, arguments, backend) -> None:
         assert op in IN_PLACE or x.stride() == y.stride()
 
 
-def test_inference_only(op, arguments, backend) -> None:
-    """No output remembers how it was made, whatever the inputs ask for."""
-    caches = IN_PLACE.get(op, ())
-    wanting = {
-        name: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and name not in caches else x
-        for name, x in arguments.items()
-    }
-    result = getattr(ops, op)(**wanting)
-    for output in outputs(op, wanting, result):
-        assert not output.requires_grad and output.grad_fn is None
+def test_gradients_are_refused(op, arguments, backend, dtype) -> None:
+    """Whichever argument requires one; and nothing was written. Where gradients are off, outputs have none."""
+    floating = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    before = clone(arguments)
+    for name in floating:
+        wanting = arguments | {name: arguments[name].clone().requires_grad_()}
+        functions = [getattr(ops, op)]
+        if dtype == torch.float32:
+            torch._dynamo.reset()
+            functions.append(torch.compile(functions[0], fullgraph=True, backend="aot_eager"))
+        for function in functions:
+            with pytest.raises(RuntimeError, match=rf"{op}: {name} requires a gradient.*no_grad.*DynamicCache"):
+                function(**wanting)
+        assert same(arguments, before)
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                result = getattr(ops, op)(**clone(wanting))
+            for output in filter(torch.is_tensor, tree_leaves(result)):
+                assert not output.requires_grad and output.grad_fn is None
 
 
 def wrong_ways(name: str, x: Tensor) -> list[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from saffron.errors import (
     PromptTooLongError,
     QueueFullError,
 )
-from saffron.search import GreedyDecoding, Handle, Request, SaffronSearch, parse_method
+from saffron.search import GreedyConfig, GreedyDecoding, Handle, Request, SaffronSearch, parse_method
 
 
 def test_rounding_stays_below_a_ten_thousandth() -> None:
@@ -229,7 +229,7 @@ def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
     policy, mrm = doubles(capacity=4)  # they grow while others are in them
     searches = [SaffronSearch(policy, mrm, CONFIG)]
     searches += searches if shared == "search" else [SaffronSearch(policy, mrm, CONFIG)]
-    greedy = GreedyDecoding(policy, 8)
+    greedy = GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=8))
     expected = [alone(request, CONFIG, frozenset({1}), (), False).result() for request in PROMPTS]
     undefended = [r.tokens for r in greedy.search(PROMPTS)]
     wrong: list[object] = []

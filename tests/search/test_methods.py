@@ -271,8 +271,13 @@ def test_text_that_outgrows_the_reward_models_context(models: Models, monkeypatc
     """The reward models take two tokens a character; the check of the prompt counts one for one of the policy's."""
     apart = tiny.trio(3, guard_tokenizer=tiny.tokenizer(258, ["a"]))
     for model, suffix in ((apart.guard, "hello assessment:"), (apart.mrm, "")):
-        plain = model.encode
-        monkeypatch.setattr(model, "encode", lambda text, plain=plain: [t for t in plain(text) for _ in range(2)])
+
+        def twice(text: str, plain: Callable[[str], list[int]] = model.encode) -> list[int]:
+            return [t for t in plain(text) for _ in range(2)]
+
+        monkeypatch.setattr(model, "encode", twice)
+        monkeypatch.setattr(model.encoder, "text", twice)
+        monkeypatch.setattr(model.encoder, "texts", lambda texts, twice=twice: list(map(twice, texts)))
         fits = len(model.context_tokens("hello there")) + len(model.encode(suffix)) + 50
         model.model.config.max_position_embeddings = fits
     options = {**SMALL, "max_new_tokens": 40, "min_new_tokens": 40}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from searches import CONFIG, REQUESTS, comparable
 from saffron.errors import ConfigError, NumericalError, PromptTooLongError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import BeamConfig, BeamSearch, BestOfN, GreedyDecoding, Request, SaffronSearch, reference
+from saffron.search import GreedyConfig, GreedyDecoding, Request, SaffronSearch, reference
 from saffron.search.config import SearchConfig
 from saffron.search.tree import Node
 
@@ -232,30 +231,12 @@ def test_bad_requests_are_refused_before_anything_runs() -> None:
         search.generate(["hello"])
 
 
-def test_wrong_objects_are_named() -> None:
-    policy, mrm = tiny.pair()
-    models = tiny.trio()
-    wrong: list[tuple[str, Callable[[], object]]] = [
-        ("mrm: got ProcessRewardModel, expected a Multi", lambda: SaffronSearch(models.policy, models.guard)),  # type: ignore[arg-type]
-        ("policy: got MultifurcationRewardModel, expected a Policy", lambda: SaffronSearch(mrm, mrm)),  # type: ignore[arg-type]
-        ("config: got dict, expected a SearchConfig", lambda: SaffronSearch(policy, mrm, {"width": 3})),  # type: ignore[arg-type]
-        ("config: got BeamConfig", lambda: SaffronSearch(policy, mrm).search(REQUESTS, config=BeamConfig())),  # type: ignore[arg-type]
-        ("config: got SearchConfig, expected a BeamC", lambda: BeamSearch(policy, mrm, SearchConfig())),  # type: ignore[arg-type]
-        ("reward: got Policy, expected a ProcessRewardModel or a M", lambda: BestOfN(policy, policy)),  # type: ignore[arg-type]
-        ("policy: got Multifurcation", lambda: GreedyDecoding(mrm)),  # type: ignore[arg-type]
-        ("prompt: got list, expected one text", lambda: next(SaffronSearch(models.policy, models.mrm).stream(["hi"]))),  # type: ignore[arg-type]
-    ]
-    for message, make in wrong:
-        with pytest.raises(ConfigError, match=f"^{message}"):
-            make()
-
-
 def test_a_string_is_one_prompt_and_a_call_has_its_own_configuration() -> None:
     models = tiny.trio()
     search = SaffronSearch(models.policy, models.mrm, CONFIG)
     (one,) = search.generate("hello there", config=replace(CONFIG, max_new_tokens=2))
     assert one.prompt == "hello there" and len(one.tokens) == 2
-    (greedy,) = GreedyDecoding(models.policy, 3).generate("hello there")
+    (greedy,) = GreedyDecoding(models.policy, config=GreedyConfig(max_new_tokens=3)).generate("hello there")
     assert len(greedy.tokens) <= 3
 
 
@@ -307,18 +288,18 @@ def test_through_text_encodes_only_the_end_anew(text_search: SaffronSearch, monk
     """Forced through text although the tokenizers agree: the MRM reads what encoding all of the text gives."""
     policy, mrm = text_search.policy, text_search.mrm
     read: list[list[int]] = []
-    plain_read, encode = mrm.read, mrm.encode
+    plain_read, texts = mrm.read, mrm.encoder.texts
     encoded: list[int] = []
     monkeypatch.setattr("saffron.search.model_pair.same_tokens", lambda *_: False)
     monkeypatch.setattr(mrm, "read", lambda sequences: read.extend(sequences) or plain_read(sequences))
-    monkeypatch.setattr(mrm, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    monkeypatch.setattr(mrm.encoder, "texts", lambda pieces: encoded.extend(map(len, pieces)) or texts(pieces))
     search = SaffronSearch(policy, mrm, replace(CONFIG, max_new_tokens=24, min_new_tokens=24))
     request = search.request("hello there", "the quick")
     encoded.clear()
     expected = [list(request.reward)]
     for (tree,) in search.steps([request]):
-        texts = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
-        expected += [[*request.reward, *encode(text)] for text in texts]
+        said = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
+        expected += [[*request.reward, *mrm.encode(text)] for text in said]
     assert len(expected) > 24 and sorted(map(tuple, read)) == sorted(map(tuple, expected))
     assert max(encoded) < max(len(mrm.decode(sequence[len(request.reward) :])) for sequence in expected)
     assert mrm.kv.num_nodes == policy.kv.num_nodes == 0

@@ -51,9 +51,18 @@ def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (queries, heads, head_dim), kv_heads = q.shape, k_cache.shape[1]
+    (queries, heads, _), (_, kv_heads, v_dim) = q.shape, v_cache.shape
+    sink = None if sinks is None else floats(sinks)
     qs, ks, vs = floats(q), floats(k_cache), floats(v_cache)
     tokens = list(zip(slot.tolist(), begin.tolist(), end.tolist(), strict=True))
     out, lse = [], []
@@ -62,13 +71,13 @@ def tree_attention(
         for h in range(heads):
             kv = h // (heads // kv_heads)
             scores = [scale * dot(qs[i][h], ks[s][kv]) for s in seen]
-            total = logsumexp(scores)
+            if softcap is not None:
+                scores = [softcap * math.tanh(score / softcap) for score in scores]
+            total = logsumexp(scores if sink is None else [*scores, sink[h]])
             weights = [math.exp(score - total) for score in scores]
             lse.append(total)
-            out.append(
-                [math.fsum(w * vs[s][kv][d] for w, s in zip(weights, seen, strict=True)) for d in range(head_dim)]
-            )
-    return f64(out, queries, heads, head_dim), f64(lse, queries, heads)
+            out.append([math.fsum(w * vs[s][kv][d] for w, s in zip(weights, seen, strict=True)) for d in range(v_dim)])
+    return f64(out, queries, heads, v_dim), f64(lse, queries, heads)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +94,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
-    k = k_cache.new_zeros(sequences, kv_heads, length, head_dim)
-    v = torch.zeros_like(k)
+    (sequences, length), kv_heads = slots.shape, k_cache.shape[1]
+    k, v = (cache.new_zeros(sequences, kv_heads, length, cache.shape[2]) for cache in (k_cache, v_cache))
     for i, row in enumerate(slots.tolist()):
         for j, slot in enumerate(row):
             if slot != -1:

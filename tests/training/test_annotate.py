@@ -24,9 +24,9 @@ from saffron.cli import main
 from saffron.errors import CheckpointError, ConfigError, NumericalError
 from saffron.models.bundled import FOLDER
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.storage.folders import locked
 from saffron.training.annotate import AnnotateConfig, Annotator, annotate
 from saffron.training.conversations import Conversation, read_corpus
-from saffron.training.files import locked
 from saffron.training.layout import AGENT, FORMAT, USER, LayOut
 from saffron.training.shards import MANIFEST, read_rewards
 from saffron.workers import Workers
@@ -233,7 +233,7 @@ def test_kill_and_resume(corpus, tmp_path):
     file = write(tmp_path / "c.jsonl", *({"prompt": c.turns[0], "response": c.turns[1]} for c in many))
     options = ["annotate", file, "--shard-size", "1", "--batch", "1", "--device", "cpu", "--max-tokens", "40"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([sys.executable, "-m", "saffron.cli", *options, "--out", str(killed)])
+    process = subprocess.Popen([sys.executable, "-m", "saffron.cli", *options, "--output", str(killed)])
     end = time.monotonic() + 120
     while not (killed / "shard-00001.parquet").exists():
         assert process.poll() is None and time.monotonic() < end
@@ -244,9 +244,9 @@ def test_kill_and_resume(corpus, tmp_path):
     assert 2 <= len(done) < len(many)
     with pytest.raises(CheckpointError, match=r"shards are missing .*the same `saffron annotate` again"):
         read_rewards(killed)
-    (killed / ".shard-00000.parquet.tmp").write_bytes(b"half")  # what a kill inside a write leaves
-    assert main([*options, "--out", str(killed)]) == 0
-    assert main([*options, "--out", str(whole)]) == 0
+    (killed / ".saffron-shard-00000.parquet.tmp").write_bytes(b"half")  # what a kill inside a write leaves
+    assert main([*options, "--output", str(killed)]) == 0
+    assert main([*options, "--output", str(whole)]) == 0
     assert files(killed) == files(whole)
     assert {name: (killed / name).stat().st_mtime_ns for name in done} == done  # kept, not made again
     assert len(read_rewards(killed).rows) == len(many)
@@ -327,7 +327,7 @@ def test_bad_arguments(guard, corpus, tmp_path, capsys):
         annotate(corpus, str(tmp_path), tmp_path / "out", config())
     with pytest.raises(ConfigError, match="turn 1"):
         LayOut(guard)(Conversation(("a", (10**6,))))
-    assert main(["annotate", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["annotate", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
 
 
@@ -340,7 +340,7 @@ def test_rewards_that_are_not_numbers(guard, corpus, monkeypatch):
 
 def test_command_reports_what_it_did(corpus, tmp_path, capsys):
     file = write(tmp_path / "c.jsonl", *({"prompt": c.turns[0], "response": c.turns[1]} for c in corpus[:3]))
-    command = ["annotate", file, "--out", str(tmp_path / "out"), "--limit", "2", "--device", "cpu", "--json"]
+    command = ["annotate", file, "--output", str(tmp_path / "out"), "--limit", "2", "--device", "cpu", "--json"]
     rewards = []
     for found in (0, 2):
         assert main(command) == 0

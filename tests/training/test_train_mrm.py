@@ -252,7 +252,7 @@ def test_kill_and_resume(annotated, tmp_path):
     options += ["--checkpoint-every", "1", "--evaluate-every", "4", "--dropout", "0.1", "--warmup", "3"]
     options += ["--schedule", "cosine", "--device", "cpu", "--threads", "1", "--seed", "5"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "saffron.cli", *options, "--out", str(killed)]
+    command = [sys.executable, "-m", "saffron.cli", *options, "--output", str(killed)]
     process = subprocess.Popen(command)
     end = time.monotonic() + 120
     while not (killed / "training" / "checkpoint.safetensors").exists():
@@ -263,9 +263,9 @@ def test_kill_and_resume(annotated, tmp_path):
     assert not (killed / "unseen_mask.pt").exists()
     with (killed / "training" / "log.jsonl").open("a") as log:
         log.write('{"step": 29, "lr": 0.1, "loss": 1.0, "rewards": 5}\n{"step": 30, "lo')  # after the last checkpoint
-    (killed / "training" / ".checkpoint.safetensors.tmp").write_bytes(b"half")
-    assert main([*options, "--out", str(killed)]) == 0
-    assert main([*options, "--out", str(whole)]) == 0
+    (killed / "training" / ".saffron-checkpoint.safetensors.tmp").write_bytes(b"half")
+    assert main([*options, "--output", str(killed)]) == 0
+    assert main([*options, "--output", str(whole)]) == 0
     assert files(killed).keys() == files(whole).keys()
     for name, content in files(whole).items():
         assert files(killed)[name] == content, name

@@ -12,8 +12,8 @@ pytest.importorskip("accelerate")
 
 from saffron.errors import ConfigError
 from saffron.training import plots
+from saffron.training.agreement import Agreement
 from saffron.training.batches import Order, split, supervised
-from saffron.training.figures import Agreement
 from saffron.training.shards import Rewarded
 from saffron.training.train import TrainConfig, learning_rate
 

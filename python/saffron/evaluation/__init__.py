@@ -1,1 +1,1 @@
-"""Attacks on a defended policy, what they achieve and what the defence costs: `saffron eval`, `report`, `reproduce`."""
+"""Attacks on a defended policy, what they achieve and what the defence costs: `saffron eval`, `saffron report`."""

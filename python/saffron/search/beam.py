@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_whole, chosen
+from saffron.search.config import DrawingConfig, check_whole
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import Nuclei, sample
 from saffron.search.rewards import Owned, RewardModel, RewardScorer
@@ -45,8 +45,10 @@ class BeamSearch(Decoder[BeamConfig]):
     The answer is the beam of the highest reward at the end, of equals one that has ended; that is its score.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: BeamConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), chosen(config, BeamConfig))
+    config_type = BeamConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: BeamConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), BeamConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

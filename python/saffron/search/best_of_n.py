@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_whole, chosen
+from saffron.search.config import DrawingConfig, check_whole
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
@@ -36,8 +36,10 @@ class BestOfN(Decoder[BestOfNConfig]):
     With an MRM one call reads a response but for its last token, and the template's suffix falls away.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: BestOfNConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), chosen(config, BestOfNConfig))
+    config_type = BestOfNConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: BestOfNConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), BestOfNConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         n, steps = self.config.n, self.config.max_new_tokens

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, shown
 
+MOST = 2**31 - 1  # numbers are int32 in the ops
 Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
-Config = TypeVar("Config")
+LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,11 @@ class SearchConfig:
         for name, allowed in (("ranking", get_args(Ranking)), ("eos_score", get_args(EosScore))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not isinstance(self.unseen_reward, int | float) or not math.isfinite(self.unseen_reward):
-            raise ConfigError(f"unseen_reward: got {self.unseen_reward!r}, expected a finite number")
+        reward = self.unseen_reward
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
+            raise ConfigError(
+                f"unseen_reward: got {reward!r}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}"
+            )
         if not isinstance(self.lm_head_bias, bool):
             raise ConfigError(f"lm_head_bias: got {self.lm_head_bias!r}, expected True or False")
 
@@ -99,29 +103,14 @@ class DrawingConfig(DecodingConfig):
         check_whole(self, seed=0)
 
 
-def chosen(config: Config | None, kind: type[Config]) -> Config:
-    """The configuration that was given, or that of `kind` where None was.
-
-    Raises:
-        ConfigError: something else was given.
-    """
-    if config is not None and not isinstance(config, kind):
-        raise ConfigError(f"config: got {type(config).__name__}, expected a {kind.__name__}")
-    return kind() if config is None else config
-
-
-def check_model(name: str, model: object, *kinds: type) -> None:
-    """Raises `ConfigError` unless the model is of one of the kinds."""
-    if not isinstance(model, kinds):
-        raise ConfigError(f"{name}: got {type(model).__name__}, expected a {' or a '.join(k.__name__ for k in kinds)}")
-
-
 def check_whole(config: object, **lowest: int) -> None:
     """Raises `ConfigError` unless each named attribute is a whole number of at least the value given."""
     for name, least in lowest.items():
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+        if value > MOST:
+            raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at most {MOST}")
 
 
 def check_number(config: object, **positive: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, check_number, check_whole, chosen
+from saffron.search.config import DecodingConfig, check_number, check_whole
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
@@ -58,8 +58,10 @@ class DeAL(Decoder[DeALConfig]):
     The answer is the response ranked best at the end, of equals one that has ended; its score is what ranked it.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: DeALConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), chosen(config, DeALConfig))
+    config_type = DeALConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: DeALConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), DeALConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from saffron.errors import CapacityError, ConfigError, EngineClosedError, QueueFullError
+from saffron.models.checks import expect
 from saffron.models.trie_model import TrieModel
-from saffron.search.config import Request, SearchConfig, chosen
+from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle, Job, Pending
 from saffron.search.method import Decoder
@@ -62,7 +63,8 @@ class Engine:
         step: Step | None = None,
     ) -> None:
         self.policy, self.mrm, self.models = models.policy, models.mrm, models
-        self.config = chosen(config, SearchConfig)
+        self.config = SearchConfig() if config is None else config
+        expect("config", self.config, SearchConfig)
         self.end_tokens = frozenset(self.policy.end_tokens if end_tokens is None else end_tokens)
         self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
         self.prefill_tokens = prefill_tokens
@@ -103,7 +105,8 @@ class Engine:
             the cache holds. QueueFullError, EngineClosedError.
         """
         ends = self.end_tokens if end_tokens is None else frozenset(end_tokens)
-        settings = chosen(self.config if config is None else config, SearchConfig)
+        settings = self.config if config is None else config
+        expect("config", settings, SearchConfig)
         handle = Handle(self, request, settings, ends, trace=trace, max_width=max_width, on_step=on_step)
         self._check(handle, index)
         with self._changed:

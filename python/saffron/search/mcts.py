@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.config import chosen as chosen_config
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
@@ -74,8 +73,10 @@ class MCTS(Decoder[MCTSConfig]):
     The score of the answer is its reward.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: MCTSConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), chosen_config(config, MCTSConfig))
+    config_type = MCTSConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: MCTSConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), MCTSConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

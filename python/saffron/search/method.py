@@ -7,15 +7,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError, NumericalError
+from saffron.models.chat import Prompt, as_conversations
+from saffron.models.checks import expect, kind
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig, Request, check_model
+from saffron.search.config import DecodingConfig, DrawingConfig, Request
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Owned, Reward, RewardScorer
@@ -23,41 +25,39 @@ from saffron.search.rewards import Owned, Reward, RewardScorer
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 Steps = Generator[tuple[int, int] | None, None, T]  # work that yields between its forward passes, at times its progress
-ConfigT = TypeVar("ConfigT", bound=DecodingConfig)
+
+
+class Lengths(Protocol):
+    """What the configuration of every method says."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def min_new_tokens(self) -> int: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=Lengths)
 
 
 class Method(Protocol):
     """A way to decode."""
 
     def generate(
-        self, prompts: Sequence[str], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
+        self, prompts: Prompt | Sequence[Prompt], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
     ) -> list[SearchResult]:
         """Answers prompts, all in one forest of tries.
 
         Args:
-            prompts: user turns; a string is one prompt.
+            prompts: one text, one conversation (messages with "role" and "content", see `Conversation.of`), or a list
+                of texts and conversations.
             prefill: how the answers are forced to begin: one text for all prompts, or one each. Reward models are not
-                shown it: what was forced on the policy is left out of the safety evaluation.
+                shown it: what was forced on the policy is left out of the safety evaluation. A conversation that ends
+                with an assistant message brings its own.
             progress: called with (steps done, steps at most) along the way.
 
         Raises:
-            ConfigError, PromptTooLongError: before anything is batch. NumericalError: a model returned NaN.
+            ConfigError, PromptTooLongError: before anything is run. NumericalError: a model returned NaN.
         """
-
-
-def one_each(prompts: Sequence[str], prefill: str | Sequence[str]) -> list[str]:
-    """A prefill for every prompt.
-
-    Raises:
-        ConfigError: too many or too few, or a prompt that is no text or empty.
-    """
-    prefills = [prefill] * len(prompts) if isinstance(prefill, str) else list(prefill)
-    if len(prefills) != len(prompts):
-        raise ConfigError(f"prefill: got {len(prefills)} for {len(prompts)} prompts, expected one each")
-    for prompt in prompts:
-        if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f"prompt: got {prompt!r}, expected a text that is not empty")
-    return prefills
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class SearchBatch:
     """
 
     def __init__(
-        self, policy: Policy, scorer: RewardScorer | None, config: DecodingConfig, end_tokens: frozenset[int],
+        self, policy: Policy, scorer: RewardScorer | None, config: Any, end_tokens: frozenset[int],
         requests: Sequence[Request],
     ) -> None:  # fmt: skip
         self.config, self.end_tokens = config, end_tokens
@@ -158,26 +158,33 @@ class Decoder(ABC, Generic[ConfigT]):
         config: hyperparameters.
     """
 
+    config_type: ClassVar[type] = DecodingConfig
+
     def __init__(self, policy: Policy, scorer: RewardScorer | None, config: ConfigT) -> None:
-        check_model("policy", policy, Policy)
+        expect("policy", policy, Policy)
+        if scorer is not None and not isinstance(scorer, RewardScorer):
+            raise ConfigError(f"reward_model: got {kind(scorer)}, expected None: this method has no reward model")
+        expect("config", config, self.config_type)
         self.policy, self.scorer, self.config = policy, scorer, config
         self.end_tokens = frozenset(policy.end_tokens)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config})"
+
     def generate(
-        self, prompts: Sequence[str], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
+        self, prompts: Prompt | Sequence[Prompt], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
     ) -> list[SearchResult]:
         """Answers prompts, all in one forest of tries; see `Method.generate`."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        prefills = one_each(prompts, prefill)
+        conversations = as_conversations(prompts, prefill)
         requests = [
             Request(
-                tuple(self.policy.chat(prompt, start)),
-                tuple(self.scorer.model.context_tokens(prompt)) if self.scorer is not None else (),
+                tuple(self.policy.chat(conversation)),
+                tuple(self.scorer.model.context_tokens(conversation)) if self.scorer is not None else (),
             )
-            for prompt, start in zip(prompts, prefills, strict=True)
+            for conversation in conversations
         ]
         results = self.search(requests, progress=progress)
-        return [replace(r, prompt=p, prefill=f) for r, p, f in zip(results, prompts, prefills, strict=True)]
+        return [replace(r, prompt=c.prompt, prefill=c.prefill) for r, c in zip(results, conversations, strict=True)]
 
     @torch.inference_mode()
     def search(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[SearchResult]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search.config import Request, check_model
-from saffron.search.hand_over import Head, head_for, same_tokens
+from saffron.models.vocabulary import Head, head_for, same_tokens
+from saffron.search.config import Request
 
 
 class ModelPair:
@@ -20,8 +21,8 @@ class ModelPair:
     """
 
     def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
-        check_model("policy", policy, Policy)
-        check_model("mrm", mrm, MultifurcationRewardModel)
+        expect("policy", policy, Policy)
+        expect("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
         self._heads = {True: head_for(policy, mrm, True)}

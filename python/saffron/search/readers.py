@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from saffron.errors import CapacityError, PromptTooLongError, SaffronError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import Index, TrieModel
+from saffron.models.vocabulary import EMPTY, Mapped, TextMapper
 from saffron.search.handle import Handle
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.tree import Node
@@ -119,7 +119,7 @@ class Reader:
 
 
 class TextReader(Reader):
-    """The MRM reads the text of a response, encoded anew from the last point where words can no longer merge.
+    """The MRM reads the text of a response, as its own tokenizer encodes it (`TextMapper`).
 
     Tokens whose encoding did not change are found in the MRM's trie; only the rest is run. A text that takes more
     tokens here than in the policy may outgrow the MRM's context: `PromptTooLongError`.
@@ -127,23 +127,22 @@ class TextReader(Reader):
 
     def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
         super().__init__(mrm, 1)
-        self.policy = policy
+        self.mapper = TextMapper(policy, mrm)
         self.scorer = PrefixScorer(mrm, {}, head_rows=0)
-        # Of each row: text before so many characters keeps these ids whatever follows.
-        self._stable: list[tuple[int, Tokens]] = []
+        self._mapped: list[Mapped] = []  # of each row
+        self._next: list[Mapped] = []
         self._members: set[Handle] = set()
-        self._next: tuple[list[tuple[int, Tokens]], list[Tokens]] = [], []
 
     def _join(self, searches: Sequence[Handle], prompts: Sequence[Prompt]) -> None:
         self._members |= set(searches)
         for search, prompt in zip(searches, prompts, strict=True):
             self.scorer.add(search, prompt.tokens, search.tree.tallies[1], prompt.leaf)
-            self._stable.append((0, ()))
+            self._mapped.append(EMPTY)
 
     def leave(self, searches: Collection[Handle], keep: Sequence[int] | None) -> None:
         super().leave(searches, None)
         if keep is not None:
-            self._stable = [self._stable[row] for row in keep]
+            self._mapped = [self._mapped[row] for row in keep]
         self._members -= set(searches)
         for search in searches:
             self.scorer.remove(search)
@@ -154,41 +153,27 @@ class TextReader(Reader):
     def outgrown(self, rows: Sequence[Row]) -> dict[Handle, SaffronError]:
         """Encodes the responses of the next rows; which searches cannot go on, as their text exceeds the MRM's context
         or, in a cache with a limit, what was set aside for them."""
-        stable, responses = [], list[Tokens]()
+        parents = [self._mapped[row.node.parent.row if row.node.parent else -1] for row in rows]
+        self._next = self.mapper.extend(parents, [row.node.tokens() for row in rows])
         failed: dict[Handle, SaffronError] = {}
-        slots = dict.fromkeys((search for search, _ in rows), 0)
-        tokenizer = self.model.require_tokenizer()
-        for search, node in rows:
-            start, ids = self._stable[node.parent.row if node.parent else -1]
-            text = self.policy.decode(node.tokens())
-            end = max(start, _stable_length(tokenizer, text))
-            ids = (*ids, *self.model.encode(text[start:end]))
-            stable.append((end, ids))
-            responses.append((*ids, *self.model.encode(text[end:])))
+        slots = dict.fromkeys((row.search for row in rows), 0)
+        for row, mapped in zip(rows, self._next, strict=True):
             try:
-                self.model.check_length("response", len(search.request.reward) + len(responses[-1]))
+                self.model.check_length("response", len(row.search.request.reward) + len(mapped.ids))
             except PromptTooLongError as error:
-                failed[search] = error
-            slots[search] += 2 * len(responses[-1])  # the beams before this step are still there
-            if search.mrm_slots is not None and len(search.request.reward) + slots[search] > search.mrm_slots:
-                failed[search] = CapacityError(
-                    f"the response takes more than the {search.mrm_slots} slots of the MRM's cache that were set aside"
+                failed[row.search] = error
+            slots[row.search] += 2 * len(mapped.ids)  # the beams before this step are still there
+            most = row.search.mrm_slots
+            if most is not None and len(row.search.request.reward) + slots[row.search] > most:
+                failed[row.search] = CapacityError(
+                    f"the response takes more than the {most} slots of the MRM's cache that were set aside"
                 )
-        self._next = stable, responses
         return failed
 
     def step(self, parents: Sequence[int], rows: Sequence[Row]) -> Tensor:
-        searches, (self._stable, responses) = [row.search for row in rows], self._next
+        searches, self._mapped = [row.search for row in rows], self._next
+        responses = [mapped.ids for mapped in self._mapped]
         hidden = self.scorer.read(searches, responses)  # before the old rows go, so that what they share is found
         current = set(zip(searches, responses, strict=True))
         self.scorer.retain(lambda search, response: (search, response) in current)
         return hidden
-
-
-def _stable_length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Characters whose tokens are final: all words but the last two (the last may grow, and take a space with it)."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.pre_tokenizer is None:
-        return 0  # a tokenizer without word boundaries may merge anything: encode all of it
-    words = backend.pre_tokenizer.pre_tokenize_str(text)
-    return words[-2][1][0] if len(words) > 2 else 0

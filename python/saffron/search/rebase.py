@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_number, check_whole, chosen
+from saffron.search.config import DrawingConfig, check_number, check_whole
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
@@ -49,8 +49,10 @@ class Rebase(Decoder[RebaseConfig]):
     between leaves by their rewards, which needs answers that can be equal.)
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: RebaseConfig | None = None) -> None:
-        super().__init__(policy, RewardScorer(policy, reward), chosen(config, RebaseConfig))
+    config_type = RebaseConfig
+
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: RebaseConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), RebaseConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config

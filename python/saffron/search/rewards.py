@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError
+from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
-from saffron.models.trie_model import TrieModel
-from saffron.search.config import check_model
-from saffron.search.hand_over import Head, head_for, same_tokens
+from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally
 from saffron_kernels import multifurcation_head
@@ -56,7 +55,7 @@ class _Responses:
     def __init__(
         self,
         policy: Policy,
-        model: TrieModel,
+        model: RewardModel,
         contexts: Sequence[Tokens],
         end_tokens: frozenset[int],
         head_rows: int,
@@ -78,7 +77,9 @@ class _Responses:
 
     def _read(self, response: Tokens) -> Tokens:
         """In the reward model's tokens."""
-        return response if self._same or not response else tuple(self._model.encode(self._policy.decode(response)))
+        return (
+            response if self._same or not response else tuple(self._model.encoder.text(self._policy.decode(response)))
+        )
 
 
 class ProcessReward(_Responses):
@@ -174,7 +175,8 @@ class RewardScorer:
     """
 
     def __init__(self, policy: Policy, model: RewardModel, unseen_reward: float = -1024.0) -> None:
-        check_model("reward", model, ProcessRewardModel, MultifurcationRewardModel)
+        expect("policy", policy, Policy)
+        expect("reward_model", model, ProcessRewardModel, MultifurcationRewardModel)
         self.policy, self.model, self.unseen_reward = policy, model, unseen_reward
         self.head = head_for(policy, model, True) if isinstance(model, MultifurcationRewardModel) else None
 

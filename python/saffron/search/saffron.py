@@ -12,13 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from saffron.errors import ConfigError
+from saffron.models.chat import Prompt, as_conversations
+from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured_step import CapturedStep, why_not_captured
-from saffron.search.config import Request, SearchConfig, chosen
+from saffron.search.config import Request, SearchConfig
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
-from saffron.search.method import Progress, one_each
+from saffron.search.method import Progress
 from saffron.search.model_pair import ModelPair
 from saffron.search.result import SearchResult
 from saffron.search.tree import Tree
@@ -50,8 +52,11 @@ class SaffronSearch:
         end_tokens: Sequence[int] | None = None,
         capture: bool = False,
     ) -> None:
+        expect("policy", policy, Policy)
+        expect("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
-        self.config = chosen(config, SearchConfig)
+        self.config = SearchConfig() if config is None else config
+        expect("config", self.config, SearchConfig)
         self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
         self.models = ModelPair(policy, mrm)
         self.capture = capture
@@ -61,13 +66,16 @@ class SaffronSearch:
         if reason is not None:
             raise ConfigError(f"capture: {reason}")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config})"
+
     def engine(self, **limits: Any) -> Engine:
         """An engine with this search's models and defaults; `limits` as for `Engine`."""
         return Engine(self.models, self.config, end_tokens=self.end_tokens, **limits)
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         prefill: str | Sequence[str] = "",
         *,
         config: SearchConfig | None = None,
@@ -77,8 +85,10 @@ class SaffronSearch:
         """Answers prompts, all in one forest of tries.
 
         Args:
-            prompts: user turns; a string is one prompt.
-            prefill: how the answers are forced to begin: one text for all prompts, or one each.
+            prompts: one text, one conversation (messages with "role" and "content", see `Conversation.of`), or a list
+                of texts and conversations.
+            prefill: how the answers are forced to begin: one text for all prompts, or one each. A conversation that
+                ends with an assistant message brings its own.
             config: of this call.
             trace: record every candidate of every step.
             progress: called with (steps done, steps at most) after each step.
@@ -86,11 +96,10 @@ class SaffronSearch:
         Raises:
             ConfigError, PromptTooLongError: before anything is run. NumericalError: a model returned NaN.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        prefills = one_each(prompts, prefill)
-        requests = [self.request(p, f) for p, f in zip(prompts, prefills, strict=True)]
+        conversations = as_conversations(prompts, prefill)
+        requests = [self.request(conversation) for conversation in conversations]
         results = self.search(requests, config=config, trace=trace, progress=progress)
-        return [replace(r, prompt=p, prefill=f) for r, p, f in zip(results, prompts, prefills, strict=True)]
+        return [replace(r, prompt=c.prompt, prefill=c.prefill) for r, c in zip(results, conversations, strict=True)]
 
     def search(
         self,
@@ -109,10 +118,8 @@ class SaffronSearch:
         results = [handle.result() for handle in handles]
         return [replace(r, cost=replace(r.cost, seconds=r.cost.seconds * share)) for r in results]
 
-    def stream(self, prompt: str, prefill: str = "", *, config: SearchConfig | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, prefill: str = "", *, config: SearchConfig | None = None) -> Iterator[str]:
         """Yields the answer in pieces, each as soon as no live beam can change it any more."""
-        if not isinstance(prompt, str):
-            raise ConfigError(f"prompt: got {type(prompt).__name__}, expected one text")
         running = self.run([self.request(prompt, prefill)], config=config)
         try:
             (handle,) = next(running)
@@ -167,6 +174,6 @@ class SaffronSearch:
             step = CapturedStep(self.models, config, groups)
         return step
 
-    def request(self, prompt: str, prefill: str = "") -> Request:
+    def request(self, prompt: Prompt, prefill: str = "") -> Request:
         """What the models read before the response."""
         return Request(tuple(self.policy.chat(prompt, prefill)), tuple(self.mrm.context_tokens(prompt)))

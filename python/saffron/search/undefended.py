@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig, chosen
+from saffron.search.config import DrawingConfig, check_whole
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import log_probability, sample
 
@@ -17,18 +17,35 @@ class SamplingConfig(DrawingConfig):
     min_new_tokens: int = 0
 
 
-class GreedyDecoding(Decoder[DecodingConfig]):
-    """The most probable next token, again and again. The score is the log-probability of the tokens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyConfig:
+    """Hyperparameters of `GreedyDecoding`.
 
-    Args:
-        policy: the model.
+    Attributes:
         max_new_tokens: longest response, without the prefill.
         min_new_tokens: tokens before it may end.
     """
 
-    def __init__(self, policy: Policy, max_new_tokens: int = 32, min_new_tokens: int = 0) -> None:
-        config = DecodingConfig(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
-        super().__init__(policy, None, config)
+    max_new_tokens: int = 32
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(self, max_new_tokens=1, min_new_tokens=0)
+
+
+class GreedyDecoding(Decoder[GreedyConfig]):
+    """The most probable next token, again and again. The score is the log-probability of the tokens.
+
+    Args:
+        policy: the model.
+        reward_model: None: it has none.
+        config: hyperparameters.
+    """
+
+    config_type = GreedyConfig
+
+    def __init__(self, policy: Policy, reward_model: None = None, config: GreedyConfig | None = None) -> None:
+        super().__init__(policy, reward_model, GreedyConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         policy, tallies = self.policy, batch.policy.tallies
@@ -71,8 +88,10 @@ class Sampling(Decoder[SamplingConfig]):
     (Top-p sampling: Holtzman et al., 2020, arXiv 1904.09751.)
     """
 
-    def __init__(self, policy: Policy, config: SamplingConfig | None = None) -> None:
-        super().__init__(policy, None, chosen(config, SamplingConfig))
+    config_type = SamplingConfig
+
+    def __init__(self, policy: Policy, reward_model: None = None, config: SamplingConfig | None = None) -> None:
+        super().__init__(policy, reward_model, SamplingConfig() if config is None else config)
 
     def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         steps, scores = self.config.max_new_tokens, [0.0] * batch.size

@@ -1,0 +1,76 @@
+"""The house: sizes of files and functions, one file per op in each place, and words that are not the field's."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from saffron_kernels import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files that git tracks; all files below the root where there is no git."""
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [file for name in listed.stdout.splitlines() if (file := ROOT / name).is_file()]
+    return [file for pattern in patterns for file in ROOT.rglob(pattern)]
+
+
+SOURCES = tracked("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
+PYTHON = [file for file in SOURCES if file.suffix == ".py"]
+
+
+def test_files_are_short() -> None:
+    long = {str(f.relative_to(ROOT)): n for f in SOURCES if (n := len(f.read_text().splitlines())) > MOST_LINES}
+    assert not long
+
+
+def test_functions_are_short() -> None:
+    """Docstrings do not count: a formula is no reason to split a function. Triton kernels may be longer."""
+    long = {}
+    for file in PYTHON:
+        if "backends/triton" in file.as_posix():
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                size = (node.body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                if size > MOST_LINES_OF_A_FUNCTION:
+                    long[f"{file.relative_to(ROOT)}:{node.name}"] = size
+    assert not long
+
+
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_every_op_has_its_file_in_each_place(op: str) -> None:
+    expected = [
+        f"tests/ops/test_{op}.py",
+        f"csrc/cpu/{op}.cpp",
+        f"saffron_kernels/backends/triton/{op}.py",
+    ]
+    missing = [name for name in expected if not (ROOT / name).is_file()]
+    missing += [] if list((ROOT / "csrc/cuda").glob(f"*/{op}.cu")) else [f"csrc/cuda/*/{op}.cu"]
+    assert not missing
+
+
+# Words of an earlier vocabulary, and the field's terms in their place.
+RETIRED = {
+    r"\bshipped\b": "bundled",
+}
+
+
+def test_retired_words_stay_retired() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}: {match.group()} (say: {term})"
+        for file in tracked("*.py", "*.md", "*.cpp", "*.h", "*.cu", "*.cuh")
+        if file != Path(__file__)
+        for word, term in RETIRED.items()
+        for match in re.finditer(word, file.read_text())
+    ]
+    assert not found
