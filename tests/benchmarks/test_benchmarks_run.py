@@ -23,7 +23,7 @@ import torch
 import workloads
 
 from saffron.search import saffron
-from saffron.search.captured import StaticStep
+from saffron.search.captured_step import CapturedStep
 from saffron.search.config import SearchConfig
 from saffron_kernels import backends
 
@@ -83,7 +83,7 @@ def test_small_ops(race, measured, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode_step(race, measured, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but every step is run as it is instead of captured."""
     monkeypatch.setattr(saffron, "why_not_captured", lambda *models: None)
-    monkeypatch.setattr(saffron, "StaticStep", partial(StaticStep, capture=None))
+    monkeypatch.setattr(saffron, "CapturedStep", partial(CapturedStep, capture=None))
     policy, mrm = (
         bench_step.random_llama(
             seed, FP32, 97, hidden_size=hidden, intermediate_size=32, num_hidden_layers=2, head_dim=8

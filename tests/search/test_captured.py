@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from saffron.errors import ConfigError, NumericalError
 from saffron.models.policy import Policy
-from saffron.search import Request, SaffronSearch, captured_step
-from saffron.search.captured_step import EVERY, StaticForest, intervals
-from saffron.search.eager_step import ModelPair
+from saffron.search import Request, SaffronSearch, static_forest
+from saffron.search.model_pair import ModelPair
+from saffron.search.static_forest import EVERY, StaticForest, intervals
 from saffron_kernels import multifurcate
 
 
@@ -173,7 +173,7 @@ def test_outputs_that_are_not_finite(monkeypatch) -> None:
     def unchecked(logits: Tensor, hidden: Tensor, *rest: object, **more: object) -> object:
         return multifurcate(logits.nan_to_num(0), hidden.nan_to_num(0), *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(captured_step, "multifurcate", unchecked)
+    monkeypatch.setattr(static_forest, "multifurcate", unchecked)
     for name, model in (("policy", policy), ("mrm", mrm)):
         search = make(monkeypatch, None, policy, mrm)
         weight = model.model.get_input_embeddings().weight

@@ -1,17 +1,16 @@
-"""The engine: searches that join and leave between steps answer as if each were alone."""
+"""The engine: limits, errors, threads."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from searches import CONFIG, REQUESTS
+from engines import PAIR, PROMPTS, alone, doubles, make, same
+from searches import CONFIG
 
 from saffron.errors import (
     CancelledError,
@@ -23,169 +22,7 @@ from saffron.errors import (
     PromptTooLongError,
     QueueFullError,
 )
-from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Engine, Handle, Request, SaffronSearch
-from saffron.search.captured_step import CapturedStep
-from saffron.search.config import SearchConfig
-from saffron.search.eager_step import ModelPair
-
-
-def doubles(seed: int = 0, **options: object) -> tuple[Policy, MultifurcationRewardModel]:
-    """`tiny.pair` in fp64: what rounding does stays far below the distance between two rewards."""
-    policy, mrm = tiny.pair(seed)
-    assert mrm.bias is not None
-    return Policy(policy.model.double(), **options), MultifurcationRewardModel(  # type: ignore[arg-type]
-        mrm.model.double(),
-        bias=mrm.bias,
-        unseen=mrm.unseen,
-        **options,  # type: ignore[arg-type]
-    )
-
-
-PAIR = doubles()
-PROMPTS = [*REQUESTS, Request(tuple(range(2, 40)), tuple(range(3, 50))), Request(tuple(range(2, 30)), (5,))]
-
-
-def schedule(widths: tuple[int, ...]) -> Callable[[Handle], None]:
-    """Sets the width of the next step by what the search has done."""
-
-    def on_step(handle: Handle) -> None:
-        if widths:
-            handle.width = widths[len(handle.tree.steps) % len(widths)]
-
-    return on_step
-
-
-def alone(request: Request, config: SearchConfig, ends: frozenset[int], widths: tuple[int, ...], trace: bool) -> Handle:
-    engine = Engine(ModelPair(*PAIR), prefill_tokens=None)
-    handle = engine.submit(request, config, end_tokens=ends, max_width=8, trace=trace, on_step=schedule(widths))
-    engine.run()
-    return handle
-
-
-def same(handle: Handle, other: Handle, tolerance: float) -> None:
-    """Equal in all but the last bits of scores, and the time it took."""
-    one, two = handle.result(), other.result()
-    assert one.tokens == two.tokens and one.stop == two.stop and one.cost == two.cost and one.steps == two.steps
-    assert [n.tokens() for n in handle.tree.beam] == [n.tokens() for n in other.tree.beam]
-    assert [n.score for n in handle.tree.beam] == pytest.approx([n.score for n in other.tree.beam], abs=tolerance)
-    assert (one.trace is None) == (two.trace is None)
-    for step, expected in zip(one.trace or [], two.trace or [], strict=True):
-        assert step["beam"] == [{**n, "score": pytest.approx(n["score"], abs=tolerance)} for n in expected["beam"]]
-        for node, other_node in zip(step["expanded"], expected["expanded"], strict=True):
-            assert [c["token"] for c in node["candidates"]] == [c["token"] for c in other_node["candidates"]]
-
-
-configs = st.builds(
-    SearchConfig,
-    width=st.integers(1, 6),
-    top_p=st.sampled_from([0.3, 0.8, 0.95, 1.0]),
-    max_new_tokens=st.integers(1, 9),
-    min_new_tokens=st.integers(0, 6),
-    ranking=st.sampled_from(["paper", "released"]),
-    eos_score=st.sampled_from(["parent", "mrm"]),
-    unseen_reward=st.sampled_from([-1024.0, 0.0]),
-    lm_head_bias=st.booleans(),
-)
-searches = st.tuples(
-    st.integers(0, 12),  # the step before which it joins
-    st.integers(0, len(PROMPTS) - 1),
-    configs,
-    st.sampled_from([frozenset({1}), frozenset({1, 30}), frozenset(range(40, 90)), frozenset[int]()]),
-    st.lists(st.integers(1, 8), max_size=3).map(tuple),
-    st.none() | st.integers(0, 8),  # steps after which it is cancelled
-    st.booleans(),
-)
-
-
-@given(
-    st.lists(searches, min_size=1, max_size=6),
-    st.sampled_from([None, 1, 7, 30]),
-    st.none() | st.integers(1, 3),
-    st.sampled_from([None, 450]),
-)
-@settings(max_examples=40, deadline=None)
-def test_answers_as_if_alone(plan, prefill_tokens, max_searches, cache_tokens) -> None:
-    """Whatever else joins, leaves or is cancelled, whatever the others want, and however prompts are cut."""
-    policy, mrm = PAIR
-    engine = Engine(
-        ModelPair(*PAIR), prefill_tokens=prefill_tokens, max_searches=max_searches, cache_tokens=cache_tokens
-    )
-    handles: dict[int, Handle] = {}
-    step = 0
-    while len(handles) < len(plan) or engine.busy:
-        for i, (joins, prompt, config, ends, widths, _, trace) in enumerate(plan):
-            if joins == step:
-                handles[i] = engine.submit(
-                    PROMPTS[prompt], config, end_tokens=ends, max_width=8, trace=trace, on_step=schedule(widths)
-                )
-        for i, (joins, _, _, _, _, cancelled, _) in enumerate(plan):
-            if cancelled is not None and joins + cancelled == step and not handles[i].done:
-                handles[i].cancel()
-                assert handles[i].done and isinstance(handles[i].error, CancelledError)
-        engine.step()
-        assert policy.kv.num_nodes <= policy.kv.reserved and mrm.kv.num_nodes <= mrm.kv.reserved
-        assert cache_tokens is None or max(policy.kv.reserved, mrm.kv.reserved) <= cache_tokens
-        step += 1
-    assert policy.kv.num_nodes == mrm.kv.num_nodes == policy.kv.reserved == mrm.kv.reserved == 0
-    for i, (_, prompt, config, ends, widths, cancelled, trace) in enumerate(plan):
-        handle = handles[i]
-        if handle.error is None:
-            same(handle, alone(PROMPTS[prompt], config, ends, widths, trace), 1e-9)
-        else:
-            assert cancelled is not None
-            with pytest.raises(CancelledError):
-                handle.result()
-
-
-captured_searches = st.tuples(
-    st.integers(0, 20),
-    st.integers(0, len(PROMPTS) - 1),
-    st.integers(1, 5),
-    st.sampled_from([0.5, 0.8, 1.0]),
-    st.integers(1, 20),
-    st.integers(0, 12),
-    st.sampled_from([frozenset({1}), frozenset(range(40, 47)), frozenset[int]()]),
-    st.none() | st.integers(0, 20),
-)
-
-
-@given(st.lists(captured_searches, min_size=1, max_size=6), st.sampled_from([None, 5]), st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
-def test_captured_steps_answer_as_if_alone(plan, prefill_tokens, groups) -> None:
-    """Joining and leaving lays the buffers out anew; every search has its own parameters on the device."""
-    policy, mrm = PAIR
-    step = CapturedStep(ModelPair(*PAIR), replace(CONFIG, width=5), groups, capture=None)
-    engine = Engine(ModelPair(*PAIR), CONFIG, prefill_tokens=prefill_tokens, step=step)
-    handles: dict[int, Handle] = {}
-    configs = [
-        SearchConfig(width=width, top_p=top_p, max_new_tokens=most, min_new_tokens=least)
-        for _, _, width, top_p, most, least, _, _ in plan
-    ]
-    now = 0
-    while len(handles) < len(plan) or engine.busy:
-        for i, (joins, prompt, *_, ends, _) in enumerate(plan):
-            if joins == now:
-                handles[i] = engine.submit(PROMPTS[prompt], configs[i], end_tokens=ends)
-        for i, (joins, *_, cancelled) in enumerate(plan):
-            if cancelled is not None and joins + cancelled == now and not handles[i].done:
-                handles[i].cancel()
-        engine.step()
-        now += 1
-    assert policy.kv.num_nodes == mrm.kv.num_nodes == policy.kv.reserved == mrm.kv.reserved == 0
-    for i, (_, prompt, *_, ends, cancelled) in enumerate(plan):
-        if handles[i].error is None:
-            same(handles[i], alone(PROMPTS[prompt], configs[i], ends, (), False), 1e-5)  # fp32 on the device
-        else:
-            assert cancelled is not None and isinstance(handles[i].error, CancelledError)
-
-
-# --- limits, errors, threads ---
-
-
-def make(pair=PAIR, **limits: object) -> Engine:
-    return Engine(ModelPair(*pair), CONFIG, **limits)  # type: ignore[arg-type]
+from saffron.search import GreedyConfig, GreedyDecoding, Handle, Request, SaffronSearch, parse_method
 
 
 def test_rounding_stays_below_a_ten_thousandth() -> None:
@@ -262,20 +99,31 @@ def test_bounds_of_the_queue_and_the_cache() -> None:
         engine.submit(PROMPTS[0])
 
 
-def test_numbers_that_are_not_finite_stop_one_search() -> None:
-    policy, mrm = doubles()
+def test_numbers_that_are_not_finite_stop_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose last token is poisoned come out as NaN, in a prompt or in a step."""
+    policy, mrm = PAIR
     expected = alone(PROMPTS[0], CONFIG, frozenset({1}), (), True).result()
     said = {node["token"] for step in expected.trace or [] for node in step["beam"]}
     poisoned = next(token for token in range(2, 97) if token not in said)
-    with torch.no_grad():
-        policy.model.get_input_embeddings().weight[poisoned] = torch.nan
-    engine = make((policy, mrm))
+    read, step = policy.read, policy.step
+
+    def poison(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(torch.tensor(tokens)[:, None] == poisoned, torch.nan)
+
+    def bad_read(sequences):
+        leaves, logits = read(sequences)
+        return leaves, poison([s[-1] for s in sequences], logits)
+
+    monkeypatch.setattr(policy, "read", bad_read)
+    monkeypatch.setattr(policy, "step", lambda rows, parents, tokens: poison(tokens, step(rows, parents, tokens)))
+    engine = make()
     good, bad = engine.submit(PROMPTS[0]), engine.submit(Request((0, poisoned), (0, 4)))
     late = engine.submit(Request((0, 5), (0, 4)), replace(CONFIG, top_p=1.0, width=97, max_new_tokens=3))
     engine.run()
     for handle in (bad, late):
         with pytest.raises(NumericalError, match="policy"):
             handle.result()
+    assert not bad.tree.steps and late.tree.steps
     assert good.result().tokens == expected.tokens
     assert policy.kv.num_nodes == mrm.kv.num_nodes == policy.kv.reserved == 0
 
@@ -352,3 +200,61 @@ def test_a_thread_of_its_own() -> None:
             thread.join()
     assert not wrong and answered[0] + cancelled[0] == 36 and answered[0] >= 24
     assert PAIR[0].kv.num_nodes == PAIR[1].kv.num_nodes == PAIR[0].kv.reserved == 0
+
+
+def test_other_methods_run_between_the_steps() -> None:
+    models = tiny.trio()
+    engine = make((models.policy, models.mrm), prefill_tokens=None)
+    prompt = Request(tuple(models.policy.chat("hello there")), tuple(models.guard.context_tokens("hello there")))
+    methods = [parse_method(name, models, n=3, width=2, max_new_tokens=5) for name in ("best-of-n", "beam", "greedy")]
+    long = engine.submit(PROMPTS[0], replace(CONFIG, max_new_tokens=40, min_new_tokens=40))
+    jobs = [engine.submit_job(method, prompt) for method in methods]  # type: ignore[arg-type]
+    stopped = engine.submit_job(methods[0], prompt)  # type: ignore[arg-type]
+    engine.step()
+    stopped.cancel()
+    for steps in range(2, 40):
+        engine.step()
+        assert len(long.tree.steps) == steps
+    assert isinstance(stopped.error, CancelledError) and not long.done
+    for job, method in zip(jobs, methods, strict=True):
+        (alone,) = method.search([prompt])  # type: ignore[attr-defined]
+        assert job.result(0).tokens == alone.tokens and job.result(0).cost == alone.cost
+    engine.close(drain=False)
+    assert models.policy.kv.num_nodes == models.mrm.kv.num_nodes == models.guard.kv.num_nodes == 0
+
+
+@pytest.mark.parametrize("shared", ["search", "policy"])
+def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
+    """Where no engine owns the models: every answer is right, whatever the caches do meanwhile."""
+    policy, mrm = doubles(capacity=4)  # they grow while others are in them
+    searches = [SaffronSearch(policy, mrm, CONFIG)]
+    searches += searches if shared == "search" else [SaffronSearch(policy, mrm, CONFIG)]
+    greedy = GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=8))
+    expected = [alone(request, CONFIG, frozenset({1}), (), False).result() for request in PROMPTS]
+    undefended = [r.tokens for r in greedy.search(PROMPTS)]
+    wrong: list[object] = []
+
+    def client(search: SaffronSearch, first: int) -> None:
+        try:
+            for i in range(len(PROMPTS)):
+                which = (first + i) % len(PROMPTS)
+                (result,) = search.search([PROMPTS[which]])
+                (plain,) = greedy.search([PROMPTS[which]])
+                if result.tokens != expected[which].tokens or plain.tokens != undefended[which]:
+                    wrong.append((which, result))
+        except BaseException as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=client, args=(searches[i % 2], i)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    for model in (policy, mrm):
+        assert model.kv.num_nodes == model.kv.reserved == 0 and model.kv.capacity == model.kv.k.shape[1] > 4

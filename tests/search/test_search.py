@@ -14,7 +14,7 @@ from searches import CONFIG, REQUESTS, comparable
 from saffron.errors import ConfigError, NumericalError, PromptTooLongError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Request, SaffronSearch, reference
+from saffron.search import GreedyConfig, GreedyDecoding, Request, SaffronSearch, reference
 from saffron.search.config import SearchConfig
 from saffron.search.tree import Node
 
@@ -138,11 +138,11 @@ def test_analytic_flops_are_what_torch_counts() -> None:
     assert counter.get_total_flops() - square in (0, rotary)  # dense attention computes the masked half as well
 
 
-def test_blind_steps_keep_the_policys_order() -> None:
+def test_steps_of_unseen_tokens_keep_the_policys_order() -> None:
     policy, mrm = tiny.pair()
     mrm.unseen = torch.ones_like(mrm.unseen)  # type: ignore[arg-type]
     (result,) = SaffronSearch(policy, mrm, replace(CONFIG, width=1)).search(REQUESTS[:1])
-    assert all(step.blind for step in result.steps)
+    assert all(step.all_unseen for step in result.steps)
     greedy: list[int] = []
     model = tiny.model(attention="eager")
     while len(greedy) < CONFIG.max_new_tokens and 1 not in greedy:
@@ -231,6 +231,15 @@ def test_bad_requests_are_refused_before_anything_runs() -> None:
         search.generate(["hello"])
 
 
+def test_a_string_is_one_prompt_and_a_call_has_its_own_configuration() -> None:
+    models = tiny.trio()
+    search = SaffronSearch(models.policy, models.mrm, CONFIG)
+    (one,) = search.generate("hello there", config=replace(CONFIG, max_new_tokens=2))
+    assert one.prompt == "hello there" and len(one.tokens) == 2
+    (greedy,) = GreedyDecoding(models.policy, config=GreedyConfig(max_new_tokens=3)).generate("hello there")
+    assert len(greedy.tokens) <= 3
+
+
 # --- with text ---
 
 
@@ -281,7 +290,7 @@ def test_through_text_encodes_only_the_end_anew(text_search: SaffronSearch, monk
     read: list[list[int]] = []
     plain_read, texts = mrm.read, mrm.encoder.texts
     encoded: list[int] = []
-    monkeypatch.setattr("saffron.search.eager_step.same_tokens", lambda *_: False)
+    monkeypatch.setattr("saffron.search.model_pair.same_tokens", lambda *_: False)
     monkeypatch.setattr(mrm, "read", lambda sequences: read.extend(sequences) or plain_read(sequences))
     monkeypatch.setattr(mrm.encoder, "texts", lambda pieces: encoded.extend(map(len, pieces)) or texts(pieces))
     search = SaffronSearch(policy, mrm, replace(CONFIG, max_new_tokens=24, min_new_tokens=24))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saffron.search.mcts import MCTS, MCTSConfig
     from saffron.search.method import Candidate, Decoder, Method
     from saffron.search.methods import METHODS, Kind, parse_config, parse_method
+    from saffron.search.model_pair import ModelPair
     from saffron.search.rebase import Rebase, RebaseConfig
     from saffron.search.saffron import SaffronSearch
     from saffron.search.undefended import GreedyConfig, GreedyDecoding, Sampling, SamplingConfig
@@ -40,6 +41,7 @@ __getattr__, __dir__, __all__ = attach(
         "MCTSConfig": "mcts",
         "METHODS": "methods",
         "Method": "method",
+        "ModelPair": "model_pair",
         "Rebase": "rebase",
         "RebaseConfig": "rebase",
         "Request": "config",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import Nuclei, sample
 from saffron.search.rewards import Owned, RewardModel, RewardScorer
 
@@ -30,7 +30,7 @@ class BeamConfig(DrawingConfig):
         check_whole(self, width=1, children=1, step_tokens=1)
 
 
-class BeamSearch(Decoder):
+class BeamSearch(Decoder[BeamConfig]):
     """Beam search guided by a process reward model (SAFFRON-1, section 3, "beam search" with `children`).
 
     Each step every beam proposes `children` continuations, the reward model scores each, and the `width` of the
@@ -50,28 +50,26 @@ class BeamSearch(Decoder):
     def __init__(self, policy: Policy, reward_model: RewardModel, config: BeamConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward_model), BeamConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
-        assert isinstance(config, BeamConfig)
         beams = [[Candidate((), 0.0)] for _ in range(batch.size)]
         for done in range(0, config.max_new_tokens, config.step_tokens):
             live = [(g, beam.tokens) for g, mine in enumerate(beams) for beam in mine if batch.goes_on(beam.tokens)]
             if not live:
                 break
-            children = self._children(batch, live)
+            children = yield from self._children(batch, live)
             rewards = batch.score(children)
             pools = [[beam for beam in mine if not batch.goes_on(beam.tokens)] for mine in beams]
             for (g, response), reward in dict(zip(children, rewards, strict=True)).items():
                 pools[g].append(Candidate(response, reward))
             beams = [sorted(pool, key=lambda beam: -beam.score)[: config.width] for pool in pools]
             batch.retain_leaves((g, beam.tokens) for g, mine in enumerate(beams) for beam in mine)
-            progress(min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens)
+            yield min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens
         return [max(mine, key=lambda beam: (beam.score, batch.ended(beam.tokens))) for mine in beams]
 
-    def _children(self, batch: SearchBatch, live: list[Owned]) -> list[Owned]:
+    def _children(self, batch: SearchBatch, live: list[Owned]) -> Steps[list[Owned]]:
         """All continuations of the live beams; the policy's cache then holds what leads to them."""
         config = self.config
-        assert isinstance(config, BeamConfig)
         logits = batch.logits(live)
         reading = set(live)
         batch.policy.retain(lambda g, r: (g, r) in reading)
@@ -81,4 +79,4 @@ class BeamSearch(Decoder):
             for i, (g, response) in enumerate(live)
             for token in nuclei.draw_distinct(i, config.children, batch.draws[g])
         ]
-        return sample(batch, children, config.step_tokens - 1, [batch.draws[g] for g, _ in children])
+        return (yield from sample(batch, children, config.step_tokens - 1, [batch.draws[g] for g, _ in children]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
 
@@ -26,7 +26,7 @@ class BestOfNConfig(DrawingConfig):
         check_whole(self, n=1)
 
 
-class BestOfN(Decoder):
+class BestOfN(Decoder[BestOfNConfig]):
     """Best-of-N sampling (Stiennon et al., 2020, arXiv 2009.01325, as SAFFRON-1 compares with it).
 
     N responses are drawn independently from the policy's nucleus, all N step by step at once; prefixes that samples
@@ -41,15 +41,14 @@ class BestOfN(Decoder):
     def __init__(self, policy: Policy, reward_model: RewardModel, config: BestOfNConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward_model), BestOfNConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
-        assert isinstance(self.config, BestOfNConfig)
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         n, steps = self.config.n, self.config.max_new_tokens
-        grown = sample(
+        grown = yield from sample(
             batch,
             [(search, ()) for search in range(batch.size) for _ in range(n)],
             steps,
             [batch.stream(search, i) for search in range(batch.size) for i in range(n)],
-            on_step=lambda done: progress(done, steps),
+            report=True,
         )
         rewards = batch.score(grown)
         best = [max(range(s * n, s * n + n), key=lambda i: (rewards[i], -i)) for s in range(batch.size)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
 from saffron.search.rewards import Owned, RewardModel, RewardScorer
@@ -43,7 +43,7 @@ class _Node:
     score: float
 
 
-class DeAL(Decoder):
+class DeAL(Decoder[DeALConfig]):
     """Decoding-time alignment (Huang et al., 2024, arXiv 2402.06147, section 3): heuristic-guided search.
 
     Each step the policy's most probable tokens are candidates. A candidate's heuristic is the reward of the response
@@ -63,9 +63,8 @@ class DeAL(Decoder):
     def __init__(self, policy: Policy, reward_model: RewardModel, config: DeALConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward_model), DeALConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
-        assert isinstance(config, DeALConfig)
         proposer = Proposer(batch, config.children)
         beams = [[_Node((), 0.0, 0.0)] for _ in range(batch.size)]
         for step in range(config.max_new_tokens):
@@ -82,7 +81,7 @@ class DeAL(Decoder):
                 beams[g].append(_Node(response, chance, config.policy_weight * chance + reward))
             beams = [sorted(mine, key=lambda node: -node.score)[: config.width] for mine in beams]
             _forget(proposer, step + 1, {(g, node.tokens) for g, mine in enumerate(beams) for node in mine})
-            progress(step + 1, config.max_new_tokens)
+            yield step + 1, config.max_new_tokens
         best = [max(mine, key=lambda node: (node.score, batch.ended(node.tokens))) for mine in beams]
         return [Candidate(node.tokens, node.score) for node in best]
 

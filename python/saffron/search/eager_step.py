@@ -8,35 +8,11 @@ import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError, SaffronError
-from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.handle import Handle
+from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Reader, Row, TextReader
 from saffron.search.step import Batch, StepRecord
 from saffron_kernels import multifurcate
-
-
-class ModelPair:
-    """A policy and an MRM that fit each other.
-
-    Attributes:
-        same: they share a tokenizer; otherwise responses reach the MRM as text.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
-
-    def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
-        self.policy, self.mrm = policy, mrm
-        self.same = same_tokens(policy, mrm)
-        self._heads = {True: head_for(policy, mrm, True)}
-
-    def head(self, trained_bias: bool) -> Head:
-        """The MRM's head by the policy's token ids."""
-        if trained_bias not in self._heads:
-            self._heads[trained_bias] = head_for(self.policy, self.mrm, trained_bias)
-        return self._heads[trained_bias]
 
 
 class EagerStep:
@@ -102,7 +78,9 @@ class EagerStep:
             self._number([self._rows[i] for i in keep])
 
     def close(self) -> None:
-        self.leave({*self.policy.prompts, *self.mrm.prompts, *(row.search for row in self._rows)})
+        for reader in (self.policy, self.mrm):
+            reader.close()
+        self._rows = []
 
     def _read(self) -> list[Handle]:
         """Searches whose prompts have been read."""

@@ -6,19 +6,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-from saffron.errors import CapacityError, EngineClosedError, QueueFullError
+from saffron.errors import CapacityError, ConfigError, EngineClosedError, QueueFullError
+from saffron.models.checks import expect
 from saffron.models.trie_model import TrieModel
 from saffron.search.config import Request, SearchConfig
-from saffron.search.eager_step import EagerStep, ModelPair
-from saffron.search.handle import Handle
+from saffron.search.eager_step import EagerStep
+from saffron.search.handle import Handle, Job, Pending
+from saffron.search.method import Decoder
+from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
-from saffron.search.result import StepStatistics
+from saffron.search.statistics import charge, count_step, trace_step
 from saffron.search.step import Batch, Step, StepRecord
-from saffron.search.trace import trace_step
-from saffron.search.tree import Node
 
 
 class Engine:
@@ -61,18 +63,18 @@ class Engine:
         step: Step | None = None,
     ) -> None:
         self.policy, self.mrm, self.models = models.policy, models.mrm, models
-        self.config = config or SearchConfig()
+        self.config = SearchConfig() if config is None else config
+        expect("config", self.config, SearchConfig)
         self.end_tokens = frozenset(self.policy.end_tokens if end_tokens is None else end_tokens)
         self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
         self.prefill_tokens = prefill_tokens
         self._step: Step = step or EagerStep(models)
-        self._vocab = self.policy.vocab_size
         # Of the forest: held during a step.
         self._lock, self._stepping = threading.RLock(), False
         self._searches: dict[Handle, tuple[int, int]] = {}  # that prefill or run: slots set aside for each
         self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
         # Of the queue.
-        self._changed, self._waiting = threading.Condition(), deque[Handle]()
+        self._changed, self._waiting, self._jobs = threading.Condition(), deque[Handle](), list[Job]()
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -103,32 +105,53 @@ class Engine:
             the cache holds. QueueFullError, EngineClosedError.
         """
         ends = self.end_tokens if end_tokens is None else frozenset(end_tokens)
-        handle = Handle(self, request, config or self.config, ends, trace=trace, max_width=max_width, on_step=on_step)
+        settings = self.config if config is None else config
+        expect("config", settings, SearchConfig)
+        handle = Handle(self, request, settings, ends, trace=trace, max_width=max_width, on_step=on_step)
         self._check(handle, index)
         with self._changed:
-            if self._closed:
-                raise EngineClosedError("the engine is closed")
-            if self.queue is not None and len(self._waiting) >= self.queue:
-                raise QueueFullError(f"queue: {self.queue} requests are waiting already")
+            self._open()
             self._waiting.append(handle)
             self._changed.notify_all()
         return handle
 
     add = submit
 
-    def cancel(self, handle: Handle) -> None:
-        """Ends a search without an answer; its slots come back at once, or after the step that is running."""
-        handle.cancelled = True
-        self.reap()
+    def submit_job(self, method: Decoder[Any], request: Request) -> Job:
+        """Runs another method on the engine's thread, a forward pass or two between steps of the searches.
+
+        Raises:
+            ConfigError, PromptTooLongError: a request that cannot be run, or caches that do not grow (other methods do
+            not say what they need at most). QueueFullError, EngineClosedError.
+        """
+        for model in (method.policy, *([method.scorer.model] if method.scorer else [])):
+            if not model.kv.grow:
+                raise ConfigError(f"method: got {type(method).__name__}, which needs caches that grow")
+        method.check([request])
+        job = Job(self, method.run([request]))
+        with self._changed:
+            self._open()
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job
+
+    def _open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self.queue is not None and len(self._waiting) + len(self._jobs) >= self.queue:
+            raise QueueFullError(f"queue: {self.queue} requests are waiting already")
+
+    def cancel(self, handle: Pending) -> None:
+        """See `Handle.cancel`."""
+        handle.cancel()
 
     def reap(self) -> None:
         """Drops the searches that were cancelled or have ended, unless a step is running: that does it at its end."""
         if self._lock.acquire(blocking=False):
-            try:
+            with self._lock:  # it is reentrant
+                self._lock.release()
                 if not self._stepping:
                     self._drop()
-            finally:
-                self._lock.release()
 
     # --- steps: one thread at a time ---
 
@@ -143,7 +166,7 @@ class Engine:
             try:
                 self._drop()
                 self._admit()
-                went_on = self._run()
+                went_on = self._run() | self._run_jobs()
             except Exception as error:
                 self._end_all(error)
                 went_on = True
@@ -165,12 +188,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any search runs or waits."""
-        return bool(self._searches or self._waiting)
+        return bool(self._searches or self._waiting or self._jobs)
 
     @property
     def running(self) -> int:
-        """Searches that have been admitted."""
-        return len(self._searches)
+        """Searches that have been admitted, and other methods."""
+        return len(self._searches) + len(self._jobs)
 
     @property
     def waiting(self) -> int:
@@ -192,8 +215,8 @@ class Engine:
         with self._changed:
             self._closed = True
             if not drain:
-                for handle in [*self._waiting, *self._searches]:
-                    handle.cancelled = True
+                for pending in [*self._waiting, *self._searches, *self._jobs]:
+                    pending.cancelled = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -226,7 +249,9 @@ class Engine:
             model.check_tokens(name, tokens)
             model.check_length(prompt, len(tokens), config.max_new_tokens)
         self._step.check(search)
-        for model, needed in zip(models, self._needs(search), strict=True):
+        for model, needed in zip(
+            models, self.models.slots(search.request, search.max_width, search.config.max_new_tokens), strict=True
+        ):
             kv = model.kv
             limits = [self.cache_tokens, None if kv.grow else kv.capacity]
             limit = min((x for x in limits if x is not None), default=needed)
@@ -236,32 +261,20 @@ class Engine:
                     f" {config.max_new_tokens} new tokens at width {search.max_width}"
                 )
 
-    def _needs(self, search: Handle) -> tuple[int, int]:
-        """Slots that a search needs at most in the caches of policy and MRM (Proposition 2: one per live prefix).
-
-        A response that reaches the MRM through text may take more tokens there, and two steps of it meet in the cache.
-        """
-        request, config = search.request, search.config
-        new = search.max_width * (config.max_new_tokens - 1)
-        through_text = new if self.models.same else 4 * new
-        shared = self.policy.share_prefixes, self.mrm.share_prefixes
-        return (
-            (len(request.policy) + new) * shared[0],
-            (len(request.reward) + through_text) * shared[1],
-        )
-
     def _admit(self) -> None:
         """Lets those that wait join, in their order, as far as there is room."""
         most = self.max_searches
         while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
             search = self._waiting[0]
-            needs = self._needs(search)
+            needs = self.models.slots(search.request, search.max_width, search.config.max_new_tokens)
             if not self.policy.kv.reserve(needs[0], self.cache_tokens):
                 return
             if not self.mrm.kv.reserve(needs[1], self.cache_tokens):
                 self.policy.kv.reserve(-needs[0])
                 return
             self._searches[search] = needs
+            if self.cache_tokens is not None or not self.mrm.kv.grow:
+                search.mrm_slots = needs[1]
             with self._changed:
                 self._waiting.remove(search)
             self._step.add(search)
@@ -326,6 +339,13 @@ class Engine:
                 search.finish(self._text)
         return bool(running or self._searches)
 
+    def _run_jobs(self) -> bool:
+        for job in list(self._jobs):
+            job.advance()
+            if job.done:
+                self._jobs.remove(job)
+        return bool(self._jobs)
+
     def _apply(self, record: StepRecord) -> list[Handle]:
         """What one step chose becomes the trees' new beams, and the batch of the next step."""
         rows, finished = self._batch.rows, self._batch.finished
@@ -336,7 +356,7 @@ class Engine:
         for child in record.children:
             children[rows[child[0]].search].append(child)
         kept = [finished[i] for i in record.kept]
-        self._charge(rows)
+        charge(self.models, rows)
         new, ended = list[Row](), list[Row]()
         for search, indices in mine.items():
             if search in record.failures and search not in record.all_unseen:
@@ -349,9 +369,11 @@ class Engine:
             else:
                 stay = [node for node in tree.beam if node.finished]
             live = tree.expand(nodes, stay, search.config.ranking, search.step_width)
-            self._count(search, expanded, [record.nucleus_sizes[i] for i in indices], record.all_unseen[search])
+            sizes = [record.nucleus_sizes[i] for i in indices]
+            count_step(self.models, search, len(expanded), sizes, record.all_unseen[search])
             if tree.trace is not None and record.outputs is not None:
-                self._trace(search, expanded, indices, record)
+                logits, hidden = (x[indices] for x in record.outputs)
+                tree.trace.append(trace_step(self.models, search, expanded, logits, hidden, record.all_unseen[search]))
             if len(tree.steps) == search.config.max_new_tokens:
                 live = []
             going_on = set(live)
@@ -362,59 +384,9 @@ class Engine:
         self._batch = Batch(new, [*kept, *ended])
         return [search for search in {**mine, **record.failures} if search in self._searches]
 
-    def _charge(self, rows: list[Row]) -> None:
-        """Counts what running the rows has cost, each search as if alone; what reads text keeps its own account."""
-        for side, model in enumerate((self.policy, self.mrm)):
-            if side and not self.models.same:
-                return
-            flops, shared = model.flops, model.share_prefixes
-            for search, node in rows:
-                request = search.request
-                length = len(request.reward if side else request.policy) + node.depth
-                tally = search.tree.tallies[side]
-                if node.depth and shared:
-                    tally.add(flops.token(length - 1), 1)
-                else:
-                    tally.add(flops.prompt(length), length)
-
     def _ended(self, search: Handle) -> bool:
         tree = search.tree
         return len(tree.steps) == search.config.max_new_tokens or not tree.live
-
-    def _count(self, search: Handle, expanded: list[Node], sizes: list[int], all_unseen: bool) -> None:
-        tree = search.tree
-        policy, reward = tree.tallies
-        policy.flops += len(expanded) * self._vocab * self.policy.flops.per_head_row
-        reward.flops += sum(sizes) * self.mrm.flops.per_head_row
-        live, steps = len(tree.live), tree.steps
-        steps.append(
-            StepStatistics(
-                step=len(steps),
-                live=live,
-                finished=len(tree.beam) - live,
-                nucleus_sizes=sizes,
-                candidates=sum(sizes),
-                trie_nodes=len(search.request.policy) + tree.cached,
-                reward_model_calls=len(expanded),
-                policy_flops=policy.flops - sum(s.policy_flops for s in steps),
-                reward_flops=reward.flops - sum(s.reward_flops for s in steps),
-                blind=all_unseen,
-            )
-        )
-
-    def _trace(self, search: Handle, expanded: list[Node], rows: list[int], record: StepRecord) -> None:
-        assert search.tree.trace is not None and record.outputs is not None
-        logits, hidden = (x[rows] for x in record.outputs)
-        config, tokenizer = search.config, self.policy.tokenizer
-        banned = expanded[0].depth < config.min_new_tokens
-        ends = torch.tensor(sorted(search.end_tokens), dtype=torch.int32, device=logits.device) if banned else None
-        search.tree.trace.append(
-            trace_step(
-                search.tree, expanded, logits, hidden, self.models.head(config.lm_head_bias), config.unseen_reward,
-                config.top_p, ends, record.all_unseen[search],
-                lambda token: "" if tokenizer is None else str(tokenizer.decode([token])),
-            )
-        )  # fmt: skip
 
     def _report(self, search: Handle) -> None:
         if search.on_step is not None and search.error is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError
@@ -15,15 +15,105 @@ if TYPE_CHECKING:
     from saffron.search.engine import Engine
 
 
-class Handle:
-    """One search in an `Engine`. May be used from any thread.
+class Pending:
+    """An answer that is to come. May be used from any thread.
+
+    Attributes:
+        error: why it ended without an answer.
+        cancelled: it was asked to end.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.error: SaffronError | None = None
+        self.cancelled = False
+        self._engine = engine
+        self._result: SearchResult | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None or self.error is not None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for the end; False if it has not come within `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, timeout)
+
+    def result(self, timeout: float | None = None) -> SearchResult:
+        """Waits for the answer.
+
+        Raises:
+            TimeoutError: it has not come within `timeout` seconds; the search goes on. CancelledError: it was
+            cancelled. SaffronError: what ended it without an answer.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"the search has not ended within {timeout} seconds")
+        if self._result is None:
+            assert self.error is not None
+            raise self.error
+        return self._result
+
+    def cancel(self) -> None:
+        """Ends the search without an answer; its slots come back at once, or after the step that is running."""
+        self.cancelled = True
+        self._engine.reap()
+
+    def fail(self, error: BaseException | None) -> None:
+        """Ends it with a typed error; None: it was cancelled."""
+        if self.done:
+            return
+        if error is None:
+            self.error = CancelledError("the search was cancelled")
+        elif isinstance(error, SaffronError):
+            self.error = error
+        else:
+            reason = (str(error).strip().split("\n") or [""])[0]
+            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason})")
+            self.error.__cause__ = error
+        self.notify()
+
+    def notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+class Job(Pending):
+    """A request to another method, which an engine runs between the steps of its searches.
+
+    Args:
+        steps: yields between forward passes, and returns one result.
+    """
+
+    def __init__(self, engine: Engine, steps: Generator[object, None, list[SearchResult]]) -> None:
+        super().__init__(engine)
+        self._steps = steps
+
+    def advance(self) -> None:
+        """Goes on to the next pause; for the engine."""
+        try:
+            if self.cancelled:
+                self._steps.close()
+                self.fail(None)
+            else:
+                next(self._steps)
+        except StopIteration as end:
+            (self._result,) = end.value
+            self.notify()
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+
+class Handle(Pending):
+    """One search in an `Engine`.
 
     Attributes:
         request, config: as they were submitted.
         end_tokens: ids that end its response.
         max_width: the largest width it may be set to.
         tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
-        error: why it ended without an answer.
+        mrm_slots: set aside for it in the MRM's cache, where that has a limit.
         step_width: the width of the step that is running.
     """
 
@@ -38,14 +128,14 @@ class Handle:
         max_width: int | None = None,
         on_step: Callable[[Handle], None] | None = None,
     ) -> None:
+        super().__init__(engine)
         self.request, self.config, self.end_tokens = request, config, end_tokens
         self.max_width = config.width if max_width is None else max_width
         self.tree = Tree(trace=[] if trace else None)
-        self.error: SaffronError | None = None
-        self.on_step, self.seconds, self.cancelled = on_step, 0.0, False
-        self._engine, self._width, self.step_width = engine, config.width, config.width
-        self._result: SearchResult | None = None
-        self._changed, self._said = threading.Condition(), ""
+        self.on_step, self.seconds = on_step, 0.0
+        self.mrm_slots: int | None = None
+        self._width = self.step_width = config.width
+        self._said = ""
 
     def __repr__(self) -> str:
         state = "done" if self._result else repr(self.error) if self.error else f"{len(self.tree.steps)} steps"
@@ -62,10 +152,6 @@ class Handle:
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= self.max_width:
             raise ConfigError(f"width: got {width!r}, expected a whole number from 1 to {self.max_width} (max_width)")
         self._width = width
-
-    @property
-    def done(self) -> bool:
-        return self._result is not None or self.error is not None
 
     @property
     def answer(self) -> Node:
@@ -109,30 +195,6 @@ class Handle:
             with self._changed:
                 self._changed.wait_for(lambda before=steps: self.done or len(self.tree.steps) > before)  # type: ignore[misc]
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits for the end; False if it has not come within `timeout` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.done, timeout)
-
-    def result(self, timeout: float | None = None) -> SearchResult:
-        """Waits for the answer.
-
-        Raises:
-            TimeoutError: it has not come within `timeout` seconds; the search goes on. CancelledError: it was
-            cancelled. SaffronError: what ended it without an answer.
-        """
-        if not self.wait(timeout):
-            raise TimeoutError(f"the search has not ended within {timeout} seconds")
-        if self._result is None:
-            assert self.error is not None
-            raise self.error
-        return self._result
-
-    def cancel(self) -> None:
-        """Ends the search without an answer; its slots come back at once, or after the step that is running."""
-        self.cancelled = True
-        self._engine.reap()
-
     # What follows is for the engine.
 
     def finish(self, policy_text: Callable[[list[int]], str]) -> None:
@@ -148,21 +210,3 @@ class Handle:
             trace=self.tree.trace,
         )
         self.notify()
-
-    def fail(self, error: BaseException | None) -> None:
-        """Ends it with a typed error; None: it was cancelled."""
-        if self.done:
-            return
-        if error is None:
-            self.error = CancelledError("the search was cancelled")
-        elif isinstance(error, SaffronError):
-            self.error = error
-        else:
-            reason = (str(error).strip().split("\n") or [""])[0]
-            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason})")
-            self.error.__cause__ = error
-        self.notify()
-
-    def notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()

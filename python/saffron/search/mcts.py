@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
 from saffron.search.rewards import RewardModel, RewardScorer
@@ -55,7 +55,7 @@ class TreeNode:
         return self.value / self.visits if self.visits else 0.0
 
 
-class MCTS(Decoder):
+class MCTS(Decoder[MCTSConfig]):
     """Monte Carlo tree search by UCT (Kocsis and Szepesvari, 2006), with a reward model for the value of a response.
 
     For each token of the answer, simulations are run until the root has been visited `simulations` times: *selection*
@@ -78,9 +78,8 @@ class MCTS(Decoder):
     def __init__(self, policy: Policy, reward_model: RewardModel, config: MCTSConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward_model), MCTSConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
-        assert isinstance(config, MCTSConfig)
         proposer = Proposer(batch, config.children)
         roots = [TreeNode(()) for _ in range(batch.size)]
         for step in range(config.max_new_tokens):
@@ -90,12 +89,13 @@ class MCTS(Decoder):
             self._expand(proposer, [(g, roots[g]) for g in live])
             while searching := [g for g in live if self._undecided(roots[g])]:
                 self.simulate(batch, proposer, [(g, roots[g]) for g in searching])
+                yield None
             for g in live:
                 roots[g] = chosen(roots[g])
             at = {(g, root.response) for g, root in enumerate(roots)}
             parents = {(g, response[:-1]) for g, response in at}
             proposer.retain(lambda g, r, d=step + 1, at=at, up=parents: (g, r[:d]) in at or (g, r) in up)  # type: ignore[misc]
-            progress(step + 1, config.max_new_tokens)
+            yield step + 1, config.max_new_tokens
         responses = [root.response for root in roots]
         rewards = batch.score(list(enumerate(responses)))
         return [Candidate(response, reward) for response, reward in zip(responses, rewards, strict=True)]
@@ -103,7 +103,6 @@ class MCTS(Decoder):
     def simulate(self, batch: SearchBatch, proposer: Proposer, roots: list[tuple[int, TreeNode]]) -> None:
         """One simulation in each tree: selection, expansion, rollout, backup."""
         config = self.config
-        assert isinstance(config, MCTSConfig)
         paths = [self._select(root) for _, root in roots]
         reached = [(g, path[-1]) for (g, _), path in zip(roots, paths, strict=True)]
         # The first visit of a node is its own rollout; the second goes on to its first child.
@@ -122,7 +121,7 @@ class MCTS(Decoder):
                 node.value += value
 
     def _undecided(self, root: TreeNode) -> bool:
-        assert isinstance(self.config, MCTSConfig) and root.children
+        assert root.children
         return len(root.children) > 1 and root.visits < self.config.simulations
 
     def _select(self, root: TreeNode) -> list[TreeNode]:
@@ -133,7 +132,6 @@ class MCTS(Decoder):
         return path
 
     def _urgency(self, parent: TreeNode, child: TreeNode) -> float:
-        assert isinstance(self.config, MCTSConfig)
         if child.visits == 0:
             return math.inf
         return child.mean + self.config.exploration * math.sqrt(math.log(parent.visits) / child.visits)

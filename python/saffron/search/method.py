@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,20 @@ from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Owned, Reward, RewardScorer
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
+Steps = Generator[tuple[int, int] | None, None, T]  # work that yields between its forward passes, at times its progress
+
+
+class Lengths(Protocol):
+    """What the configuration of every method says."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def min_new_tokens(self) -> int: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=Lengths)
 
 
 class Method(Protocol):
@@ -62,7 +76,7 @@ class SearchBatch:
     """
 
     def __init__(
-        self, policy: Policy, scorer: RewardScorer | None, config: DecodingConfig, end_tokens: frozenset[int],
+        self, policy: Policy, scorer: RewardScorer | None, config: Any, end_tokens: frozenset[int],
         requests: Sequence[Request],
     ) -> None:  # fmt: skip
         self.config, self.end_tokens = config, end_tokens
@@ -135,7 +149,7 @@ class SearchBatch:
         return Cost.of(self.policy.tallies[search], reward, seconds)
 
 
-class Decoder(ABC):
+class Decoder(ABC, Generic[ConfigT]):
     """A method over one policy, with or without a reward model.
 
     Args:
@@ -146,7 +160,7 @@ class Decoder(ABC):
 
     config_type: ClassVar[type] = DecodingConfig
 
-    def __init__(self, policy: Policy, scorer: RewardScorer | None, config: Any) -> None:
+    def __init__(self, policy: Policy, scorer: RewardScorer | None, config: ConfigT) -> None:
         expect("policy", policy, Policy)
         if scorer is not None and not isinstance(scorer, RewardScorer):
             raise ConfigError(f"reward_model: got {kind(scorer)}, expected None: this method has no reward model")
@@ -175,14 +189,27 @@ class Decoder(ABC):
     @torch.inference_mode()
     def search(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[SearchResult]:
         """`generate` for token ids. Equal requests are searched once."""
-        self._check(requests)
+        steps = self.run(requests)
+        try:
+            while True:
+                done = next(steps)
+                if progress is not None and done is not None:
+                    progress(*done)
+        except StopIteration as end:
+            return list(end.value)
+        finally:
+            steps.close()
+
+    def run(self, requests: Sequence[Request]) -> Steps[list[SearchResult]]:
+        """`search` in steps: whoever runs it may do other things between them, or close it to give the caches back."""
+        self.check(requests)
         if not requests:
             return []
         started = time.perf_counter()
         distinct = list(dict.fromkeys(requests))
         batch = SearchBatch(self.policy, self.scorer, self.config, self.end_tokens, distinct)
         try:
-            answers = self._decode(batch, progress or (lambda done, total: None))
+            answers = yield from self._decode(batch)
         finally:
             batch.close()
         seconds = (time.perf_counter() - started) / len(requests)
@@ -193,10 +220,10 @@ class Decoder(ABC):
         return [found[request] for request in requests]
 
     @abstractmethod
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
-        """The method itself: an answer for each search of the batch."""
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
+        """The method itself: returns an answer for each search, and yields between its forward passes."""
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
         for i, request in enumerate(requests):
             self.policy.check_tokens(f"requests[{i}]", request.policy)
             self.policy.check_length(f"prompt {i}", len(request.policy), self.config.max_new_tokens)

@@ -13,7 +13,7 @@ from saffron.search.best_of_n import BestOfN, BestOfNConfig
 from saffron.search.config import DecodingConfig, SearchConfig
 from saffron.search.deal import DeAL, DeALConfig
 from saffron.search.mcts import MCTS, MCTSConfig
-from saffron.search.method import Decoder, Method
+from saffron.search.method import Method
 from saffron.search.rebase import Rebase, RebaseConfig
 from saffron.search.saffron import SaffronSearch
 from saffron.search.undefended import GreedyConfig, GreedyDecoding, Sampling, SamplingConfig
@@ -38,7 +38,7 @@ class Kind:
         return {field.name: field.default for field in fields(self.config)}
 
 
-def _guided(name: str, summary: str, config: type[DecodingConfig], method: Callable[..., Decoder]) -> dict[str, Kind]:
+def _guided(name: str, summary: str, config: type[DecodingConfig], method: Callable[..., Method]) -> dict[str, Kind]:
     """A method that takes either reward model, under its name with the PRM and under `name-mrm` with the MRM."""
     return {
         name: Kind(f"{summary}, with the guard (a PRM)", config, lambda m, c: method(m.policy, m.guard, c)),

@@ -15,7 +15,7 @@ from saffron.search.prefix_scorer import Tokens
 from saffron_kernels import nucleus
 
 if TYPE_CHECKING:
-    from saffron.search.method import SearchBatch
+    from saffron.search.method import SearchBatch, Steps
     from saffron.search.rewards import Owned
 
 
@@ -61,16 +61,16 @@ def sample(
     steps: int,
     generators: Sequence[np.random.Generator],
     *,
-    on_step: Callable[[int], None] = lambda step: None,
+    report: bool = False,
     chances: list[float] | None = None,
-) -> list[Owned]:
+) -> Steps[list[Owned]]:
     """Every response goes on by up to `steps` tokens drawn from the nucleus, until it ends.
 
     Meanwhile the policy's cache holds these responses alone.
 
     Args:
         generators: of the draws, one a response; responses that share one draw in the order given.
-        on_step: called with the number of tokens drawn so far.
+        report: yield how many tokens have been drawn, and how many it will be at most.
         chances: one a response; the log-probability of what was drawn is added.
     """
     grown: list[Owned] = list(responses)
@@ -91,7 +91,7 @@ def sample(
             search, response = grown[i]
             grown[i] = search, (*response, token)
         live = [i for i in live if batch.goes_on(grown[i][1])]
-        on_step(step + 1)
+        yield (step + 1, steps) if report else None
     return grown
 
 

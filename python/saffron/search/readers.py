@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saffron.errors import PromptTooLongError
+from saffron.errors import CapacityError, PromptTooLongError, SaffronError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import Index, TrieModel
@@ -86,8 +86,10 @@ class Reader:
 
     def join(self, searches: Sequence[Handle]) -> Tensor:
         """Searches whose prompts have been read get a row each, behind the others; returns the outputs there."""
-        prompts = [self.prompts.pop(search) for search in searches]
+        prompts = [self.prompts[search] for search in searches]
         self._join(searches, prompts)
+        for search in searches:
+            del self.prompts[search]
         return torch.cat([prompt.output for prompt in prompts if prompt.output is not None])
 
     def leave(self, searches: Collection[Handle], keep: Sequence[int] | None) -> None:
@@ -98,8 +100,12 @@ class Reader:
         if keep is not None:
             self.model.regroup(self.rows, keep)
 
-    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, PromptTooLongError]:
-        """Which searches cannot go on as the next rows exceed the context: none, as that was checked before."""
+    def close(self) -> None:
+        """Gives everything back, whatever happened before."""
+        self.leave([*self.prompts], [])
+
+    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, SaffronError]:
+        """Which searches cannot go on as the next rows need too much: none, as that was checked before."""
         return {}
 
     def step(self, parents: Sequence[int], rows: Sequence[Row]) -> Tensor:
@@ -125,8 +131,10 @@ class TextReader(Reader):
         self.scorer = PrefixScorer(mrm, {}, head_rows=0)
         self._mapped: list[Mapped] = []  # of each row
         self._next: list[Mapped] = []
+        self._members: set[Handle] = set()
 
     def _join(self, searches: Sequence[Handle], prompts: Sequence[Prompt]) -> None:
+        self._members |= set(searches)
         for search, prompt in zip(searches, prompts, strict=True):
             self.scorer.add(search, prompt.tokens, search.tree.tallies[1], prompt.leaf)
             self._mapped.append(EMPTY)
@@ -135,19 +143,31 @@ class TextReader(Reader):
         super().leave(searches, None)
         if keep is not None:
             self._mapped = [self._mapped[row] for row in keep]
+        self._members -= set(searches)
         for search in searches:
             self.scorer.remove(search)
 
-    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, PromptTooLongError]:
-        """Encodes the responses of the next rows; which searches cannot go on, as their text exceeds the context."""
+    def close(self) -> None:
+        self.leave([*self.prompts, *self._members], [])
+
+    def outgrown(self, rows: Sequence[Row]) -> dict[Handle, SaffronError]:
+        """Encodes the responses of the next rows; which searches cannot go on, as their text exceeds the MRM's context
+        or, in a cache with a limit, what was set aside for them."""
         parents = [self._mapped[row.node.parent.row if row.node.parent else -1] for row in rows]
         self._next = self.mapper.extend(parents, [row.node.tokens() for row in rows])
-        failed = {}
+        failed: dict[Handle, SaffronError] = {}
+        slots = dict.fromkeys((row.search for row in rows), 0)
         for row, mapped in zip(rows, self._next, strict=True):
             try:
                 self.model.check_length("response", len(row.search.request.reward) + len(mapped.ids))
             except PromptTooLongError as error:
                 failed[row.search] = error
+            slots[row.search] += 2 * len(mapped.ids)  # the beams before this step are still there
+            most = row.search.mrm_slots
+            if most is not None and len(row.search.request.reward) + slots[row.search] > most:
+                failed[row.search] = CapacityError(
+                    f"the response takes more than the {most} slots of the MRM's cache that were set aside"
+                )
         return failed
 
     def step(self, parents: Sequence[int], rows: Sequence[Row]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_number, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import sample
 from saffron.search.rewards import RewardModel, RewardScorer
 
@@ -33,7 +33,7 @@ class RebaseConfig(DrawingConfig):
         check_number(self, balance=True)
 
 
-class Rebase(Decoder):
+class Rebase(Decoder[RebaseConfig]):
     """Reward-balanced search (Wu et al., 2024, arXiv 2408.00724, section 3).
 
     The root is expanded `width` times. Then, in every step, the reward model scores the new nodes, and node `j` is
@@ -54,9 +54,8 @@ class Rebase(Decoder):
     def __init__(self, policy: Policy, reward_model: RewardModel, config: RebaseConfig | None = None) -> None:
         super().__init__(policy, RewardScorer(policy, reward_model), RebaseConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         config = self.config
-        assert isinstance(config, RebaseConfig)
         leaves: list[list[Candidate]] = [[] for _ in range(batch.size)]
         live = [(g, Candidate((), 0.0)) for g in range(batch.size)]
         for done in range(0, config.max_new_tokens, config.step_tokens):
@@ -65,7 +64,7 @@ class Rebase(Decoder):
                 mine = [node for owner, node in live if owner == g]
                 shares = allocate([node.score for node in mine], config.width - len(leaves[g]), config.balance)
                 parents += [(g, node.tokens) for node, share in zip(mine, shares, strict=True) for _ in range(share)]
-            children = sample(batch, parents, config.step_tokens, [batch.draws[g] for g, _ in parents])
+            children = yield from sample(batch, parents, config.step_tokens, [batch.draws[g] for g, _ in parents])
             rewards = batch.score(children)
             live = []
             for (g, response), reward in zip(children, rewards, strict=True):
@@ -75,7 +74,7 @@ class Rebase(Decoder):
                 else:
                     leaves[g].append(node)
             batch.retain_leaves((g, node.tokens) for g, node in live)
-            progress(min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens)
+            yield min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens
             if not live:
                 break
         return [max(mine, key=lambda leaf: (leaf.score, batch.ended(leaf.tokens))) for mine in leaves]

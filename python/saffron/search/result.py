@@ -67,7 +67,7 @@ class StepStatistics:
         trie_nodes: distinct prefixes, prompt included, that the live beams hold in the policy's cache.
         reward_model_calls: sequences the MRM read for this step.
         policy_flops, reward_flops: of the forward passes this step needed.
-        blind: no candidate was known to the MRM, so the policy's order decided.
+        all_unseen: no candidate was known to the MRM, so the policy's order decided.
     """
 
     step: int
@@ -79,7 +79,7 @@ class StepStatistics:
     reward_model_calls: int
     policy_flops: int
     reward_flops: int
-    blind: bool
+    all_unseen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class SearchResult:
     def write_trace(self, file: str | Path) -> None:
         """Writes the search as JSON lines: one record a step, then the answer (`to_json`).
 
-        A step's record holds `step`, `blind`, `expanded`: for each beam its `node` and its `candidates`, each with
+        A step's record holds `step`, `all_unseen`, `expanded`: for each beam its `node` and its `candidates`, each with
         `token`, `text`, `probability`, `reward`, `unseen` and `child` (the node it became, null if it was pruned), and
         `beam`: the nodes after the step, best first, with `node`, `parent`, `token`, `score`, `finished`.
         """

@@ -18,10 +18,10 @@ from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured_step import CapturedStep, why_not_captured
 from saffron.search.config import Request, SearchConfig
-from saffron.search.eager_step import ModelPair
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
 from saffron.search.method import Progress
+from saffron.search.model_pair import ModelPair
 from saffron.search.result import SearchResult
 from saffron.search.tree import Tree
 
@@ -163,7 +163,8 @@ class SaffronSearch:
                     yield [handles[request] for request in requests]
         finally:
             engine.close(drain=False)
-            self._captured = step
+            if step is not None:
+                self._captured = step
 
     def _captured_step(self, config: SearchConfig, groups: int) -> CapturedStep:
         """Buffers for a forest: those of the call before if they do, else new ones."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_whole
-from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import log_probability, sample
 
 
@@ -33,7 +33,7 @@ class GreedyConfig:
         check_whole(self, max_new_tokens=1, min_new_tokens=0)
 
 
-class GreedyDecoding(Decoder):
+class GreedyDecoding(Decoder[GreedyConfig]):
     """The most probable next token, again and again. The score is the log-probability of the tokens.
 
     Args:
@@ -47,7 +47,7 @@ class GreedyDecoding(Decoder):
     def __init__(self, policy: Policy, reward_model: None = None, config: GreedyConfig | None = None) -> None:
         super().__init__(policy, reward_model, GreedyConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         policy, tallies = self.policy, batch.policy.tallies
         flops, head = policy.flops, policy.vocab_size * policy.flops.per_head_row
         contexts = list(batch.policy.contexts.values())
@@ -65,7 +65,7 @@ class GreedyDecoding(Decoder):
                     tallies[search].flops += head
                     scores[search] += chance
                     responses[search].append(token)
-                progress(step + 1, self.config.max_new_tokens)
+                yield step + 1, self.config.max_new_tokens
                 going = [row for row, search in enumerate(live) if batch.goes_on(tuple(responses[search]))]
                 if not going:
                     break
@@ -82,7 +82,7 @@ class GreedyDecoding(Decoder):
         return [Candidate(tuple(response), score) for response, score in zip(responses, scores, strict=True)]
 
 
-class Sampling(Decoder):
+class Sampling(Decoder[SamplingConfig]):
     """The next token drawn from the policy's nucleus, again and again. The score is the log-probability of the tokens.
 
     (Top-p sampling: Holtzman et al., 2020, arXiv 1904.09751.)
@@ -93,14 +93,14 @@ class Sampling(Decoder):
     def __init__(self, policy: Policy, reward_model: None = None, config: SamplingConfig | None = None) -> None:
         super().__init__(policy, reward_model, SamplingConfig() if config is None else config)
 
-    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+    def _decode(self, batch: SearchBatch) -> Steps[list[Candidate]]:
         steps, scores = self.config.max_new_tokens, [0.0] * batch.size
-        grown = sample(
+        grown = yield from sample(
             batch,
             [(search, ()) for search in range(batch.size)],
             steps,
             [batch.stream(search, 0) for search in range(batch.size)],
-            on_step=lambda done: progress(done, steps),
+            report=True,
             chances=scores,
         )
         return [Candidate(response, score) for (_, response), score in zip(grown, scores, strict=True)]

@@ -1,0 +1,43 @@
+"""The policy and the MRM of a search."""
+
+from __future__ import annotations
+
+from saffron.models.checks import expect
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.vocabulary import Head, head_for, same_tokens
+from saffron.search.config import Request
+
+
+class ModelPair:
+    """A policy and an MRM that fit each other.
+
+    Attributes:
+        same: they share a tokenizer; otherwise responses reach the MRM as text.
+        vocab_size: of the policy.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+
+    def __init__(self, policy: Policy, mrm: MultifurcationRewardModel) -> None:
+        expect("policy", policy, Policy)
+        expect("mrm", mrm, MultifurcationRewardModel)
+        self.policy, self.mrm = policy, mrm
+        self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
+        self._heads = {True: head_for(policy, mrm, True)}
+
+    def head(self, trained_bias: bool) -> Head:
+        """The MRM's head by the policy's token ids."""
+        if trained_bias not in self._heads:
+            self._heads[trained_bias] = head_for(self.policy, self.mrm, trained_bias)
+        return self._heads[trained_bias]
+
+    def slots(self, request: Request, width: int, new_tokens: int) -> tuple[int, int]:
+        """What a search needs at most in the caches of policy and MRM: one slot per live prefix (Proposition 2).
+
+        A response that reaches the MRM as text may take more tokens there, and two steps of it meet in the cache.
+        """
+        new = width * (new_tokens - 1)  # the last token is not run
+        needs = len(request.policy) + new, len(request.reward) + (new if self.same else 4 * new)
+        return needs[0] * self.policy.share_prefixes, needs[1] * self.mrm.share_prefixes
