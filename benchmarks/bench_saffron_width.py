@@ -58,10 +58,10 @@ def test_saffron_width(race, width: int) -> None:
     greedy, ids = GreedyDecoding(policy, config=config), torch.tensor([prompt], device=DEVICE)
 
     def defended() -> list[int]:
-        return search.search([request])[0].tokens
+        return search.search([request])[0].token_ids
 
     def over_the_trie() -> list[int]:
-        return greedy.search([request])[0].tokens
+        return greedy.search([request])[0].token_ids
 
     def by_transformers() -> list[int]:
         out = plain.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)

@@ -45,10 +45,10 @@ def random_request(tokens: int) -> Request:
 
 def test_search(race) -> None:
     config = SearchConfig(width=WIDTH, top_p=0.8, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    search, request = SaffronSearch(*random_models(), config, end_tokens=[1]), random_request(PROMPT)
+    search, request = SaffronSearch(*random_models(), config, eos_token_id=[1]), random_request(PROMPT)
 
     def run() -> list[int]:
-        return search.search([request])[0].tokens
+        return search.search([request])[0].token_ids
 
     def on_reference() -> list[int]:
         with backend("reference"):

@@ -50,15 +50,15 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 def search_of(models: tuple[Policy, MultifurcationRewardModel], config: SearchConfig, ids: tuple[int, ...]) -> Search:
     """Captured steps; the buffers and the graphs are of this search alone."""
-    search = SaffronSearch(*models, config, end_tokens=[1], capture=True)
-    return lambda: search.search([Request(ids, ids)])[0].tokens
+    search = SaffronSearch(*models, config, eos_token_id=[1], capture=True)
+    return lambda: search.search([Request(ids, ids)])[0].token_ids
 
 
 def measure_step(race, policy: PreTrainedModel, mrm: PreTrainedModel, config: SearchConfig, prompt: int) -> None:
     models, tokens = (Policy(policy), MultifurcationRewardModel(mrm)), config.max_new_tokens
     vocab, dtype = policy.config.vocab_size, policy.dtype
     ids = tuple(torch.randint(2, vocab, (prompt,), generator=torch.Generator().manual_seed(2)).tolist())
-    plain, ours = SaffronSearch(*models, config, end_tokens=[1]), search_of(models, config, ids)
+    plain, ours = SaffronSearch(*models, config, eos_token_id=[1]), search_of(models, config, ids)
     expected = ours()
 
     def check(result: object) -> None:
@@ -67,7 +67,7 @@ def measure_step(race, policy: PreTrainedModel, mrm: PreTrainedModel, config: Se
 
     assert len(expected) == tokens and ours() == expected
     others = usable({"cuda backend": partial(on_backend, "cuda", search_of(models, config, ids))}, check)
-    contenders = {"step by step": lambda: plain.search([Request(ids, ids)])[0].tokens, **others}
+    contenders = {"step by step": lambda: plain.search([Request(ids, ids)])[0].token_ids, **others}
     race(Case(
         op="decode_step",
         shape={

@@ -41,14 +41,14 @@ def main() -> None:
     bundled = load_bundled()
     request = Request(tuple(bundled.policy.chat(PROMPT)), tuple(bundled.mrm.context_tokens(PROMPT)))
     subjects = {
-        "bundled": (bundled.policy, bundled.mrm, sorted(bundled.policy.end_tokens), request),
+        "bundled": (bundled.policy, bundled.mrm, sorted(bundled.policy.eos_token_id), request),
         "random": (*random_models(), [1], random_request(128)),
     }
     found: dict[str, dict[str, list[list[int]]]] = {}
-    for name, (policy, mrm, end_tokens, request) in subjects.items():
+    for name, (policy, mrm, eos_token_id, request) in subjects.items():
         for width in WIDTHS:
             config = SearchConfig(width=width, max_new_tokens=LEVELS + 1, min_new_tokens=LEVELS + 1)
-            steps = record(SaffronSearch(policy, mrm, config, end_tokens=end_tokens), request)
+            steps = record(SaffronSearch(policy, mrm, config, eos_token_id=eos_token_id), request)
             found.setdefault(name, {})[str(width)] = steps
             print(f"{name}, {width} beams: {len(steps)} steps of {sorted(set(map(len, steps)))} beams")
     (FOLDER / "recorded_searches.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")

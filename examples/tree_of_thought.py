@@ -21,7 +21,7 @@ ROUNDS, KEEP, BRANCH, LENGTH = 5, 8, 4, 6
 def main() -> None:
     torch.manual_seed(0)
     policy, _, guard = load_bundled()
-    model, config, ends = policy.model, policy.model.config, torch.tensor(policy.end_tokens, dtype=torch.int32)
+    model, config, ends = policy.model, policy.model.config, torch.tensor(policy.eos_token_id, dtype=torch.int32)
     kv = KVTrie(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
     def forward(tokens, step):  # all states are one row: next-token logits [states, vocab]

@@ -57,11 +57,11 @@ def test_every_method_takes_texts_and_conversations(name: str, models: Models) -
     assert len(results) == 1 and one.prompt == "hello there" and one.prefill == ""
     conversation, forced, text = method.generate([MESSAGES, PREFILLED, "hello there"])  # type: ignore[list-item]
     assert conversation.prompt == forced.prompt == MESSAGES and forced.prefill == "the quick"
-    assert text.tokens == one.tokens and text.score == pytest.approx(one.score, abs=1e-4)
+    assert text.token_ids == one.token_ids and text.score == pytest.approx(one.score, abs=1e-4)
     assert forced.to_json()["prompt"] == MESSAGES
     (again,) = method.generate(PREFILLED)  # type: ignore[arg-type]
     (same,) = method.generate([MESSAGES], "the quick")  # type: ignore[list-item]
-    assert again.tokens == same.tokens == forced.tokens
+    assert again.token_ids == same.token_ids == forced.token_ids
     assert method.generate([]) == []
     with pytest.raises(ConfigError, match=r"prompts\[1\]: got ''"):
         method.generate(["a", ""])

@@ -76,7 +76,7 @@ def _replay_case(number: int, case: dict[str, Any], policy: Policy, mrm: Multifu
         (ours["bos"], *case["prompt"], *ours["infix"]), (*theirs["prefix"], *case["prompt"], *theirs["infix"])
     )
     beams: list[list[Node]] = []
-    for (tree,) in SaffronSearch(policy, mrm, config, end_tokens=[ours["eos"]]).steps([request]):
+    for (tree,) in SaffronSearch(policy, mrm, config, eos_token_id=[ours["eos"]]).steps([request]):
         beams.append(list(tree.beam))
     beams += [beams[-1]] * (len(case["steps"]) - len(beams))  # once all are finished, steps change nothing
 

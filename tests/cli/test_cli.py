@@ -34,7 +34,7 @@ def test_generate_text_json_and_stream_agree(capsys: pytest.CaptureFixture[str],
         capsys, "generate", "--prompt", PROMPT, *FAST, "--json", "--trace", str(tmp_path / "trace.jsonl")
     )
     record = json.loads(out)
-    assert status == 0 and record["text"] == text[:-1] and len(record["tokens"]) <= 6
+    assert status == 0 and record["text"] == text[:-1] and len(record["token_ids"]) <= 6
     assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == len(record["steps"]) + 1
     status, out, _ = run(capsys, "generate", "--prompt", PROMPT, *FAST, "--stream")
     assert status == 0 and out == text

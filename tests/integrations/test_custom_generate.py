@@ -33,11 +33,11 @@ def padded(prompts: list[list[int]], pad: int = PAD) -> dict[str, torch.Tensor]:
     }
 
 
-def searched(config: SearchConfig, end_tokens: tuple[int, ...] = (1,), seed: int = 0) -> list[list[int]]:
+def searched(config: SearchConfig, eos_token_id: tuple[int, ...] = (1,), seed: int = 0) -> list[list[int]]:
     """What the search itself answers."""
     policy, mrm = tiny.pair(seed)
     requests = [Request(tuple(p), tuple(c)) for p, c in zip(PROMPTS, CONTEXTS, strict=True)]
-    return [r.tokens for r in SaffronSearch(policy, mrm, config, end_tokens=end_tokens).search(requests)]
+    return [r.token_ids for r in SaffronSearch(policy, mrm, config, eos_token_id=eos_token_id).search(requests)]
 
 
 def generated(model: PreTrainedModel, mrm: MultifurcationRewardModel, **options: Any) -> Any:
@@ -84,8 +84,8 @@ def test_dictionary_output() -> None:
     assert isinstance(out, SaffronOutput)
     assert out.sequences_scores.tolist() == pytest.approx([r.score for r in out.results])
     for row, result in zip(out.sequences.tolist(), out.results, strict=True):
-        assert row[5 : 5 + len(result.tokens)] == result.tokens
-        assert result.stop in ("eos", "length") and len(result.steps) >= len(result.tokens)
+        assert row[5 : 5 + len(result.token_ids)] == result.token_ids
+        assert result.finish_reason in ("eos", "length") and len(result.steps) >= len(result.token_ids)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -127,7 +127,7 @@ def test_processors_see_the_rows_of_the_search_behind_their_padded_prompts() -> 
     rows = {tuple(row) for ids in seen for row in ids.tolist()}
     assert all(row[:5] in prompts for row in rows)
     for row, result in zip(out.sequences.tolist(), out.results, strict=True):  # every prefix of an answer was seen
-        assert all(tuple(row[: 5 + i]) in rows for i in range(len(result.tokens)))
+        assert all(tuple(row[: 5 + i]) in rows for i in range(len(result.token_ids)))
 
 
 def test_sampling_that_the_model_brings_along_is_left_aside() -> None:
@@ -249,7 +249,7 @@ def test_by_default_the_mrm_is_shown_the_text_of_the_row() -> None:
     requests = [Request(tuple(mrm.encode(t)), tuple(mrm.context_tokens(t.removeprefix("<s>")))) for t in texts]
     policy = Policy(tiny.model(vocab_size=mrm.vocab_size), mrm.tokenizer)
     expected = SaffronSearch(policy, mrm, SearchConfig(4, 0.8, 6, 0)).search(requests)
-    assert [(r.tokens, r.text) for r in out.results] == [(r.tokens, r.text) for r in expected]
+    assert [(r.token_ids, r.text) for r in out.results] == [(r.token_ids, r.text) for r in expected]
     again = model.generate(
         **inputs, custom_generate=saffron.generate, mrm=mrm, width=4, max_new_tokens=6,
         mrm_prompt=[t.removeprefix("<s>") for t in texts],
@@ -268,4 +268,4 @@ def test_a_policy_with_another_tokenizer_reaches_the_mrm_through_text() -> None:
     policy = Policy(tiny.model(vocab_size=len(other)), other)
     request = Request(tuple(ids), tuple(mrm.context_tokens("hello there")))
     expected = SaffronSearch(policy, mrm, SearchConfig(4, 0.6, 6, 0)).search([request])[0]
-    assert out[0, len(ids) :].tolist() == expected.tokens
+    assert out[0, len(ids) :].tolist() == expected.token_ids

@@ -164,7 +164,7 @@ def test_a_broken_generation_configuration_is_named(broken: str, tmp_path: Path)
 
 def test_from_pretrained(tmp_path: Path) -> None:
     policy = Policy.from_pretrained(tiny.save_checkpoint(tmp_path / "policy"))
-    assert policy.model.dtype == torch.float32 and policy.end_tokens == (1,)
+    assert policy.model.dtype == torch.float32 and policy.eos_token_id == (1,)
     ids = policy.chat("hello there", "the quick")
     assert policy.tokenizer is not None and ids[0] == 0
     assert policy.tokenizer.decode(ids) == "<s>[user] hello there\n[assistant] the quick"

@@ -30,7 +30,7 @@ INPUTS = padded(PROMPTS)
 
 
 def guide(mrm: MultifurcationRewardModel, **options: Any) -> RewardGuidance:
-    return RewardGuidance(mrm, INPUTS["input_ids"], **{"end_tokens": END, "mrm_prompt": CONTEXTS, **options})
+    return RewardGuidance(mrm, INPUTS["input_ids"], **{"eos_token_id": END, "mrm_prompt": CONTEXTS, **options})
 
 
 def generated(model: PreTrainedModel, guidance: RewardGuidance, **options: Any) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_greedy_decoding_with_a_large_beta_is_the_search_of_width_one(seed: int)
     policy, mrm = tiny.pair(seed)
     requests = [Request(tuple(p), tuple(c)) for p, c in zip(PROMPTS, CONTEXTS, strict=True)]
     config = SearchConfig(width=1, top_p=0.9, max_new_tokens=10, min_new_tokens=0)
-    answers = [r.tokens for r in SaffronSearch(policy, mrm, config).search(requests)]
+    answers = [r.token_ids for r in SaffronSearch(policy, mrm, config).search(requests)]
     out = generated(tiny.model(seed=seed, attention="sdpa"), guide(mrm, beta=1e6, top_p=0.9), do_sample=False)
     assert [row[: len(a)] for row, a in zip(out[:, 5:].tolist(), answers, strict=True)] == answers
     assert all(set(row[len(a) :]) <= {PAD} for row, a in zip(out[:, 5:].tolist(), answers, strict=True))
@@ -152,7 +152,7 @@ def test_only_new_tokens_are_run() -> None:
     run: list[int] = []
     mrm.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: run.append(ids[0].numel()))
     model.generation_config.eos_token_id = None
-    generated(model, guide(mrm, end_tokens=[]), num_beams=4)
+    generated(model, guide(mrm, eos_token_id=[]), num_beams=4)
     distinct = {tuple(c[:i]) for c in CONTEXTS for i in range(1, len(c) + 1)}
     assert len(run) == 10
     assert run[0] == len(distinct)  # the beams of a prompt are still one
@@ -168,7 +168,7 @@ def test_ended_rows_keep_their_scores_and_are_not_read() -> None:
     assert torch.equal(guided[[0, 2]], scores[[0, 2]]) and not torch.equal(guided[1], scores[1])
     assert mrm.kv.num_nodes == len(CONTEXTS[1]) + 3
     assert guidance(ids[[0, 2]], scores[[0, 2]]) is not None
-    several = guide(mrm, end_tokens=[END, 9])
+    several = guide(mrm, eos_token_id=[END, 9])
     assert torch.equal(several(ids, scores), scores)
 
 
@@ -191,9 +191,9 @@ def test_the_text_of_the_row_is_the_default_prompt() -> None:
     mrm = MultifurcationRewardModel(small, made)
     ids = torch.tensor([made.encode("<s>hello there")])
     scores = torch.randn(1, len(made))
-    default = RewardGuidance(mrm, ids, end_tokens=1)(ids, scores)
-    assert torch.equal(default, RewardGuidance(mrm, ids, end_tokens=1, mrm_prompt="hello there")(ids, scores))
-    assert not torch.equal(default, RewardGuidance(mrm, ids, end_tokens=1, mrm_prompt="the lazy dog")(ids, scores))
+    default = RewardGuidance(mrm, ids, eos_token_id=1)(ids, scores)
+    assert torch.equal(default, RewardGuidance(mrm, ids, eos_token_id=1, mrm_prompt="hello there")(ids, scores))
+    assert not torch.equal(default, RewardGuidance(mrm, ids, eos_token_id=1, mrm_prompt="the lazy dog")(ids, scores))
 
 
 def test_what_is_not_allowed_is_named() -> None:
@@ -208,9 +208,9 @@ def test_what_is_not_allowed_is_named() -> None:
         with pytest.raises(ConfigError, match=named):
             guide(mrm, **options)
     with pytest.raises(ConfigError, match="equal prompts"):
-        RewardGuidance(mrm, torch.tensor([[5], [5]]), end_tokens=END, mrm_prompt=[[3, 5], [3, 6]])
+        RewardGuidance(mrm, torch.tensor([[5], [5]]), eos_token_id=END, mrm_prompt=[[3, 5], [3, 6]])
     with pytest.raises(ConfigError, match="input_ids: got shape"):
-        RewardGuidance(mrm, torch.tensor([5]), end_tokens=END, mrm_prompt=[[3, 5]])
+        RewardGuidance(mrm, torch.tensor([5]), eos_token_id=END, mrm_prompt=[[3, 5]])
     guidance = guide(mrm)
     with pytest.raises(ConfigError, match="row 1 continues none"):
         guidance(torch.tensor([[*INPUTS["input_ids"][0].tolist(), 5], [8] * 6]), torch.randn(2, 97))

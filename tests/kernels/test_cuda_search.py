@@ -66,7 +66,7 @@ def test_every_op_of_a_search_against_the_reference(capturable, monkeypatch) -> 
     config, pair = replace(CONFIG, width=4, max_new_tokens=6), models()
     search = make(monkeypatch, None, *pair, config) if capturable else SaffronSearch(*pair, config)
     results = search.search(REQUESTS[:2])
-    assert all(result.tokens for result in results)
+    assert all(result.token_ids for result in results)
     assert {"append_kv", "tree_attention", "multifurcate", "advance_tree"} <= called
 
 

@@ -334,4 +334,4 @@ def test_tokens_that_end_answers_are_in_the_vocabulary(eos: Any) -> None:
     policy = Policy(tiny.model())
     policy.model.generation_config.eos_token_id = eos
     with pytest.raises(ConfigError, match="policy: .*eos_token_id"):
-        _ = policy.end_tokens
+        _ = policy.eos_token_id

@@ -61,7 +61,7 @@ def test_greedy_decoding_equals_generate(tmp_path: Path) -> None:
     policy = Policy.from_pretrained(tiny.save_checkpoint(tmp_path))
     prompts, prefills = ["hello there", "please tell me", "hello there"], ["the quick", "", "the quick"]
     results = GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=12)).generate(prompts, prefills)
-    assert results[0].tokens == results[2].tokens
+    assert results[0].token_ids == results[2].token_ids
     dense = tiny.model(attention="sdpa", vocab_size=policy.vocab_size)
     dense.load_state_dict(policy.model.state_dict())
     for prompt, prefill, result in zip(prompts, prefills, results, strict=True):
@@ -73,8 +73,8 @@ def test_greedy_decoding_equals_generate(tmp_path: Path) -> None:
             return_dict_in_generate=True,
             output_scores=True,
         )
-        assert result.tokens == out.sequences[0, len(context) :].tolist()
-        chances = [s.log_softmax(-1)[0, t] for s, t in zip(out.scores, result.tokens, strict=True)]
+        assert result.token_ids == out.sequences[0, len(context) :].tolist()
+        chances = [s.log_softmax(-1)[0, t] for s, t in zip(out.scores, result.token_ids, strict=True)]
         assert result.score == pytest.approx(float(sum(chances)), abs=1e-3)
         assert result.reward_flops == 0 and result.policy_flops > 0
     assert policy.kv.num_nodes == 0

@@ -176,7 +176,7 @@ def test_an_mrm_that_knows_none_of_the_tokens_is_warned_of() -> None:
     reward.unseen = torch.ones(reward.vocab_size, dtype=torch.bool)
     reward.unseen[1] = False  # "</s>", which is nobody's text
     counterpart = vocabulary._counterparts(policy, reward)
-    reward.unseen[counterpart[list(policy.end_tokens)]] = True
+    reward.unseen[counterpart[list(policy.eos_token_id)]] = True
     reward.unseen[0] = False
     with pytest.warns(UserWarning, match="mrm: no token of the policy has a counterpart"):
         head_for(policy, reward, True)

@@ -64,7 +64,7 @@ def made_up(scale: Scale) -> Results:
             records[name] += [
                 {"data": data, "attack": attack, "method": method, "variant": plan.models.variant, "case": case,
                  "models": "m", "kind": "forbidden", "prompt": "p", "prefill": "f", "text": f"Then {case} goes on.",
-                 "tokens": 5, "stop": "eos", "score": 0.0, "scores": {"prm": 1.0}, "log_probability": -0.5,
+                 "tokens": 5, "finish_reason": "eos", "score": 0.0, "scores": {"prm": 1.0}, "log_probability": -0.5,
                  "harmful": dict.fromkeys(("oracle", "prm"), rng.random() < rate), "answered": data != "world" or None,
                  "cost": {"policy_flops": int(flops), "reward_flops": 0, "policy_tokens": 5, "reward_tokens": 5,
                           "policy_calls": 5, "reward_calls": 2, "seconds": 0.01}}

@@ -33,7 +33,7 @@ def test_rounding_stays_below_a_ten_thousandth() -> None:
     engine.run(*handles)
     for handle, request in zip(handles, PROMPTS, strict=True):
         (result,) = SaffronSearch(policy, mrm, CONFIG).search([request])
-        assert handle.result().tokens == result.tokens
+        assert handle.result().tokens == result.token_ids
         assert handle.result().score == pytest.approx(result.score, abs=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_stop_one_search(monkeypatch: pytest.MonkeyP
         with pytest.raises(NumericalError, match="policy"):
             handle.result()
     assert not bad.tree.steps and late.tree.steps
-    assert good.result().tokens == expected.tokens
+    assert good.result().tokens == expected.token_ids
     assert policy.kv.num_nodes == mrm.kv.num_nodes == policy.kv.reserved == 0
 
 
@@ -218,7 +218,7 @@ def test_other_methods_run_between_the_steps() -> None:
     assert isinstance(stopped.error, CancelledError) and not long.done
     for job, method in zip(jobs, methods, strict=True):
         (alone,) = method.search([prompt])  # type: ignore[attr-defined]
-        assert job.result(0).tokens == alone.tokens and job.result(0).cost == alone.cost
+        assert job.result(0).tokens == alone.token_ids and job.result(0).cost == alone.cost
     engine.close(drain=False)
     assert models.policy.kv.num_nodes == models.mrm.kv.num_nodes == models.guard.kv.num_nodes == 0
 
@@ -231,7 +231,7 @@ def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
     searches += searches if shared == "search" else [SaffronSearch(policy, mrm, CONFIG)]
     greedy = GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=8))
     expected = [alone(request, CONFIG, frozenset({1}), (), False).result() for request in PROMPTS]
-    undefended = [r.tokens for r in greedy.search(PROMPTS)]
+    undefended = [r.token_ids for r in greedy.search(PROMPTS)]
     wrong: list[object] = []
 
     def client(search: SaffronSearch, first: int) -> None:
@@ -240,7 +240,7 @@ def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
                 which = (first + i) % len(PROMPTS)
                 (result,) = search.search([PROMPTS[which]])
                 (plain,) = greedy.search([PROMPTS[which]])
-                if result.tokens != expected[which].tokens or plain.tokens != undefended[which]:
+                if result.token_ids != expected[which].tokens or plain.token_ids != undefended[which]:
                     wrong.append((which, result))
         except BaseException as error:
             wrong.append(error)

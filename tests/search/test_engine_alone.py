@@ -59,7 +59,7 @@ def test_answers_as_if_alone(plan, prefill_tokens, max_searches, cache_tokens) -
         for i, (joins, prompt, config, ends, widths, _, trace) in enumerate(plan):
             if joins == step:
                 handles[i] = engine.submit(
-                    PROMPTS[prompt], config, end_tokens=ends, max_width=8, trace=trace, on_step=schedule(widths)
+                    PROMPTS[prompt], config, eos_token_id=ends, max_width=8, trace=trace, on_step=schedule(widths)
                 )
         for i, (joins, _, _, _, _, cancelled, _) in enumerate(plan):
             if cancelled is not None and joins + cancelled == step and not handles[i].done:
@@ -108,7 +108,7 @@ def test_captured_steps_answer_as_if_alone(plan, prefill_tokens, groups) -> None
     while len(handles) < len(plan) or engine.busy:
         for i, (joins, prompt, *_, ends, _) in enumerate(plan):
             if joins == now:
-                handles[i] = engine.submit(PROMPTS[prompt], configs[i], end_tokens=ends)
+                handles[i] = engine.submit(PROMPTS[prompt], configs[i], eos_token_id=ends)
         for i, (joins, *_, cancelled) in enumerate(plan):
             if cancelled is not None and joins + cancelled == now and not handles[i].done:
                 handles[i].cancel()

@@ -65,13 +65,13 @@ def test_same_seed_same_bits(models: Models, name: str) -> None:
 @pytest.mark.parametrize("name", DRAWING)
 def test_another_seed_draws_something_else(models: Models, name: str) -> None:
     answers = [parse_method(f"{name}:seed={s},top_p=1", models, **SMALL).generate(PROMPTS, PREFILLS) for s in range(4)]
-    assert len({tuple(tuple(r.tokens) for r in results) for results in answers}) > 1
+    assert len({tuple(tuple(r.token_ids) for r in results) for results in answers}) > 1
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_lengths_and_ends(models: Models, name: str) -> None:
     policy = models.policy
-    ends = set(policy.end_tokens)
+    ends = set(policy.eos_token_id)
     weight = policy.model.get_output_embeddings().weight
     before = weight.detach().clone()
     with torch.no_grad():  # a policy that likes to end
@@ -84,13 +84,13 @@ def test_lengths_and_ends(models: Models, name: str) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(before)
-    assert {r.stop for r in results} & {"eos"}
+    assert {r.finish_reason for r in results} & {"eos"}
     for result in results:
-        assert 1 <= len(result.tokens) <= 8 and not ends & set(result.tokens[:-1])
-        ended = result.tokens[-1] in ends
-        assert result.stop == ("eos" if ended else "length")
-        assert len(result.tokens) > 2 if ended else len(result.tokens) == 8
-        assert result.text == policy.decode(result.tokens)
+        assert 1 <= len(result.token_ids) <= 8 and not ends & set(result.token_ids[:-1])
+        ended = result.token_ids[-1] in ends
+        assert result.finish_reason == ("eos" if ended else "length")
+        assert len(result.token_ids) > 2 if ended else len(result.token_ids) == 8
+        assert result.text == policy.decode(result.token_ids)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -262,7 +262,7 @@ def test_another_tokenizer_reads_text(models: Models) -> None:
             (alone,) = method.generate([prompt], prefill)
             assert comparable(result) == comparable(alone)
         if name in ("best-of-n", "beam", "rebase"):
-            said = models.policy.decode(together[0].tokens)
+            said = models.policy.decode(together[0].token_ids)
             assert together[0].score == pytest.approx(float(apart.guard.score([(PROMPTS[0], said)])), abs=1e-4)
     assert apart.mrm.kv.num_nodes == apart.guard.kv.num_nodes == 0
 

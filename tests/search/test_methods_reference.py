@@ -240,7 +240,7 @@ def test_equals_the_method_as_the_paper_has_it(models: Models, spec: str) -> Non
         results = method.generate(PROMPTS, PREFILLS)
         for prompt, prefill, result in zip(PROMPTS, PREFILLS, results, strict=True):
             tokens, score = reference(Dense(models, method, prompt, prefill))
-            assert tuple(result.tokens) == tokens
+            assert tuple(result.token_ids) == tokens
             assert result.score == pytest.approx(score, abs=1e-3)
 
 
@@ -260,7 +260,7 @@ def test_one_sample_is_sampling_and_more_contain_fewer(models: Models) -> None:
         (result,) = parse_method(f"best-of-n:n={n}", models, **options).generate(["hello there"])
         scores.append(result.score)
         if n == 1:
-            assert result.tokens == sampled.tokens
+            assert result.token_ids == sampled.token_ids
     assert all(less <= more + 1e-5 for less, more in itertools.pairwise(scores))
 
 
@@ -275,7 +275,7 @@ def test_draws_follow_the_policy(models: Models) -> None:
     apart = sum(abs(counted[t] / 4000 - p / chances.sum()) for t, p in zip(tokens, chances, strict=True)) / 2
     assert apart < 2 * math.sqrt(len(tokens) / 4000)
     (result,) = method.generate(["hello there"])
-    assert result.tokens[0] in counted
+    assert result.token_ids[0] in counted
 
 
 class ByLogProbability(RewardScorer):
@@ -286,7 +286,7 @@ class ByLogProbability(RewardScorer):
 
     longest_suffix = 0
 
-    def open(self, contexts: Sequence[Tokens], end_tokens: frozenset[int]) -> Any:
+    def open(self, contexts: Sequence[Tokens], eos_token_id: frozenset[int]) -> Any:
         return self
 
     tallies = (Tally(),)
@@ -313,7 +313,7 @@ def test_beam_search_over_all_children_finds_the_likeliest_response() -> None:
     (result,) = method.search([Request((0, 3), (0,))])
     everything = {r: ByLogProbability(policy).chance(r) for r in itertools.product(range(5), repeat=3)}
     likeliest = max(everything, key=everything.__getitem__)
-    assert tuple(result.tokens) == likeliest
+    assert tuple(result.token_ids) == likeliest
     assert result.score == pytest.approx(everything[likeliest], abs=1e-3)
     assert result.cost.policy_calls == 1 + 5 + 25
 
@@ -325,7 +325,7 @@ def test_without_lookahead_deal_is_greedy_by_reward(models: Models) -> None:
     dense, response = Dense(models, method, "hello there", ""), ()
     while len(response) < 6:
         response = max(((*response, t) for t in dense.nucleus(response)[0][:4]), key=dense.reward)
-    assert tuple(result.tokens) == response
+    assert tuple(result.token_ids) == response
 
 
 def test_visits_of_a_monte_carlo_tree_add_up(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_memory_on_recorded_searches_is_that_of_proposition_2() -> None:
     prompt = (case["policy"]["bos"], *case["prompt"], *case["policy"]["infix"])
     request = Request(prompt, (*case["mrm"]["prefix"], *case["prompt"], *case["mrm"]["infix"]))
     held = [len(prompt)]
-    search = SaffronSearch(policy, mrm, config, end_tokens=[case["policy"]["eos"]])
+    search = SaffronSearch(policy, mrm, config, eos_token_id=[case["policy"]["eos"]])
     for step, _ in enumerate(search.steps([request])):
         assert policy.kv.num_nodes == held[-1]  # what was chosen in a step is run, and cached, in the next
         live = sorted(sequence for sequence, finished in case["steps"][step] if not finished)
@@ -157,8 +157,8 @@ def test_the_published_mrm_loads_onto_llama_guard_geometry(tmp_path: Path) -> No
     head = head_for(policy, mrm, trained_bias=True)
     assert head.unseen is mrm.unseen and head.bias is not None
     config = SearchConfig(width=2, max_new_tokens=2, top_p=0.01)
-    (result,) = SaffronSearch(policy, mrm, config, end_tokens=[128001]).search([Request((128000, 5), (128000, 271))])
-    assert len(result.tokens) == 2
+    (result,) = SaffronSearch(policy, mrm, config, eos_token_id=[128001]).search([Request((128000, 5), (128000, 271))])
+    assert len(result.token_ids) == 2
 
 
 def test_formats_of_llama_3() -> None:

@@ -52,9 +52,9 @@ def test_equals_a_dense_search(seed: int, eos_score: str) -> None:
     for request, result in zip(REQUESTS, SaffronSearch(policy, mrm, config).search(REQUESTS), strict=True):
         tokens, score, _ = dense_search(policy, mrm, request, config)
         tokens = list(tokens)
-        assert result.tokens == tokens
+        assert result.token_ids == tokens
         assert result.score == pytest.approx(score, abs=1e-4)
-        assert result.stop == ("eos" if tokens[-1] == 1 else "length")
+        assert result.finish_reason == ("eos" if tokens[-1] == 1 else "length")
 
 
 @pytest.mark.parametrize("ranking", ["paper", "released"])
@@ -151,7 +151,7 @@ def test_steps_of_unseen_tokens_keep_the_policys_order() -> None:
         if len(greedy) < CONFIG.min_new_tokens:
             logits[1] = -torch.inf
         greedy.append(int(logits.argmax()))
-    assert result.tokens == greedy
+    assert result.token_ids == greedy
 
 
 def test_trace(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_trace(tmp_path: Path) -> None:
     assert replace(traced, trace=None) == plain
     traced.write_trace(tmp_path / "trace.jsonl")
     *steps, last = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-    assert last["answer"]["tokens"] == plain.tokens
+    assert last["answer"]["token_ids"] == plain.token_ids
     assert len(steps) == len(plain.steps)
     known = {0}
     for record, statistics in zip(steps, plain.steps, strict=True):
@@ -235,7 +235,7 @@ def test_a_string_is_one_prompt_and_a_call_has_its_own_configuration() -> None:
     models = tiny.trio()
     search = SaffronSearch(models.policy, models.mrm, CONFIG)
     (one,) = search.generate("hello there", config=replace(CONFIG, max_new_tokens=2))
-    assert one.prompt == "hello there" and len(one.tokens) == 2
+    assert one.prompt == "hello there" and len(one.token_ids) == 2
     (greedy,) = GreedyDecoding(models.policy, config=GreedyConfig(max_new_tokens=3)).generate("hello there")
     assert len(greedy.tokens) <= 3
 
@@ -262,7 +262,7 @@ def test_generate_and_stream(text_search: SaffronSearch) -> None:
     results = text_search.generate(["hello there", "please tell me"], ["the quick", ""])
     for result, prompt, prefill in zip(results, ["hello there", "please tell me"], ["the quick", ""], strict=True):
         assert result.prompt == prompt and result.prefill == prefill
-        assert result.text == text_search.policy.decode(result.tokens)
+        assert result.text == text_search.policy.decode(result.token_ids)
         assert "".join(text_search.stream(prompt, prefill)) == result.text
     with pytest.raises(ConfigError, match="prefill: got 1 for 2"):
         text_search.generate(["a", "b"], ["c"])
@@ -316,5 +316,5 @@ def test_another_tokenizer_works_through_text(tmp_path: Path, checkpoints: tuple
     assert search.models.head(True).weight.shape[0] == policy.vocab_size
     (result,) = search.generate(["hello there"])
     (tree,) = list(search.steps([search.request("hello there", "")]))[-1]
-    assert tree.answer.tokens() == result.tokens
+    assert tree.answer.tokens() == result.token_ids
     assert mrm.kv.num_nodes == 0

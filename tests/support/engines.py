@@ -43,7 +43,7 @@ def schedule(widths: tuple[int, ...]) -> Callable[[Handle], None]:
 
 def alone(request: Request, config: SearchConfig, ends: frozenset[int], widths: tuple[int, ...], trace: bool) -> Handle:
     engine = Engine(ModelPair(*PAIR), prefill_tokens=None)
-    handle = engine.submit(request, config, end_tokens=ends, max_width=8, trace=trace, on_step=schedule(widths))
+    handle = engine.submit(request, config, eos_token_id=ends, max_width=8, trace=trace, on_step=schedule(widths))
     engine.run()
     return handle
 
@@ -51,7 +51,12 @@ def alone(request: Request, config: SearchConfig, ends: frozenset[int], widths: 
 def same(handle: Handle, other: Handle, tolerance: float) -> None:
     """Equal in all but the last bits of scores, and the time it took."""
     one, two = handle.result(), other.result()
-    assert one.tokens == two.tokens and one.stop == two.stop and one.cost == two.cost and one.steps == two.steps
+    assert (
+        one.token_ids == two.tokens
+        and one.finish_reason == two.stop
+        and one.cost == two.cost
+        and one.steps == two.steps
+    )
     assert [n.tokens() for n in handle.tree.beam] == [n.tokens() for n in other.tree.beam]
     assert [n.score for n in handle.tree.beam] == pytest.approx([n.score for n in other.tree.beam], abs=tolerance)
     assert (one.trace is None) == (two.trace is None)

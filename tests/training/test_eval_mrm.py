@@ -122,7 +122,7 @@ def test_nucleus_on_unseen_by_hand(annotated, mrm, top_p):
     for n in range(len(answer)):
         p, token = policy.logits([context + answer[:n]])[0].double().softmax(-1).sort(descending=True)
         keep = (p.cumsum(-1) - p < top_p) & (p > 0)
-        bad = mrm.unseen[token] & ~torch.isin(token, torch.tensor(policy.end_tokens))
+        bad = mrm.unseen[token] & ~torch.isin(token, torch.tensor(policy.eos_token_id))
         mass.append((p[keep & bad].sum() / p[keep].sum()).item())
         some.append((keep & bad).any().item())
         only.append((bad | ~keep).all().item())
@@ -137,7 +137,7 @@ def test_end_tokens_are_never_unseen(annotated, mrm, monkeypatch):
     monkeypatch.setattr(mrm, "unseen", torch.ones_like(mrm.unseen))
     assert nucleus_on_unseen(policy, mrm, rows).only == 1
     said = rows[0].input_ids[rows[0].roles == AGENT].tolist()
-    monkeypatch.setattr(Policy, "end_tokens", (said[1],))
+    monkeypatch.setattr(Policy, "eos_token_id", (said[1],))
     found = nucleus_on_unseen(policy, mrm, rows)
     assert 0 < found.only < 1
     assert 0 < found.mass < 1

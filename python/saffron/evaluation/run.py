@@ -171,8 +171,8 @@ class _Runner:
             | {
                 "prefill": prefill,
                 "text": result.text,
-                "tokens": len(result.tokens),
-                "stop": result.stop,
+                "tokens": len(result.token_ids),
+                "finish_reason": result.finish_reason,
                 "score": result.score,
                 "harmful": {name: given[i][0] for name, given in verdicts.items()},
                 "scores": {name: given[i][1] for name, given in verdicts.items() if given[i][1] is not None},
@@ -187,9 +187,9 @@ class _Runner:
         """Log-probability a token of an answer under the undefended policy: very low for what is no language."""
         policy = self.models.policy
         context = policy.chat(prompt, prefill)
-        rows, logits = policy.prefill([context + result.tokens[:end] for end in range(len(result.tokens))])
+        rows, logits = policy.prefill([context + result.token_ids[:end] for end in range(len(result.token_ids))])
         policy.release(rows)
-        chosen = torch.tensor(result.tokens, device=logits.device)[:, None]
+        chosen = torch.tensor(result.token_ids, device=logits.device)[:, None]
         return float(logits.float().log_softmax(-1).gather(1, chosen).mean())
 
     def _method(self, spec: str) -> Method:

@@ -134,7 +134,7 @@ def generate(
         if processors:
             policy = _ProcessedPolicy(model, tokenizer, processors, input_ids.shape[1], pad)
         requests = [Request(tuple(p), c) for p, c in zip(prompts, contexts, strict=True)]
-        results = _search(SaffronSearch(policy, mrm, config, end_tokens=ends), requests, streamer)
+        results = _search(SaffronSearch(policy, mrm, config, eos_token_id=ends), requests, streamer)
     output = _output(input_ids, results, pad)
     return output if generation_config.return_dict_in_generate else output.sequences
 
@@ -294,8 +294,8 @@ def _unpadded(
 
 def _output(input_ids: Tensor, results: list[SearchResult], pad: int) -> SaffronOutput:
     """Prompts and answers, padded on the right."""
-    longest = max(len(result.tokens) for result in results)
-    answers = [result.tokens + [pad] * (longest - len(result.tokens)) for result in results]
+    longest = max(len(result.token_ids) for result in results)
+    answers = [result.token_ids + [pad] * (longest - len(result.token_ids)) for result in results]
     sequences = torch.cat([input_ids, torch.tensor(answers, dtype=input_ids.dtype, device=input_ids.device)], 1)
     scores = torch.tensor([result.score for result in results], device=input_ids.device)
     return SaffronOutput(sequences=sequences, sequences_scores=scores, results=results)  # type: ignore[arg-type]

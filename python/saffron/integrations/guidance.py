@@ -21,7 +21,7 @@ _NONE = np.empty(0, dtype=np.int32)
 class RewardGuidance(LogitsProcessor):
     """Tokens of the nucleus get `score + beta * reward`, all others -inf::
 
-        guidance = RewardGuidance(mrm, inputs["input_ids"], end_tokens=model.generation_config.eos_token_id, beta=2.0)
+        guidance = RewardGuidance(mrm, inputs["input_ids"], eos_token_id=model.generation_config.eos_token_id, beta=2.0)
         model.generate(**inputs, do_sample=True, logits_processor=[guidance])
 
     A sampler then draws from `p(x) exp(beta r(x))` over the nucleus of p: of all distributions equally far from the
@@ -40,7 +40,7 @@ class RewardGuidance(LogitsProcessor):
     Args:
         mrm: the reward model.
         input_ids: `[batch, length]`, the very ids given to `generate`, padding included.
-        end_tokens: ids that end a response: `eos_token_id` of the generation configuration, one or several.
+        eos_token_id: ids that end a response: `eos_token_id` of the generation configuration, one or several.
         mrm_prompt: what the MRM is shown as the prompt, for each row of `input_ids`: a text, or the token ids of its
             whole context. None: the text of the row without special tokens.
         beta: weight of the reward, at least 0.
@@ -56,7 +56,7 @@ class RewardGuidance(LogitsProcessor):
         mrm: MultifurcationRewardModel,
         input_ids: Tensor,
         *,
-        end_tokens: int | Sequence[int],
+        eos_token_id: int | Sequence[int],
         mrm_prompt: MRMPrompt | None = None,
         beta: float = 1.0,
         top_p: float = 0.8,
@@ -68,7 +68,7 @@ class RewardGuidance(LogitsProcessor):
             raise ConfigError(f"input_ids: got shape {list(input_ids.shape)}, expected [batch, length]")
         self.mrm, self.beta, self.top_p = mrm, beta, top_p
         self.length = input_ids.shape[1]
-        ends = [end_tokens] if isinstance(end_tokens, int) else list(end_tokens)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         self.ends = torch.tensor(ends, dtype=torch.int32, device=mrm.device)
         self._leaves = _NONE
         rows = [tuple(row) for row in input_ids.tolist()]

@@ -60,8 +60,10 @@ class ModelFiles:
         with outside(f"{path}: cannot be used as a policy", CheckpointError):
             policy = Policy.from_pretrained(path, **self._options())
             size = policy.vocab_size
-            if not all(isinstance(token, int) and 0 <= token < size for token in policy.end_tokens):
-                raise CheckpointError(f"{path}: eos_token_id is {policy.end_tokens}, expected ids from 0 to {size - 1}")
+            if not all(isinstance(token, int) and 0 <= token < size for token in policy.eos_token_id):
+                raise CheckpointError(
+                    f"{path}: eos_token_id is {policy.eos_token_id}, expected ids from 0 to {size - 1}"
+                )
             _try(policy, policy.chat("x") if policy.tokenizer is not None else [0])
         return policy
 

@@ -53,7 +53,7 @@ class Policy(TrieModel):
             _check_weights(model, "policy")
 
     @property
-    def end_tokens(self) -> tuple[int, ...]:
+    def eos_token_id(self) -> tuple[int, ...]:
         """The token ids that end a response (`eos_token_id` of the generation configuration)."""
         config, generation = self.model.config.get_text_config(), self.model.generation_config
         ids = getattr(generation, "eos_token_id", None)

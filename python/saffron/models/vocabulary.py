@@ -82,7 +82,14 @@ def head_for(policy: Policy, mrm: MultifurcationRewardModel, trained_bias: bool)
     tokenizer = policy.require_tokenizer()
     state = (
         *map(_state, (weight, mrm.head_bias, mrm.bias, mrm.unseen)),
-        *(trained_bias, policy.end_tokens, policy.vocab_size, len(tokenizer), mrm.tokenizer, len(mrm.tokenizer or ())),
+        *(
+            trained_bias,
+            policy.eos_token_id,
+            policy.vocab_size,
+            len(tokenizer),
+            mrm.tokenizer,
+            len(mrm.tokenizer or ()),
+        ),
     )
     known = _heads.setdefault(mrm, WeakKeyDictionary())
     if tokenizer not in known or known[tokenizer][0] != state:
@@ -213,6 +220,6 @@ def _counterparts(policy: Policy, mrm: MultifurcationRewardModel) -> Tensor:
     encoded = mrm.encoder.texts([text or "a" for text in texts])
     first = [ids[0] if text and ids else -1 for text, ids in zip(texts, encoded, strict=True)]
     if theirs.eos_token_id is not None:
-        for token in policy.end_tokens:
+        for token in policy.eos_token_id:
             first[token] = theirs.eos_token_id
     return torch.tensor(first, device=mrm.device)

@@ -58,8 +58,10 @@ class CapturedStep(EagerStep):
                                   f"{getattr(ours, name)!r}")  # fmt: skip
         if search.max_width > ours.width:
             raise ConfigError(f"width: got {search.max_width}; captured steps were made for {ours.width} at most")
-        if len(search.end_tokens) > MAX_END_TOKENS:
-            raise ConfigError(f"end_tokens: got {len(search.end_tokens)}; captured steps take {MAX_END_TOKENS} at most")
+        if len(search.eos_token_id) > MAX_END_TOKENS:
+            raise ConfigError(
+                f"eos_token_id: got {len(search.eos_token_id)}; captured steps take {MAX_END_TOKENS} at most"
+            )
         if search.tree.trace is not None:
             raise ConfigError("trace: captured steps keep no candidates; leave it out")
 

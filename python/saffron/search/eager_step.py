@@ -138,7 +138,7 @@ class EagerStep:
         groups = [number[row.search] for row in mine]
         widths = [search.step_width for search in searches]
         top_p: set[float] = {search.config.top_p for search in searches}
-        banned = {search: search.end_tokens if may_not_end(search) else frozenset[int]() for search in searches}
+        banned = {search: search.eos_token_id if may_not_end(search) else frozenset[int]() for search in searches}
         parent, token, reward, counts, all_unseen = multifurcate(
             logits, hidden, head.weight, head.bias, head.unseen, config.unseen_reward,
             _int32(groups, device), len(searches), max(widths),
@@ -148,7 +148,7 @@ class EagerStep:
             ),
             banned=self._tokens([banned[row.search] for row in mine], device) if any(banned.values()) else None,
             scores=_float32([row.node.score for row in mine], device) if inherits else None,
-            end_tokens=self._tokens([row.search.end_tokens for row in mine], device) if inherits else None,
+            end_tokens=self._tokens([row.search.eos_token_id for row in mine], device) if inherits else None,
             carried_scores=_float32([row.node.score for row in finished], device),
             carried_groups=_int32([number[row.search] for row in finished], device),
             widths=_int32(widths, device) if len(set(widths)) > 1 else None,

@@ -40,7 +40,7 @@ class Engine:
     Args:
         models: a policy and an MRM.
         config: of requests that bring none.
-        end_tokens: ids that end a response, for requests that bring none; None: the policy's own.
+        eos_token_id: ids that end a response, for requests that bring none; None: the policy's own.
         queue: requests that may wait; None: any number.
         max_searches: searches that may run at once; None: any number.
         cache_tokens: slots of either K/V cache that searches may need together; None: as many as a cache that does not
@@ -55,7 +55,7 @@ class Engine:
         models: ModelPair,
         config: SearchConfig | None = None,
         *,
-        end_tokens: Iterable[int] | None = None,
+        eos_token_id: Iterable[int] | None = None,
         queue: int | None = None,
         max_searches: int | None = None,
         cache_tokens: int | None = None,
@@ -65,7 +65,7 @@ class Engine:
         self.policy, self.mrm, self.models = models.policy, models.mrm, models
         self.config = SearchConfig() if config is None else config
         expect("config", self.config, SearchConfig)
-        self.end_tokens = frozenset(self.policy.end_tokens if end_tokens is None else end_tokens)
+        self.eos_token_id = frozenset(self.policy.eos_token_id if eos_token_id is None else eos_token_id)
         self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
         self.prefill_tokens = prefill_tokens
         self._step: Step = step or EagerStep(models)
@@ -85,7 +85,7 @@ class Engine:
         request: Request,
         config: SearchConfig | None = None,
         *,
-        end_tokens: Iterable[int] | None = None,
+        eos_token_id: Iterable[int] | None = None,
         max_width: int | None = None,
         trace: bool = False,
         on_step: Callable[[Handle], None] | None = None,
@@ -94,7 +94,7 @@ class Engine:
         """Queues a search.
 
         Args:
-            config, end_tokens: of this search; None: the engine's.
+            config, eos_token_id: of this search; None: the engine's.
             max_width: the largest `width` that the handle may be set to; None: that of the configuration.
             trace: record every candidate of every step.
             on_step: called by the stepping thread after each step of the search; an error in it ends the search.
@@ -104,7 +104,7 @@ class Engine:
             ConfigError, PromptTooLongError: a request that cannot be run. CapacityError: one that could need more than
             the cache holds. QueueFullError, EngineClosedError.
         """
-        ends = self.end_tokens if end_tokens is None else frozenset(end_tokens)
+        ends = self.eos_token_id if eos_token_id is None else frozenset(eos_token_id)
         settings = self.config if config is None else config
         expect("config", settings, SearchConfig)
         handle = Handle(self, request, settings, ends, trace=trace, max_width=max_width, on_step=on_step)
@@ -361,7 +361,7 @@ class Engine:
         for search, indices in mine.items():
             if search in record.failures and search not in record.all_unseen:
                 continue  # nothing was chosen for it
-            tree, ends = search.tree, search.end_tokens
+            tree, ends = search.tree, search.eos_token_id
             expanded = [rows[i].node for i in indices]
             nodes = [tree.child(rows[i].node, token, score, token in ends) for i, token, score in children[search]]
             if search.config.ranking == "paper":

@@ -110,7 +110,7 @@ class Handle(Pending):
 
     Attributes:
         request, config: as they were submitted.
-        end_tokens: ids that end its response.
+        eos_token_id: ids that end its response.
         max_width: the largest width it may be set to.
         tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
         mrm_slots: set aside for it in the MRM's cache, where that has a limit.
@@ -122,14 +122,14 @@ class Handle(Pending):
         engine: Engine,
         request: Request,
         config: SearchConfig,
-        end_tokens: frozenset[int],
+        eos_token_id: frozenset[int],
         *,
         trace: bool = False,
         max_width: int | None = None,
         on_step: Callable[[Handle], None] | None = None,
     ) -> None:
         super().__init__(engine)
-        self.request, self.config, self.end_tokens = request, config, end_tokens
+        self.request, self.config, self.eos_token_id = request, config, eos_token_id
         self.max_width = config.width if max_width is None else max_width
         self.tree = Tree(trace=[] if trace else None)
         self.on_step, self.seconds = on_step, 0.0

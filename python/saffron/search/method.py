@@ -76,10 +76,10 @@ class SearchBatch:
     """
 
     def __init__(
-        self, policy: Policy, scorer: RewardScorer | None, config: Any, end_tokens: frozenset[int],
+        self, policy: Policy, scorer: RewardScorer | None, config: Any, eos_token_id: frozenset[int],
         requests: Sequence[Request],
     ) -> None:  # fmt: skip
-        self.config, self.end_tokens = config, end_tokens
+        self.config, self.eos_token_id = config, eos_token_id
         self.size = len(requests)
         seed = config.seed if isinstance(config, DrawingConfig) else 0
         self.seeds = [entropy(seed, request) for request in requests]
@@ -87,8 +87,8 @@ class SearchBatch:
         self.policy = PrefixScorer(policy, {i: r.policy for i, r in enumerate(requests)}, policy.vocab_size)
         self.reward: Reward | None = None
         if scorer is not None:
-            self.reward = scorer.open([r.reward for r in requests], end_tokens)
-        self._ends = torch.tensor(sorted(end_tokens), device=policy.device)
+            self.reward = scorer.open([r.reward for r in requests], eos_token_id)
+        self._ends = torch.tensor(sorted(eos_token_id), device=policy.device)
 
     def stream(self, search: int, i: int) -> np.random.Generator:
         """The `i`-th of any number of independent generators of a search."""
@@ -122,7 +122,7 @@ class SearchBatch:
         return len(response) < self.config.max_new_tokens and not self.ended(response)
 
     def ended(self, response: Tokens) -> bool:
-        return bool(response) and response[-1] in self.end_tokens
+        return bool(response) and response[-1] in self.eos_token_id
 
     def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
         """Keeps in the caches of both models only the responses that are wanted."""
@@ -166,7 +166,7 @@ class Decoder(ABC, Generic[ConfigT]):
             raise ConfigError(f"reward_model: got {kind(scorer)}, expected None: this method has no reward model")
         expect("config", config, self.config_type)
         self.policy, self.scorer, self.config = policy, scorer, config
-        self.end_tokens = frozenset(policy.end_tokens)
+        self.eos_token_id = frozenset(policy.eos_token_id)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config})"
@@ -207,7 +207,7 @@ class Decoder(ABC, Generic[ConfigT]):
             return []
         started = time.perf_counter()
         distinct = list(dict.fromkeys(requests))
-        batch = SearchBatch(self.policy, self.scorer, self.config, self.end_tokens, distinct)
+        batch = SearchBatch(self.policy, self.scorer, self.config, self.eos_token_id, distinct)
         try:
             answers = yield from self._decode(batch)
         finally:
@@ -234,7 +234,7 @@ class Decoder(ABC, Generic[ConfigT]):
 
     def _result(self, answer: Candidate, cost: Cost) -> SearchResult:
         text = "" if self.policy.tokenizer is None else self.policy.decode(answer.tokens)
-        ended = answer.tokens[-1] in self.end_tokens
+        ended = answer.tokens[-1] in self.eos_token_id
         return SearchResult(text, list(answer.tokens), answer.score, "eos" if ended else "length", cost)
 
 

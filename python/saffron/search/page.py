@@ -81,6 +81,6 @@ def _mark(nodes: dict[int, dict[str, Any]], leaves: set[int], flag: str) -> None
 def _answer(nodes: dict[int, dict[str, Any]], traced: SearchResult) -> int:
     """The node of the answer, found by its tokens."""
     at = 0
-    for token in traced.tokens:
+    for token in traced.token_ids:
         at = next(c["child"] for c in nodes[at]["candidates"] if c["token"] == token)
     return at

@@ -18,7 +18,7 @@ class Response(NamedTuple):
     finished: bool
 
 
-def search(policy: Model, mrm: Model, unseen: Tensor, end_tokens: set[int], config: SearchConfig) -> list[Response]:
+def search(policy: Model, mrm: Model, unseen: Tensor, eos_token_id: set[int], config: SearchConfig) -> list[Response]:
     """The last beam, the answer first. `unseen`: `[vocab]` bool, tokens that the MRM was never trained on."""
     live, finished = [Response((), 0.0, False)], list[Response]()
     beam = live
@@ -28,11 +28,11 @@ def search(policy: Model, mrm: Model, unseen: Tensor, end_tokens: set[int], conf
         for row, node in enumerate(live):
             logits, rewards = policy(list(node.tokens)).double().clone(), mrm(list(node.tokens))
             if step < config.min_new_tokens:
-                logits[list(end_tokens)] = -float("inf")
+                logits[list(eos_token_id)] = -float("inf")
             probability, order = logits.softmax(-1).sort(descending=True, stable=True)
             before = probability.cumsum(0) - probability
             for token in order[(before < config.top_p) & (probability > 0)].tolist():
-                ends = token in end_tokens
+                ends = token in eos_token_id
                 if ends and config.eos_score == "parent":
                     score = node.score  # ending changes nothing about what was said
                 else:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-StopReason = Literal["eos", "length"]
+FinishReason = Literal["eos", "length"]
 
 
 @dataclass(slots=True)
@@ -88,9 +88,9 @@ class SearchResult:
 
     Attributes:
         text: the response, without prefill and special tokens; "" where there is no tokenizer.
-        tokens: its token ids, the end token included.
+        token_ids: its tokens, the end token included.
         score: what the method ranks responses by; without a reward model the log-probability of the tokens.
-        stop: "eos" if it ended itself, "length" if `max_new_tokens` ended it.
+        finish_reason: "eos" if it ended itself, "length" if `max_new_tokens` ended it.
         cost: FLOPs, tokens, calls and seconds.
         steps: statistics of each step of Saffron search; empty for other methods.
         prompt, prefill: as given, where they were text or messages.
@@ -98,9 +98,9 @@ class SearchResult:
     """
 
     text: str
-    tokens: list[int]
+    token_ids: list[int]
     score: float
-    stop: StopReason
+    finish_reason: FinishReason
     cost: Cost
     steps: list[StepStatistics] = field(default_factory=list)
     prompt: str | list[dict[str, str]] | None = None
@@ -109,7 +109,7 @@ class SearchResult:
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        return f"SearchResult({text!r}, {len(self.tokens)} tokens, score {self.score:.4g}, {self.stop!r})"
+        return f"SearchResult({text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {self.finish_reason!r})"
 
     @property
     def policy_flops(self) -> int:

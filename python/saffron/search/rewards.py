@@ -57,10 +57,10 @@ class _Responses:
         policy: Policy,
         model: RewardModel,
         contexts: Sequence[Tokens],
-        end_tokens: frozenset[int],
+        eos_token_id: frozenset[int],
         head_rows: int,
     ) -> None:
-        self._policy, self._model, self._end_tokens = policy, model, end_tokens
+        self._policy, self._model, self._eos_token_id = policy, model, eos_token_id
         self._same = same_tokens(policy, model)
         self._reading = PrefixScorer(model, dict(enumerate(contexts)), head_rows)
 
@@ -73,7 +73,7 @@ class _Responses:
 
     def _said(self, response: Tokens) -> Tokens:
         """Without the end token."""
-        return response[:-1] if response and response[-1] in self._end_tokens else response
+        return response[:-1] if response and response[-1] in self._eos_token_id else response
 
     def _read(self, response: Tokens) -> Tokens:
         """In the reward model's tokens."""
@@ -87,9 +87,9 @@ class ProcessReward(_Responses):
     response's new tokens and the end of the moderation template."""
 
     def __init__(
-        self, policy: Policy, prm: ProcessRewardModel, contexts: Sequence[Tokens], end_tokens: frozenset[int]
+        self, policy: Policy, prm: ProcessRewardModel, contexts: Sequence[Tokens], eos_token_id: frozenset[int]
     ) -> None:
-        super().__init__(policy, prm, contexts, end_tokens, head_rows=2)
+        super().__init__(policy, prm, contexts, eos_token_id, head_rows=2)
         self._prm, self._suffix = prm, prm.suffix_tokens()
         self._sequence: dict[Owned, Owned] = {}  # response in the policy's tokens: in the reward model's
         self._known: dict[Owned, float] = {}  # by the latter
@@ -122,11 +122,11 @@ class MultifurcationReward(_Responses):
         policy: Policy,
         mrm: MultifurcationRewardModel,
         contexts: Sequence[Tokens],
-        end_tokens: frozenset[int],
+        eos_token_id: frozenset[int],
         head: Head,
         unseen_reward: float,
     ) -> None:
-        super().__init__(policy, mrm, contexts, end_tokens, head_rows=0)
+        super().__init__(policy, mrm, contexts, eos_token_id, head_rows=0)
         self._head, self._unseen_reward = head, unseen_reward
         self._prefix: dict[Owned, Owned] = {}  # response in the policy's tokens: what is before its last, in the MRM's
         self._hidden: dict[Owned, Tensor] = {}  # by the latter
@@ -185,11 +185,11 @@ class RewardScorer:
         """Tokens that it reads behind a response."""
         return len(self.model.suffix_tokens()) if isinstance(self.model, ProcessRewardModel) else 0
 
-    def open(self, contexts: Sequence[Tokens], end_tokens: frozenset[int]) -> Reward:
+    def open(self, contexts: Sequence[Tokens], eos_token_id: frozenset[int]) -> Reward:
         if isinstance(self.model, ProcessRewardModel):
-            return ProcessReward(self.policy, self.model, contexts, end_tokens)
+            return ProcessReward(self.policy, self.model, contexts, eos_token_id)
         assert self.head is not None
-        return MultifurcationReward(self.policy, self.model, contexts, end_tokens, self.head, self.unseen_reward)
+        return MultifurcationReward(self.policy, self.model, contexts, eos_token_id, self.head, self.unseen_reward)
 
 
 def _finite(model: str, rewards: Tensor) -> list[float]:

@@ -35,7 +35,7 @@ class SaffronSearch:
     Args:
         policy, mrm: loaded models. With different tokenizers the response reaches the MRM through text.
         config: hyperparameters; a call may bring its own.
-        end_tokens: ids that end a response; None: the policy's own.
+        eos_token_id: ids that end a response; None: the policy's own.
         capture: run the steps as one CUDA graph that is replayed, with buffers of fixed size (`search.captured_step`):
             the same answers for less work of the host. Not for traced searches, which run step by step.
 
@@ -49,7 +49,7 @@ class SaffronSearch:
         mrm: MultifurcationRewardModel,
         config: SearchConfig | None = None,
         *,
-        end_tokens: Sequence[int] | None = None,
+        eos_token_id: Sequence[int] | None = None,
         capture: bool = False,
     ) -> None:
         expect("policy", policy, Policy)
@@ -57,7 +57,7 @@ class SaffronSearch:
         self.policy, self.mrm = policy, mrm
         self.config = SearchConfig() if config is None else config
         expect("config", self.config, SearchConfig)
-        self.end_tokens = frozenset(policy.end_tokens if end_tokens is None else end_tokens)
+        self.eos_token_id = frozenset(policy.eos_token_id if eos_token_id is None else eos_token_id)
         self.models = ModelPair(policy, mrm)
         self.capture = capture
         self._captured: CapturedStep | None = None  # the buffers of the last call, for the next one of its size
@@ -71,7 +71,7 @@ class SaffronSearch:
 
     def engine(self, **limits: Any) -> Engine:
         """An engine with this search's models and defaults; `limits` as for `Engine`."""
-        return Engine(self.models, self.config, end_tokens=self.end_tokens, **limits)
+        return Engine(self.models, self.config, eos_token_id=self.eos_token_id, **limits)
 
     def generate(
         self,

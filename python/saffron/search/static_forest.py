@@ -221,7 +221,7 @@ class StaticForest:
             config = search.config
             self._depth[i] = len(search.tree.steps)
             self._least[i], self._most[i], self._top_p[i] = config.min_new_tokens, config.max_new_tokens, config.top_p
-            self._ends[i, : len(search.end_tokens)] = torch.tensor(sorted(search.end_tokens), dtype=torch.int32)
+            self._ends[i, : len(search.eos_token_id)] = torch.tensor(sorted(search.eos_token_id), dtype=torch.int32)
         self._top_p[len(searches) :] = 1.0
         self._widths.fill_(1)
         self._advance()

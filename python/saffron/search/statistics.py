@@ -67,7 +67,7 @@ def trace_step(
     config, tokenizer, head = search.config, models.policy.tokenizer, models.head(search.config.lm_head_bias)
     banned = None
     if expanded[0].depth < config.min_new_tokens:
-        banned = torch.tensor(sorted(search.end_tokens), dtype=torch.int32, device=logits.device)
+        banned = torch.tensor(sorted(search.eos_token_id), dtype=torch.int32, device=logits.device)
     tokens, probabilities, offsets = nucleus(logits, config.top_p, banned)
     rewards = multifurcation_head(
         hidden, head.weight, head.bias, head.unseen, config.unseen_reward, tokens, offsets

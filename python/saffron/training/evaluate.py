@@ -164,7 +164,7 @@ def nucleus_on_unseen(
         raise ConfigError(f"top_p: got {top_p}, expected more than 0 and at most 1")
     mask = head_for(policy, mrm, True).unseen
     mask = torch.zeros(policy.vocab_size, dtype=torch.bool) if mask is None else mask[: policy.vocab_size].cpu().clone()
-    mask[list(policy.end_tokens)] = False
+    mask[list(policy.eos_token_id)] = False
     shares: list[tuple[float, float]] = []
     for row in rows:
         prompt, answer = _first_exchange(row)

@@ -105,7 +105,7 @@ class Evaluation:
             results = self._decoded("attack", self._greedy, self.forbidden, self.attack)
             results += self._decoded("allowed", self._greedy, self.allowed)
             for example, result in zip(self.forbidden + self.allowed, results, strict=True):
-                tokens = result.tokens[:-1] if result.stop == "eos" else result.tokens
+                tokens = result.token_ids[:-1] if result.finish_reason == "eos" else result.token_ids
                 self._conversations.append((example.prompt, tokens))
             rng, stream = random.Random(self.seed), requests("forbidden", "heldout", self.seed + 1)
             for request, _ in zip(stream, self.forbidden, strict=False):
