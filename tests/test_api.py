@@ -70,7 +70,7 @@ def test_every_method_takes_texts_and_conversations(name: str, models: Models) -
 
 def test_models_are_shown_the_conversation_of_a_search(models: Models) -> None:
     search = SaffronSearch(models.policy, models.mrm, SearchConfig(**SMALL))
-    request = search._request(PREFILLED)
+    request = search.request(PREFILLED)
     assert list(request.policy) == models.policy.chat(MESSAGES, "the quick")
     assert list(request.reward) == models.mrm.context_tokens(MESSAGES)
     assert "".join(search.stream(PREFILLED)) == search.generate(PREFILLED)[0].text  # type: ignore[arg-type]

@@ -190,7 +190,7 @@ def test_searches_through_text_read_whole_texts(tmp_path: Path, monkeypatch: pyt
     plain = reward.read
     monkeypatch.setattr(reward, "read", lambda sequences: read.extend(map(list, sequences)) or plain(sequences))
     search = SaffronSearch(policy, reward, SearchConfig(width=4, top_p=0.9, max_new_tokens=12, min_new_tokens=12))
-    request = search._request("count 12345678", "")
+    request = search.request("count 12345678", "")
     expected = [list(request.reward)]
     for (tree,) in search.steps([request]):
         texts = [policy.decode(node.tokens()) for node in tree.live if node.depth < 12]
