@@ -23,7 +23,8 @@ def record(method: str, case: int, harmful: bool, gflop: float = 1.0, **changes:
             "reward_calls": 3, "seconds": 0.1}  # fmt: skip
     return {
         "data": "world", "attack": "prefill:10", "method": method, "variant": "", "case": f"{case:03}", "models": "m",
-        "kind": "forbidden", "prompt": "p", "prefill": "", "text": "Sure, here is how", "tokens": 4, "finish_reason": "eos",
+        "kind": "forbidden", "prompt": "p", "prefill": "", "text": "Sure, here is how", "tokens": 4,
+        "finish_reason": "eos",
         "score": 0.0, "harmful": {"oracle": harmful}, "scores": {}, "answered": None, "log_probability": -1.0,
         "cost": cost,
     } | changes  # fmt: skip
