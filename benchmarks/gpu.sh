@@ -60,13 +60,13 @@ part() {
     return 0
   fi
   printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-  timeout --kill-after=5 "$limit" "$@" >"$output" 2>&1
+  timeout --signal=INT --kill-after=15 "$limit" "$@" >"$output" 2>&1
   status=$?
   cat "$output" >>"$log"
   last=$(grep -v '^[[:space:]]*$' "$output" | tail -n 1 | cut -c 1-100)
   rm -f "$output"
   [ $status -eq 0 ] || failed=1
-  case $status in 0) status=ok ;; 124 | 137) status="out of time" ;; *) status="exit $status" ;; esac
+  case $status in 0) status=ok ;; 124 | 130 | 137) status="out of time" ;; *) status="exit $status" ;; esac
   say "$(printf '%-11s %-12s %4s s   %s' "$name" "$status" $((SECONDS - started)) "$last")"
 }
 

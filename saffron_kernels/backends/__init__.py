@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,9 +28,9 @@ MODULES = {
     "reference": "saffron_kernels.backends.reference",
 }
 
-# The order of choice for tensors on a device. A backend asked for by name need not stand here: "cuda" does not until a
-# measurement shows for which ops it is at least as fast as "triton".
-PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+# The order of choice for tensors on a device. On GPUs "cuda" serves what "triton" does not (caches in fp8), until a
+# measurement shows for which ops it is at least as fast.
+PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 FALLBACK = ("reference",)  # on any other device
 
 _forced: ContextVar[str | None] = ContextVar("saffron_backend", default=None)
@@ -62,14 +63,37 @@ def implementation(op: str, device: torch.device, *dtypes: torch.dtype) -> Calla
     """
     forced = _forced.get() or asked_by_environment()
     if forced is None:
-        name = next(n for n in PREFERENCE.get(device.type, FALLBACK) if why_not(n, op, device, *dtypes) is None)
-        return getattr(_module(name), op)
+        return getattr(_module(chosen(op, device, *dtypes)), op)
     expect(forced in MODULES, "SAFFRON_BACKEND", repr(forced), f"one of {', '.join(MODULES)}")
     reason = why_not(forced, op, device, *dtypes)
     if reason is not None:
         stored = " and ".join(map(str, dtypes))
         raise BackendError(f"backend {forced!r} cannot run {op} on {device.type} in {stored}: {reason}")
     return getattr(_module(forced), op)
+
+
+def chosen(op: str, device: torch.device, *dtypes: torch.dtype) -> str:
+    """The backend that runs `op` there if none is asked for: the first that can in the order of `PREFERENCE`.
+
+    Warns, once for an op and its dtypes, if that is the reference on a GPU and a kernel could have been there.
+    """
+    order = PREFERENCE.get(device.type, FALLBACK)
+    return _first(order, op, device, dtypes) if device.type == "cuda" else _first.__wrapped__(order, op, device, dtypes)
+
+
+@functools.cache  # on a GPU nothing changes: what is built, what the GPU can
+def _first(order: tuple[str, ...], op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    reasons = {}
+    for name in order:
+        reason = why_not(name, op, device, *dtypes)
+        if reason is None:
+            break
+        reasons[name] = reason
+    if name == "reference" and device.type == "cuda" and torch.float64 not in dtypes:
+        stored = " and ".join(map(str, dtypes))
+        others = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+        warnings.warn(f"{op} in {stored} runs on the reference, which is slow ({others})", RuntimeWarning, stacklevel=4)
+    return name
 
 
 def why_not(name: str, op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:

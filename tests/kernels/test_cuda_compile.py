@@ -155,6 +155,7 @@ def test_wide_attention_uses_what_hopper_has(dtype, head_dim, warpgroups) -> Non
 def test_rows_move_16_bytes_at_a_time(kernel, arch) -> None:
     found = instructions(arch, kernel)
     assert some(found, r"LDG\.E\.128(\..*)?") and some(found, r"STG\.E\.128(\..*)?")
+    assert not some(found, r"LDG\.E\.U16(\..*)?")
 
 
 @needs_nvcc

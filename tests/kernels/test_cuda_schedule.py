@@ -108,11 +108,11 @@ def test_forests_keep_every_multiprocessor_busy(plan, least) -> None:
     assert work.efficiency() >= least
 
 
-@pytest.mark.parametrize("prompts", [(1200,), (2048,), (500, 900, 300)])
-def test_prefills_keep_every_multiprocessor_busy(prompts) -> None:
+@pytest.mark.parametrize("prompts, least", [((1200,), 0.9), ((2048,), 0.9), ((500, 900, 300), 0.8)])
+def test_prefills_keep_every_multiprocessor_busy(prompts, least) -> None:
     work = cut(prefill(*prompts))
     assert (work.times[work.visible] == 1).all() and (work.times <= 1).all()
-    assert work.efficiency() >= 0.9
+    assert work.efficiency() >= least
 
 
 @st.composite

@@ -20,10 +20,10 @@ struct Wide {
   static constexpr int kFetching = 128, kLaunched = kThreads + kFetching;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kTokens = 64;
-  static constexpr int kMinBlocks = kWarpgroups > 1 ? 1 : 2;
+  static constexpr int kMinBlocks = 1;
   // Of a multiprocessor's 65536 registers; what a block is launched with is shared out anew.
-  static constexpr int kFewRegisters = kWarpgroups > 1 ? 96 : 88;
-  static constexpr int kManyRegisters = kWarpgroups > 1 ? 200 : 168;
+  static constexpr int kFewRegisters = kWarpgroups > 1 ? 88 : 128;
+  static constexpr int kManyRegisters = kWarpgroups > 1 ? 208 : 240;
   static constexpr int kStages = kD > 64 ? (kWarpgroups > 1 ? 6 : 3) : 6;
   static constexpr int kSlice = 8;     // rows that are joined together
   static constexpr int kTogether = 8;  // partials that are read at once
@@ -118,7 +118,7 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, typename C::Share
   const int first = warp * (C::kTokens / 4) + lane / kChunks;
   const T* k = static_cast<const T*>(a.k) + kv_head * a.k_stride_h + chunk * 8;
   const T* v = static_cast<const T*>(a.v) + kv_head * a.v_stride_h + chunk * 8;
-  constexpr int kAtOnce = 4;  // registers
+  constexpr int kAtOnce = 2;  // registers
   static_assert(kRows % kAtOnce == 0);
 #pragma unroll 1
   for (int batch = 0; batch < kRows; batch += kAtOnce) {
@@ -183,16 +183,13 @@ __device__ __forceinline__ void fetch_all(const Arguments& a, const Caches& cach
     if (token >= tokens.end) return {-1, 0, 0};
     return {a.slot[token], a.begin[token], a.end[token]};
   };
-  Token next[4];  // read before they are needed
-#pragma unroll
-  for (int i = 0; i < 4; ++i) next[i] = load(i * 32 + lane);
+  Token next[2] = {load(lane), load(32 + lane)};  // read before they are needed
   int listed = 0, first = 0;
   ptx::barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
   while (first < size || listed > 0) {
     const Token now = next[0];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) next[i] = next[i + 1];
-    next[3] = load(first + 4 * 32 + lane);
+    next[0] = next[1];
+    next[1] = load(first + 2 * 32 + lane);
     const bool seen = is_seen(a, now, low, high);
     const unsigned live = __ballot_sync(0xffffffffu, seen);
     const int place = listed + __popc(live & ((1u << lane) - 1));

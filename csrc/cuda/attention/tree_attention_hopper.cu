@@ -179,7 +179,7 @@ __device__ __forceinline__ void feed(const Arguments& a, const Caches& caches,
     const int low = first_row / a.group;
     const int high = (min(first_row + C::kRows, rows) - 1) / a.group;
     fetch_all<C>(a, caches, s, turn, warp, g.kv_head, low, high, tokens);
-    at += g.count;
+    at += shares.segment(a, plan, at).count;  // again: registers are scarce until here
   }
 }
 

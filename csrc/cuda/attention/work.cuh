@@ -152,6 +152,12 @@ struct Shares {
     last = min(total - first, share) + first;
   }
 
+  /// That of this block, computed anew by every call.
+  static __device__ __forceinline__ Shares of_block(const Arguments& a, const Schedule& plan) {
+    return Shares(a, plan, ptx::opaque(static_cast<int>(blockIdx.x)),
+                  ptx::opaque(static_cast<int>(gridDim.x)));
+  }
+
   /// The segment that begins where all before cost `at`.
   __device__ __forceinline__ Segment segment(const Arguments& a, const Schedule& plan, int at) {
     Segment g;
@@ -186,7 +192,8 @@ struct Shares {
 
 /// The tokens of a segment, in order.
 struct Tokens {
-  const uint16_t* visible;  // its chunks; null: successive ones
+  const Schedule& plan;  // which lists its chunks, if there is more than one query block
+  bool is_listed;
   int base, size, chunk_log2, end;
 
   /// Lists the chunks of a segment; by one warp. Nobody may still read those of the one before.
@@ -218,17 +225,17 @@ struct Tokens {
 
   /// After `list`, and a barrier of all who listed and who read.
   __device__ __forceinline__ Tokens(const Arguments& a, const Schedule& plan, const Segment& g)
-      : chunk_log2(a.chunk_log2), end(tokens_of(a)) {
-    const bool many = a.query_blocks > 1;
-    visible = many ? plan.visible : nullptr;
-    base = many ? 0 : g.first / kWhole << chunk_log2;
-    size = (many ? plan.listed : (g.count + kWhole - 1) / kWhole) << chunk_log2;
-  }
+      : plan(plan),
+        is_listed(a.query_blocks > 1),
+        base(g.first / kWhole << a.chunk_log2),
+        size((is_listed ? plan.listed : (g.count + kWhole - 1) / kWhole) << a.chunk_log2),
+        chunk_log2(a.chunk_log2),
+        end(tokens_of(a)) {}
 
   /// Token number `i` below `size`; `end` or more where there is none.
   __device__ __forceinline__ int at(int i) const {
-    if (visible == nullptr) return base + i;
-    return (visible[i >> chunk_log2] << chunk_log2) + (i & ((1 << chunk_log2) - 1));
+    if (!is_listed) return base + i;
+    return (plan.visible[i >> chunk_log2] << chunk_log2) + (i & ((1 << chunk_log2) - 1));
   }
 };
 
@@ -239,12 +246,17 @@ __device__ __forceinline__ void work_through(const Arguments& a, typename C::Sha
                                              Attend attend, Next next) {
   const int rows = a.queries * a.group;
   const auto& plan = schedule_of<C>(s);
-  Shares shares(a, plan, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   Parts parts = {};
   bool helps = false;
-  for (int at = shares.first; at < shares.last;) {
-    attend(shares.segment(a, plan, at));
-    const Segment g = shares.segment(a, plan, at);  // again: registers are scarce until here
+  int at = Shares::of_block(a, plan).first;
+  while (true) {
+    {
+      Shares shares = Shares::of_block(a, plan);
+      if (at >= shares.last) break;
+      attend(shares.segment(a, plan, at));
+    }
+    Shares shares = Shares::of_block(a, plan);  // again: registers are scarce until here
+    const Segment g = shares.segment(a, plan, at);
     parts = shares.parts(g);
     // At most the first and the last segment of a block are parts.
     const int slot = 2 * static_cast<int>(blockIdx.x) + (g.begin > shares.first ? 1 : 0);

@@ -2,6 +2,7 @@
 
 // Storage types of tensors and their arithmetic, which is fp32 throughout.
 
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/ptx/ptx.cuh"
@@ -114,6 +115,26 @@ template <class T, int kN>
 struct alignas(sizeof(T) * kN < 16 ? sizeof(T) * kN : 16) Pack {
   T values[kN];
 };
+
+/// Numbers in memory, read by whole words: the compiler would read those of 16 bits one by one.
+template <class T, int kN>
+__device__ __forceinline__ Pack<T, kN> loaded(const T* from) {
+  constexpr int kBytes = static_cast<int>(sizeof(Pack<T, kN>));
+  Pack<T, kN> pack;
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 word = reinterpret_cast<const uint4*>(from)[i];
+      memcpy(reinterpret_cast<char*>(&pack) + 16 * i, &word, 16);
+    }
+  } else if constexpr (kBytes == 8) {
+    const uint2 word = *reinterpret_cast<const uint2*>(from);
+    memcpy(&pack, &word, 8);
+  } else {
+    pack = *reinterpret_cast<const Pack<T, kN>*>(from);
+  }
+  return pack;
+}
 
 template <class To, class From, int kN>
 __device__ __forceinline__ Pack<To, kN> converted(const Pack<From, kN>& from) {

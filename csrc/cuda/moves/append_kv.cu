@@ -30,8 +30,7 @@ struct Turn {
  private:
   template <class T, int kN>
   __device__ __forceinline__ Pack<float, kN> load(int64_t place) const {
-    return converted<float>(
-        *reinterpret_cast<const Pack<T, kN>*>(static_cast<const T*>(data) + place));
+    return converted<float>(loaded<T, kN>(static_cast<const T*>(data) + place));
   }
 };
 
@@ -79,9 +78,8 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Arguments<From, 
       const auto cos_r = a.cos.template at<kN>(a.turn, token, half + dim);
       const auto sin_l = a.sin.template at<kN>(a.turn, token, dim);
       const auto sin_r = a.sin.template at<kN>(a.turn, token, half + dim);
-      auto left = converted<float>(*reinterpret_cast<const Given*>(a.k.at(token, head, dim)));
-      auto right =
-          converted<float>(*reinterpret_cast<const Given*>(a.k.at(token, head, half + dim)));
+      auto left = converted<float>(loaded<From, kN>(a.k.at(token, head, dim)));
+      auto right = converted<float>(loaded<From, kN>(a.k.at(token, head, half + dim)));
 #pragma unroll
       for (int j = 0; j < kN; ++j) {  // no fused multiply-add: the bits of PyTorch's own
         const float l = left.values[j], r = right.values[j];
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Arguments<From, 
     } else {
       const bool is_k = unit < dims - pairs;
       const int dim = (is_k ? unit + pairs : unit - (dims - pairs)) * kN;
-      const auto given = *reinterpret_cast<const Given*>((is_k ? a.k : a.v).at(token, head, dim));
+      const auto given = loaded<From, kN>((is_k ? a.k : a.v).at(token, head, dim));
       To* to = (is_k ? a.k_cache : a.v_cache).at(slot, head, dim);
       if constexpr (std::is_same_v<From, To>) {
         *reinterpret_cast<Given*>(to) = given;

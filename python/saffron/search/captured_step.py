@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError, NumericalError, SaffronError
+from saffron.models.cuda_graph import Replay, capture_on_gpu, reads_on_the_host
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle
@@ -19,12 +20,12 @@ from saffron.search.static_forest import (
     MAX_END_TOKENS,
     Index,
     Part,
-    Replay,
     StaticForest,
-    capture_on_gpu,
     intervals,
 )
 from saffron.search.step import Batch, StepRecord
+from saffron_kernels import backends
+from saffron_kernels.checks import FP8
 
 _SHARED = ("eos_score", "unseen_reward", "lm_head_bias", "ranking")  # by all searches of a forest
 
@@ -194,4 +195,10 @@ def why_not_captured(models: ModelPair, config: SearchConfig) -> str | None:
         return "policy and MRM have different tokenizers, so every response passes through text on the host"
     if not (policy.share_prefixes and mrm.share_prefixes):
         return "share_prefixes is off: there is no cache whose addresses could stay"
+    for name, model in (("policy", policy), ("MRM", mrm)):
+        if reason := reads_on_the_host(model.model):
+            return f"the {name} reads from the device within a step: {reason}"
+    is_fp8 = FP8 in (policy.kv.k.dtype, mrm.kv.k.dtype)
+    if is_fp8 and backends.chosen("tree_attention", policy.device, FP8) == "reference":
+        return "no kernel here reads fp8 caches, and the reference reads from the device within a step"
     return None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saffron.errors import ConfigError
 from saffron.models.attention import TrieStep
+from saffron.models.cuda_graph import Replay
 from saffron.models.trie_model import TrieModel
 from saffron.search.config import SearchConfig
 from saffron.search.handle import Handle
@@ -32,16 +33,7 @@ _FINISHED, _ENDED, _EMPTY = 1, 2, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks
 MAX_END_TOKENS = 8  # ids that end a response, of one search
 
-Replay = Callable[[], object]
 Index = NDArray[np.int32]
-
-
-def capture_on_gpu(body: Replay) -> Replay:
-    """Captures `body`, which has run before, in a CUDA graph; returns what replays it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    return graph.replay
 
 
 @dataclass(frozen=True, slots=True)

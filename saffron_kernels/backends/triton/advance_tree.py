@@ -15,11 +15,11 @@ _BLOCK = 256
 
 
 @triton.jit
-def _children_before(parents_ptr, new, query, STEPS: tl.constexpr):
+def _children_before(parents_ptr, new, query, steps):
     """How many of the ascending `parents[new]` are below each `query`: a binary search of fixed length."""
     low = tl.zeros_like(query)
     high = low + new
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         below = tl.load(parents_ptr + middle, low < high, 0) < query
         # Where the search has ended (low == high) neither bound moves.
@@ -28,10 +28,10 @@ def _children_before(parents_ptr, new, query, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["tokens", "new", "queries", "size"])
+@triton.jit(do_not_specialize=["tokens", "new", "queries", "size", "steps"])
 def _advance_kernel(
     slot_ptr, begin_ptr, end_ptr, parents_ptr, new_slots_ptr, count_ptr, out_slot_ptr, out_begin_ptr, out_end_ptr,
-    fault_ptr, tokens, new, queries, size, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    fault_ptr, tokens, new, queries, size, steps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if count_ptr is not None:
         count = tl.load(count_ptr)
@@ -42,8 +42,8 @@ def _advance_kernel(
     old = token < tokens
     begin, end = tl.load(begin_ptr + token, old, 0), tl.load(end_ptr + token, old, 0)
     bad = (begin < 0) | (begin > queries) | (end < 0) | (end > queries)
-    begin = _children_before(parents_ptr, new, begin, STEPS)
-    end = _children_before(parents_ptr, new, end, STEPS)
+    begin = _children_before(parents_ptr, new, begin, steps)
+    end = _children_before(parents_ptr, new, end, steps)
     slot = tl.load(slot_ptr + token, old, -1)
 
     query = token - tokens
@@ -82,6 +82,6 @@ def advance_tree(
     launch(
         _advance_kernel, (cdiv(max(1, size), _BLOCK),),
         slot.contiguous(), begin.contiguous(), end.contiguous(), parents.contiguous(), new_slots.contiguous(), count,
-        *out, faults.word(slot.device), tokens, new, queries, size, STEPS=new.bit_length(), BLOCK=_BLOCK,
+        *out, faults.word(slot.device), tokens, new, queries, size, new.bit_length(), BLOCK=_BLOCK,
     )  # fmt: skip
     return out[0], out[1], out[2]

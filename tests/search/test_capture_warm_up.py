@@ -1,0 +1,149 @@
+"""What runs within a capture has run before it: no kernel is compiled, loaded or specialised there first."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import cuda_host
+import pytest
+import tiny
+import torch
+from searches import CONFIG, REQUESTS, make
+from torch import Tensor, nn
+
+from saffron.models import cuda_graph
+from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
+from saffron_kernels import backend as use_backend
+from saffron_kernels import schemas
+from saffron_kernels.backends import cuda, faults
+from saffron_kernels.backends.cuda import counters
+
+
+def first_met_within_a_capture(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, met: Callable[[], set[object]]
+) -> list[object]:
+    """Runs a search in captured steps; `met` is what has been launched so far. Ends that are banned at first."""
+    within: list[set[object]] = []
+
+    def capture(body: Callable[[], object]) -> Callable[[], object]:
+        before = set(met())
+        body()
+        within.append(set(met()) - before)
+        replays = iter([lambda: None])
+        return lambda: next(replays, body)()
+
+    policy = Policy(tiny.model(architecture).bfloat16())
+    mrm = MultifurcationRewardModel(tiny.model(seed=1, num_hidden_layers=1).bfloat16())
+    config = replace(CONFIG, width=3, max_new_tokens=6, min_new_tokens=3)
+    make(monkeypatch, capture, policy, mrm, config).search(REQUESTS[:2])
+    assert within and met(), "nothing was captured"
+    return [each for found in within for each in found]
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_cuda_kernels_are_launched_before(architecture, monkeypatch) -> None:
+    monkeypatch.setenv("SAFFRON_CUDA_HOST", cuda_host.module())
+    monkeypatch.setattr(faults, "eager", lambda tensor: False)
+    library = ctypes.CDLL(cuda_host.module())
+    library.saffron_launches.restype = ctypes.c_char_p
+    library.saffron_forget_launches()
+    schemas.forget_choices()
+    with use_backend("cuda"):
+        found = first_met_within_a_capture(
+            monkeypatch, architecture, lambda: set(library.saffron_launches().split(b"\n"))
+        )
+    assert found == []
+
+
+def specialisation(kernel: object, arguments: tuple[object, ...], options: dict[str, object]) -> object:
+    """What Triton compiles a kernel anew for: dtypes, None, alignment, integers of 1 and multiples of 16, constants."""
+    fixed = kernel.kwargs.get("do_not_specialize") or ()  # type: ignore[attr-defined]
+    key: list[object] = [kernel.fn.__name__]  # type: ignore[attr-defined]
+    for name, x in zip(kernel.arg_names, arguments, strict=False):  # type: ignore[attr-defined]
+        if isinstance(x, Tensor):
+            key.append((x.dtype, x.data_ptr() % 16 == 0))
+        elif isinstance(x, int):
+            key.append("int" if name in fixed else ("int", x == 1, x % 16 == 0, abs(x) >= 1 << 31))
+        else:
+            key.append(type(x))
+    return (*key, *sorted((name, str(x)) for name, x in options.items()))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_triton_kernels_are_specialised_before(architecture, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from saffron_kernels.backends.triton import launch as launches
+
+    if not launches.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    met: set[object] = set()
+
+    def noted(kernel: object, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+        met.add(specialisation(kernel, arguments, options))
+        original(kernel, grid, *arguments, **options)
+
+    original = launches.launch
+    for name, module in list(sys.modules.items()):
+        ours = name.startswith("saffron_kernels.backends.triton") and isinstance(module, ModuleType)
+        if ours and getattr(module, "launch", None) is original:
+            monkeypatch.setattr(module, "launch", noted)
+    schemas.forget_choices()
+    with use_backend("triton"):
+        found = first_met_within_a_capture(monkeypatch, architecture, lambda: met)
+    assert found == []
+
+
+def test_counters_of_a_graph_live_as_long_as_its_capture(monkeypatch) -> None:
+    """One tensor a stream: a service that captures anew, for other sizes, does not keep those of before."""
+    graph = 0
+    launchers = SimpleNamespace(COUNTERS=8, capture_id=lambda stream: graph)
+    monkeypatch.setattr(cuda.native, "module", lambda tensor: launchers)
+    monkeypatch.setattr(counters, "_counters", {})
+    monkeypatch.setattr(counters, "_graphs", {})
+    own = torch.zeros(1)
+    eager = counters.counters(own)
+    assert counters.counters(own) is eager
+    graph = 7
+    captured = counters.counters(own)
+    assert captured is not eager and counters.counters(own) is captured
+    graph = 8
+    assert counters.counters(own) is not captured and len(counters._counters) == 1
+
+
+def test_what_reads_on_the_host() -> None:
+    plain, scaled = nn.Linear(1, 1), nn.Linear(1, 1)
+    scaled.rope_type = "dynamic"  # type: ignore[assignment]
+    assert cuda_graph.reads_on_the_host(nn.Sequential(plain)) is None
+    assert cuda_graph.reads_on_the_host(tiny.model()) is None
+    assert "dynamic" in str(cuda_graph.reads_on_the_host(nn.Sequential(plain, scaled)))
+    scaled.rope_type = {"full_attention": "longrope"}  # type: ignore[assignment]
+    assert "longrope" in str(cuda_graph.reads_on_the_host(nn.Sequential(plain, scaled)))
+
+
+def test_a_capture_that_fails_says_why_and_leaves_the_stream(monkeypatch) -> None:
+    class Failing:
+        def __init__(self, graph: object, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self) -> None:
+            now.append("capturing")
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def body() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    now = ["own"]
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", now.append)
+    with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
+        cuda_graph.capture_on_gpu(body)
+    assert now == ["own", "capturing", "own"]
