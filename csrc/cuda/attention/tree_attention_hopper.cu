@@ -245,8 +245,7 @@ auto with_wide(int64_t head_dim, int64_t rows, Run run) {
     if (rows <= 64) return run(Wide<T, 64, 1>{});
     return run(Wide<T, 64, 2>{});
   }
-  if (rows <= 64) return run(Wide<T, 128, 1>{});
-  return run(Wide<T, 128, 2>{});
+  return run(Wide<T, 128, 1>{});  // two warpgroups of this size do not fit into the registers
 }
 
 }  // namespace
@@ -255,7 +254,7 @@ bool hopper_takes(int64_t queries, int64_t group, int64_t head_dim, DType stored
   const bool converted = stored == DType::kFloat8;  // by the other path
   if (chip().capability != 90 || head_dim > 128 || converted) return false;
   // An empty kernel stands where the module was not compiled for sm_90a.
-  static const bool compiled = admits<wide_attention_kernel<Wide<BFloat16, 128, 2>>>(384);
+  static const bool compiled = admits<wide_attention_kernel<Wide<BFloat16, 64, 2>>>(384);
   if (!compiled) return false;
   if (const char* asked = std::getenv("SAFFRON_CUDA_ATTENTION")) {
     const std::string path = asked;
