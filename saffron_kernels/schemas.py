@@ -160,3 +160,12 @@ advance_tree = register(
         slot.new_empty(slot.shape[0] + (parents.shape[0] if count is None else 0)) for _ in range(3)
     ),
 )
+
+
+block_plan = register(
+    "block_plan(Tensor block_table, Tensor seq_lens, Tensor query_start, SymInt block_size, SymInt queries,"
+    " SymInt size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda block_table, seq_lens, query_start, block_size, queries, size: tuple(
+        seq_lens.new_empty(n) for n in (queries, size, size, size, 1)
+    ),
+)

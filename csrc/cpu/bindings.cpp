@@ -99,6 +99,7 @@ void bind(py::module_& native) {
   m.def("select_beam", &run_select_beam, Unlocked());
   m.def("multifurcate", &run_multifurcate, Unlocked());
   m.def("advance_tree", &advance_tree, Unlocked());
+  m.def("block_plan", &block_plan, Unlocked());
 }
 
 }  // namespace saffron::cpu

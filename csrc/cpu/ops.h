@@ -69,6 +69,11 @@ void advance_tree(const Tensor& slot, const Tensor& begin, const Tensor& end, co
                   const Tensor& new_slots, int64_t queries, const Tensor& new_slot,
                   const Tensor& new_begin, const Tensor& new_end);
 
+/// The rows of the table are contiguous. What lies in the outputs behind `count` is not written.
+void block_plan(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start,
+                int64_t block_size, const Tensor& order, const Tensor& slot, const Tensor& begin,
+                const Tensor& end, const Tensor& count);
+
 // Parts that multifurcate shares with the ops above.
 
 /// Rewards of candidates whose rows are numbered; those with `skip` set keep what `rewards` holds.

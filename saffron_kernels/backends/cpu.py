@@ -173,6 +173,19 @@ def advance_tree(
     return plan
 
 
+def block_plan(
+    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    order, slot, begin, end, count = (seq_lens.new_empty(n) for n in (queries, size, size, size, 1))
+    block_table = _rows(block_table)  # held until the native function returns
+    inputs = _view(block_table), _view(seq_lens), _view(query_start), block_size
+    _native.block_plan(*inputs, *map(_view, (order, slot, begin, end, count)))
+    used = int(count)
+    for x, dead in zip((slot, begin, end), (-1, 0, 0), strict=True):
+        x[used:] = dead
+    return order, slot, begin, end, count
+
+
 def _view(tensor: Tensor) -> _View:
     return tensor.data_ptr(), _CODE[tensor.dtype], tensor.shape, tensor.stride()
 
