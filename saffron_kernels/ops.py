@@ -320,7 +320,12 @@ def advance_tree(
 
 
 def block_plan(
-    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    block_size: int,
+    queries: int,
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The plan for `tree_attention` over a paged KV cache, in which requests share blocks: no trie is built.
 
@@ -340,7 +345,8 @@ def block_plan(
             `query_start[r]` to `query_start[r + 1]`. A request without queries is left out (padding).
         block_size: tokens per block.
         queries: number of queries.
-        size: tokens for which there is room; the sum of `seq_lens` is always enough.
+        size: tokens for which there is room (buffers of a captured CUDA graph); the sum of `seq_lens` is always enough.
+            None: as many as the plan has, for which the host waits.
 
     Returns:
         order `[queries]`: the caller's query at each place of the plan, so that `tree_attention` is called with

@@ -162,10 +162,15 @@ advance_tree = register(
 )
 
 
+def _fake_block_plan(
+    _table: Tensor, seq_lens: Tensor, _start: Tensor, _block_size: int, queries: int, size: int | None
+) -> tuple[Tensor, ...]:
+    tokens = torch.library.get_ctx().new_dynamic_size() if size is None else size
+    return tuple(seq_lens.new_empty(n) for n in (queries, tokens, tokens, tokens, 1))
+
+
 block_plan = register(
     "block_plan(Tensor block_table, Tensor seq_lens, Tensor query_start, SymInt block_size, SymInt queries,"
-    " SymInt size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda block_table, seq_lens, query_start, block_size, queries, size: tuple(
-        seq_lens.new_empty(n) for n in (queries, size, size, size, 1)
-    ),
+    " SymInt? size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_block_plan,
 )

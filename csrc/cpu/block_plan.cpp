@@ -73,10 +73,9 @@ bool before(const Request& a, const Request& b) {
 
 }  // namespace
 
-void block_plan(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start,
-                int64_t block_size, const Tensor& order, const Tensor& slot, const Tensor& begin,
-                const Tensor& end, const Tensor& count) {
-  std::vector<Request> requests = read(block_table, seq_lens, query_start, block_size, order.shape[0]);
+PagedPlan block_plan(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start,
+                     int64_t block_size, int64_t queries, int64_t most) {
+  std::vector<Request> requests = read(block_table, seq_lens, query_start, block_size, queries);
   std::stable_sort(requests.begin(), requests.end(), before);
   const auto rows = static_cast<int64_t>(requests.size());
   // common[i]: blocks that request i shares with the one before it; first[i]: its first query.
@@ -92,32 +91,40 @@ void block_plan(const Tensor& block_table, const Tensor& seq_lens, const Tensor&
         first[static_cast<size_t>(i)] + request.length - request.context;
     tokens += request.length - common[static_cast<size_t>(i)] * block_size;
   }
-  if (tokens > slot.shape[0]) {
-    throw std::invalid_argument("size: got " + std::to_string(slot.shape[0]) + ", the plan has " +
+  if (most >= 0 && tokens > most) {
+    throw std::invalid_argument("size: got " + std::to_string(most) + ", the plan has " +
                                 std::to_string(tokens) + " tokens");
   }
-  auto *orders = order.as<int32_t>(), *slots = slot.as<int32_t>(), *begins = begin.as<int32_t>();
-  auto* ends = end.as<int32_t>();
-  int64_t at = 0;
-  std::vector<int64_t> until;  // of each block of one request: the first request that lacks it
+  PagedPlan plan;
+  plan.order.resize(static_cast<size_t>(queries));
+  plan.slot.resize(static_cast<size_t>(tokens));
+  plan.begin.resize(static_cast<size_t>(tokens));
+  plan.end.resize(static_cast<size_t>(tokens));
+  int32_t *orders = plan.order.data(), *slots = plan.slot.data(), *begins = plan.begin.data(),
+          *ends = plan.end.data();
   for (int64_t i = 0; i < rows; ++i) {
     const Request& request = requests[static_cast<size_t>(i)];
     const int64_t own = first[static_cast<size_t>(i)], next = first[static_cast<size_t>(i) + 1];
+    const int64_t from = common[static_cast<size_t>(i)];
     std::iota(orders + own, orders + next, static_cast<int32_t>(request.query));
-    until.resize(static_cast<size_t>(request.cached));
-    for (int64_t c = request.cached - 1, j = i + 1; c >= common[static_cast<size_t>(i)]; --c) {
+    // Full blocks from the last to the first: the earlier a block, the more requests share it.
+    const int64_t written = (request.cached - from) * block_size;
+    for (int64_t c = request.cached - 1, j = i + 1; c >= from; --c) {
       while (j < rows && common[static_cast<size_t>(j)] > c) ++j;
-      until[static_cast<size_t>(c)] = first[static_cast<size_t>(j)];
+      const int64_t at = (c - from) * block_size;
+      std::iota(slots + at, slots + at + block_size,
+                static_cast<int32_t>(request.blocks[c] * block_size));
+      std::fill_n(begins + at, block_size, static_cast<int32_t>(own));
+      std::fill_n(ends + at, block_size, static_cast<int32_t>(first[static_cast<size_t>(j)]));
     }
-    for (int64_t p = common[static_cast<size_t>(i)] * block_size; p < request.length; ++p, ++at) {
-      const int64_t c = p / block_size;
-      slots[at] = static_cast<int32_t>(request.blocks[c] * block_size + p % block_size);
-      begins[at] = static_cast<int32_t>(own + std::max<int64_t>(0, p - request.context));
-      ends[at] =
-          static_cast<int32_t>(c < request.cached ? until[static_cast<size_t>(c)] : next);
+    slots += written, begins += written, ends += written;
+    for (int64_t p = request.cached * block_size; p < request.length; ++p) {
+      *slots++ = static_cast<int32_t>(request.blocks[p / block_size] * block_size + p % block_size);
+      *begins++ = static_cast<int32_t>(own + std::max<int64_t>(0, p - request.context));
+      *ends++ = static_cast<int32_t>(next);
     }
   }
-  count.as<int32_t>()[0] = static_cast<int32_t>(at);
+  return plan;
 }
 
 }  // namespace saffron::cpu

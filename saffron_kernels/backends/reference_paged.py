@@ -10,7 +10,7 @@ from saffron_kernels.checks import expect
 
 
 def block_plan(
-    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int
+    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     table, lengths, starts = block_table.tolist(), seq_lens.tolist(), query_start.tolist()
     _check_requests(table, lengths, starts, block_size, queries)
@@ -31,9 +31,10 @@ def block_plan(
                 past += 1
             place = table[r][column] * block_size + p % block_size
             plan.append((place, first[i] + max(0, p - context), first[past]))
-    expect(len(plan) <= size, "size", size, f"at least {len(plan)}, the tokens of the plan")
     count = len(plan)
-    plan += [(-1, 0, 0)] * (size - count)
+    if size is not None:
+        expect(count <= size, "size", size, f"at least {count}, the tokens of the plan")
+        plan += [(-1, 0, 0)] * (size - count)
     slot, begin, end = seq_lens.new_tensor(plan).view(-1, 3).unbind(1)
     return seq_lens.new_tensor(order), slot.clone(), begin.clone(), end.clone(), seq_lens.new_tensor([count])
 

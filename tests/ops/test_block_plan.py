@@ -48,7 +48,7 @@ def batch(seed: int, most: int = 7) -> Batch:
     return tables, lengths, queries, size
 
 
-def plan_of(made: Batch, device, room: int = 0, layout=lambda x: x) -> tuple[torch.Tensor, ...]:
+def plan_of(made: Batch, device, room: int | None = 0, layout=lambda x: x) -> tuple[torch.Tensor, ...]:
     tables, lengths, queries, size = made
     width = max(map(len, tables), default=0) + 1
     table = i32([row + [-7] * (width - len(row)) for row in tables], device).view(len(tables), width)  # never read
@@ -56,7 +56,7 @@ def plan_of(made: Batch, device, room: int = 0, layout=lambda x: x) -> tuple[tor
     for n in queries:
         starts.append(starts[-1] + n)
     tensors = layout(table), layout(i32(lengths, device)), layout(i32(starts, device))
-    return block_plan(*tensors, size, starts[-1], sum(lengths) + room)
+    return block_plan(*tensors, size, starts[-1], None if room is None else sum(lengths) + room)
 
 
 def check(made: Batch, device, room: int = 0, layout=lambda x: x) -> int:
@@ -65,6 +65,9 @@ def check(made: Batch, device, room: int = 0, layout=lambda x: x) -> int:
     order, slot, begin, end, count = plan_of(made, device, room, layout)
     assert all(x.dtype == torch.int32 for x in (order, slot, begin, end, count))
     used = int(count)
+    if not room and layout is LAYOUTS["contiguous"]:
+        exact = plan_of(made, device, None)
+        assert all(torch.equal(x[:used], y) for x, y in zip((slot, begin, end), exact[1:4], strict=True))
     assert sorted(order.tolist()) == list(range(sum(queries)))
     plan = list(zip(slot.tolist(), begin.tolist(), end.tolist(), strict=True))
     assert plan[used:] == [(-1, 0, 0)] * (len(plan) - used) and all(b < e for _, b, e in plan[:used])
