@@ -1,7 +1,8 @@
 """Builds saffron_kernels._native, and _cuda where nvcc is found, with CMake and ninja; the rest is in pyproject.toml.
 
 Environment: `SAFFRON_CUDA=auto|on|off` (auto: where nvcc is found, and without it if the build fails), and
-`SAFFRON_CUDA_ARCHS`, e.g. `80;90a` (default: the GPU of this machine, else those two).
+`SAFFRON_CUDA_ARCHS`, e.g. `80;90a`: what machine code is made for, besides PTX that every GPU from 8.0 on can load
+(default: the GPUs of this machine; without one, PTX alone).
 """
 
 from __future__ import annotations

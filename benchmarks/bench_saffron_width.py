@@ -15,6 +15,7 @@ from timing import DEVICE
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from saffron import GreedyDecoding, MultifurcationRewardModel, Policy, Request, SaffronSearch, SearchConfig
+from saffron.search import GreedyConfig
 from saffron_kernels import backend
 
 VOCAB, PROMPT, NEW_TOKENS = 8192, 128, 16
@@ -53,7 +54,8 @@ def test_saffron_width(race, width: int) -> None:
     prompt = torch.randint(2, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(2)).tolist()
     config = SearchConfig(width=width, top_p=0.8, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     search, request = SaffronSearch(policy, mrm, config), Request(tuple(prompt), tuple(prompt))
-    greedy, ids = GreedyDecoding(policy, NEW_TOKENS, NEW_TOKENS), torch.tensor([prompt], device=DEVICE)
+    config = GreedyConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    greedy, ids = GreedyDecoding(policy, config=config), torch.tensor([prompt], device=DEVICE)
 
     def defended() -> list[int]:
         return search.search([request])[0].tokens

@@ -7,6 +7,11 @@ costs. The others serve decoders that mix these ops with their own; gather_kv al
 
 from __future__ import annotations
 
+import math
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from harness import Case, assert_same, on_backend
@@ -14,7 +19,10 @@ from timing import DEVICE
 from torch import Tensor
 from workloads import search_plan
 
-from saffron_kernels import advance_tree, append_kv, gather_kv, merge_attention, select_beam
+from saffron_kernels import advance_tree, append_kv, backends, gather_kv, merge_attention, select_beam
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+from cases import example  # noqa: E402 - one good call of every op
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16
@@ -200,3 +208,38 @@ def test_advance_tree(race, prompt: int) -> None:
         capture=("", "PyTorch"),
     )
     race(case, seconds=0.5)
+
+
+MOST_OVER_BARE = 1.6
+NAMES = ["append_kv", "tree_attention", "merge_attention", "gather_kv", "select_beam", "advance_tree"]
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_host_cost(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an op costs the host beside the same function registered with PyTorch and nothing around it.
+
+    CPU time of the process for small calls in turn, the least of many rounds: another process cannot change it much.
+    """
+    arguments = example(op, torch.float32, DEVICE)
+    arguments |= {name: None for name in ("cos", "sin") if name in arguments}  # what is left is cheapest
+    handle, values = getattr(torch.ops.saffron_kernels, op).default, tuple(arguments.values())
+    library = torch.library.Library("saffron_bare", "FRAGMENT")
+    library.define(str(handle._schema).split("::")[1])
+    chosen = backends.implementation(op, DEVICE, torch.float32)
+    library.impl(op, chosen, "CompositeExplicitAutograd")
+    library.impl(op, torch.library.fallthrough_kernel, "Autograd")
+    bare = getattr(torch.ops.saffron_bare, op).default
+    calls = {"function": lambda: chosen(*values), "bare": lambda: bare(*values), "ours": lambda: handle(*values)}
+    best = dict.fromkeys(calls, math.inf)
+    with torch.inference_mode():
+        for _ in range(30):
+            for name, call in calls.items():
+                start = time.process_time()
+                for _ in range(300):
+                    call()
+                best[name] = min(best[name], (time.process_time() - start) / 300)
+    ratio = best["ours"] / best["bare"]
+    times = ", ".join(f"{name} {1e6 * seconds:.1f} us" for name, seconds in best.items())
+    with capsys.disabled():
+        print(f"\nhost cost of {op}: {times}: {ratio:.2f} times the bare op")
+    assert ratio <= MOST_OVER_BARE

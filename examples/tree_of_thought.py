@@ -25,8 +25,7 @@ def main() -> None:
     kv = KVTrie(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
     def forward(tokens, step):  # all states are one row: next-token logits [states, vocab]
-        inputs = {"input_ids": tokens[None], "position_ids": step.positions[None], "use_cache": False}
-        return model(**inputs, trie_step=TrieStep(kv, step)).logits[0]
+        return model(tokens[None], **TrieStep(kv, step).arguments()).logits[0]
 
     def draw(logits):  # one token for each row, from its nucleus
         tokens, chances, offsets = nucleus(logits, 0.8, ends)

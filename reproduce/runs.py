@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from saffron.evaluation.choices import expand
 from saffron.evaluation.datasets import load_cases
 from saffron.evaluation.metrics import Curve, curves, group
-from saffron.evaluation.run import ModelFiles, Plan, expand, run_plans
+from saffron.evaluation.run import Plan, run_plans
 from saffron.evaluation.store import Record, read_results
+from saffron.models.files import ModelFiles
 from saffron.workers import Workers
 
 JUDGE, ATTACK = "oracle", "prefill:10"

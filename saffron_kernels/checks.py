@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,12 +59,14 @@ def caches(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """K and V caches are `[slots, kv_heads, head_dim]`, of one dtype, on one device.
+    """K and V caches are `[slots, kv_heads, head_dim]` and `[slots, kv_heads, v_dim]`, of one dtype, on one device.
 
     `like` has the dtype that they hold: theirs, or, where they are fp8, any that K and V may be computed in.
     """
     shape("k_cache", k_cache, ["slots", "kv_heads", "head_dim"])
-    shape("v_cache", v_cache, list(k_cache.shape))
+    shape("v_cache", v_cache, [*k_cache.shape[:2], "v_dim"])
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        head_size(name, cache)
     floating("k_cache", k_cache)
     dtype("v_cache", v_cache, k_cache.dtype)
     same_device(("k_cache", k_cache), ("v_cache", v_cache), *([like] if like else []))
@@ -76,6 +79,10 @@ def caches(
             dtype(name, scale, torch.float32)
             shape(name, scale, [k_cache.shape[1]])
             same_device(("k_cache", k_cache), (name, scale))
+
+
+def head_size(name: str, rows: Tensor) -> None:
+    expect(rows.shape[-1] > 0, name, f"shape {list(rows.shape)}", "a head size of at least 1")
 
 
 def check_count(count: Tensor | None, like: tuple[str, Tensor]) -> None:
@@ -100,7 +107,7 @@ def check_append_kv(
 ) -> None:
     caches(k_cache, v_cache, ("k", k), k_scale, v_scale)
     shape("k", k, ["tokens", *k_cache.shape[1:]])
-    shape("v", v, list(k.shape))
+    shape("v", v, [k.shape[0], *v_cache.shape[1:]])
     dtype("v", v, k.dtype)
     index("slots", slots, [k.shape[0]])
     same_device(("k_cache", k_cache), ("v", v), ("slots", slots), ("cos", cos), ("sin", sin))
@@ -127,6 +134,8 @@ def check_tree_attention(
     count: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     caches(k_cache, v_cache, ("q", q), k_scale, v_scale)
     shape("q", q, ["queries", "heads", k_cache.shape[2]])
@@ -135,13 +144,19 @@ def check_tree_attention(
     index("slot", slot, ["tokens"])
     index("begin", begin, [slot.shape[0]])
     index("end", end, [slot.shape[0]])
-    same_device(("q", q), ("slot", slot), ("begin", begin), ("end", end))
+    same_device(("q", q), ("slot", slot), ("begin", begin), ("end", end), ("sinks", sinks))
     check_count(count, ("q", q))
+    if softcap is not None:  # NaN passes: it makes all scores NaN
+        expect(not softcap <= 0 and softcap != math.inf, "softcap", softcap, "a finite number above 0")
+    if sinks is not None:
+        floating("sinks", sinks)
+        shape("sinks", sinks, [heads])
 
 
 def check_merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     floating("out_a", out_a)
     shape("out_a", out_a, ["queries", "heads", "head_dim"])
+    head_size("out_a", out_a)
     shape("out_b", out_b, list(out_a.shape))
     dtype("out_b", out_b, out_a.dtype)
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
@@ -160,17 +175,29 @@ def check_top_p(top_p: float) -> None:
     expect(0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1")
 
 
-def check_nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> None:
+def check_token_ids(name: str, ids: Tensor, rows: int) -> None:
+    """Token ids for all rows, or a list of them for each."""
+    index(name, ids, [rows, name] if ids.dim() == 2 else [name])
+
+
+def check_nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> None:
     floating("logits", logits)
     shape("logits", logits, ["rows", "vocab"])
     expect(logits.shape[1] > 0, "logits", f"shape {list(logits.shape)}", "a vocabulary that is not empty")
-    check_top_p(top_p)
+    if isinstance(top_p, Tensor):
+        dtype("top_p", top_p, torch.float32, torch.float64)
+        shape("top_p", top_p, [logits.shape[0]])
+        same_device(("logits", logits), ("top_p", top_p))
+    else:
+        check_top_p(top_p)
     if banned is not None:
-        index("banned", banned, ["banned tokens"])
+        check_token_ids("banned", banned, logits.shape[0])
         same_device(("logits", logits), ("banned", banned))
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tensor | None) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tensor | None, unseen_reward: float
+) -> None:
     floating("hidden", hidden)
     shape("hidden", hidden, ["rows", "hidden"])
     shape("weight", weight, ["vocab", hidden.shape[1]])
@@ -181,6 +208,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, unseen: Tens
     if unseen is not None:
         dtype("unseen", unseen, torch.bool)
         shape("unseen", unseen, [weight.shape[0]])
+    expect(unseen_reward == unseen_reward, "unseen_reward", unseen_reward, "a number, or an infinity")
     same_device(("hidden", hidden), ("weight", weight), ("bias", bias), ("unseen", unseen))
 
 
@@ -193,27 +221,36 @@ def check_multifurcation_head(
     tokens: Tensor,
     offsets: Tensor,
 ) -> None:
-    check_head(hidden, weight, bias, unseen)
+    check_head(hidden, weight, bias, unseen, unseen_reward)
     index("tokens", tokens, ["candidates"])
     index("offsets", offsets, [hidden.shape[0] + 1])
     same_device(("hidden", hidden), ("tokens", tokens), ("offsets", offsets))
 
 
-def check_groups(groups: Tensor, rows: int, num_groups: int, width: int) -> None:
+def check_groups(groups: Tensor, rows: int, num_groups: int, width: int, widths: Tensor | None) -> None:
     index("groups", groups, [rows])
     expect(num_groups >= 0, "num_groups", num_groups, "at least 0")
     expect(width >= 1, "width", width, "at least 1")
+    if widths is not None:
+        index("widths", widths, [num_groups])
+        same_device(("groups", groups), ("widths", widths))
 
 
 def check_select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> None:
     floating("rewards", rewards)
     shape("rewards", rewards, ["candidates"])
     index("tokens", tokens, [rewards.shape[0]])
     index("offsets", offsets, ["rows + 1"])
     expect(offsets.shape[0] > 0, "offsets", "an empty tensor", "[rows + 1] offsets")
-    check_groups(groups, offsets.shape[0] - 1, num_groups, width)
+    check_groups(groups, offsets.shape[0] - 1, num_groups, width, widths)
     same_device(("rewards", rewards), ("tokens", tokens), ("offsets", offsets), ("groups", groups))
 
 
@@ -227,26 +264,27 @@ def check_multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> None:
     check_nucleus(logits, top_p, banned)
-    check_head(hidden, weight, bias, unseen)
+    check_head(hidden, weight, bias, unseen, unseen_reward)
     rows = logits.shape[0]
     shape("hidden", hidden, [rows, "hidden"])
     expect(
         logits.shape[1] <= weight.shape[0], "logits", f"a vocabulary of {logits.shape[1]}", f"at most {weight.shape[0]}"
     )
-    check_groups(groups, rows, num_groups, width)
+    check_groups(groups, rows, num_groups, width, widths)
     if scores is not None:
         floating("scores", scores)
         shape("scores", scores, [rows])
     if end_tokens is not None:
-        index("end_tokens", end_tokens, ["end tokens"])
+        check_token_ids("end_tokens", end_tokens, rows)
     both = (carried_scores is None) == (carried_groups is None)
     expect(both, "carried_groups", "one without the other", "carried_scores and carried_groups, or neither")
     if carried_scores is not None and carried_groups is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -83,14 +84,34 @@ class Beams:
     end: Tensor
 
 
+class CacheLock:
+    """A reentrant lock that its owner may be copied or pickled with: the copy gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheLock, ()
+
+
 class KVTrie:
     """The K/V cache of one model as a trie: sequences with a common prefix share its rows.
 
     A node is one token after one prefix; its id is the row of the caches that holds its K and V. What nobody holds
-    stays cached until its slots are needed, least recently used first. Not safe for use from several threads.
+    stays cached until its slots are needed, least recently used first.
+
+    Every method takes `lock`, so that threads may share a trie. Whoever plans a forward pass and runs it holds the lock
+    for both: growth in between would move the caches away from under the pass.
 
     Args:
         layers, kv_heads, head_dim: geometry of the model.
+        v_dim: head size of V, where it is not that of K (MLA models). None: `head_dim`.
         capacity: slots to begin with.
         grow: double the capacity when held tokens fill it; otherwise raise `CacheFullError`, nothing changed.
         dtype, device: of the caches. `torch.float8_e4m3fn` halves what bf16 takes; queries, K and V are then bf16, fp16
@@ -100,10 +121,12 @@ class KVTrie:
             a head divided by its scale is 448 or less. None: 1, which serves wherever K and V stay below 448.
 
     Attributes:
-        k, v: `[layers, slots, kv_heads, head_dim]`.
+        k, v: `[layers, slots, kv_heads, head_dim]`, `[layers, slots, kv_heads, v_dim]`.
         k_scale, v_scale: `[layers, kv_heads]` fp32 of fp8 caches, else None. What is cached was stored with them: write
             into them only while the trie is empty.
         index: the host trie (`saffron_kernels._native.Trie`).
+        lock: reentrant; see above.
+        reserved: slots set aside by `reserve`.
         unfinished: held nodes whose K and V a forward pass is writing, where its caller cannot be sure to see it fail
             (an interrupt passes by a module's hooks). Unless the caller sets None again, the next `insert` or `advance`
             discards them.
@@ -118,6 +141,7 @@ class KVTrie:
         kv_heads: int,
         head_dim: int,
         *,
+        v_dim: int | None = None,
         capacity: int = 256,
         grow: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -125,7 +149,9 @@ class KVTrie:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        for name, size in (("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
+        v_dim = head_dim if v_dim is None else v_dim
+        sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "v_dim": v_dim, "capacity": capacity}
+        for name, size in sizes.items():
             checks.expect(size >= 1, name, size, "at least 1")
         stored = dtype == FP8 or (dtype.is_floating_point and dtype.itemsize > 1)
         checks.expect(stored, "dtype", dtype, f"a floating-point dtype of 16 bits or more, or {FP8}")
@@ -133,11 +159,11 @@ class KVTrie:
             _scales(name, scale, dtype, layers, kv_heads, device)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         )
-        self.grow = grow
+        self.grow, self.lock, self.reserved = grow, CacheLock(), 0
         self.unfinished: Index | None = None
         self.index = Trie(capacity)
         self.k = torch.zeros(layers, capacity, kv_heads, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.v = torch.zeros(layers, capacity, kv_heads, v_dim, dtype=dtype, device=device)
 
     @property
     def capacity(self) -> int:
@@ -153,7 +179,7 @@ class KVTrie:
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers."""
         layers, _, kv_heads, head_dim = self.k.shape
-        return 2 * layers * kv_heads * head_dim * self.k.element_size()
+        return layers * kv_heads * (head_dim + self.v.shape[3]) * self.k.element_size()
 
     def insert(self, sequences: Sequence[Sequence[int] | NDArray[np.integer]], outputs: int = 1) -> Prefill:
         """Makes room for the sequences and plans the one forward pass that fills it.
@@ -168,6 +194,10 @@ class KVTrie:
         for i, sequence in enumerate(sequences):
             checks.expect(len(sequence) > 0, f"sequences[{i}]", "no tokens", "at least one")
         checks.expect(outputs >= 1, "outputs", outputs, "at least 1")
+        with self.lock:
+            return self._insert(sequences, outputs)
+
+    def _insert(self, sequences: Sequence[Sequence[int] | NDArray[np.integer]], outputs: int) -> Prefill:
         self.abandon()
         offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
         ids = np.concatenate([np.empty(0, np.int64), *(np.asarray(s, dtype=np.int64) for s in sequences)])
@@ -175,7 +205,21 @@ class KVTrie:
         checks.expect(low >= 0 and high < 1 << 31, "sequences", f"tokens from {low} to {high}", "0 to 2**31 - 1")
         tokens = ids.astype(np.int32)
         leaves, cached, new = self._with_room(lambda: self.index.insert(tokens, offsets))
+        try:
+            return self._prefill(tokens, offsets, outputs, leaves, cached, new)
+        except BaseException:
+            self.release(leaves, discard=True)
+            raise
 
+    def _prefill(
+        self,
+        tokens: Index,
+        offsets: NDArray[np.int64],
+        outputs: int,
+        leaves: Index,
+        cached: NDArray[np.int64],
+        new: Index,
+    ) -> Prefill:
         ends = np.full((len(leaves), outputs), -1, dtype=np.int32)
         ends[:, -1] = leaves
         if outputs > 1:
@@ -200,8 +244,9 @@ class KVTrie:
         """
         nodes, first = np.unique(leaves, return_index=True)
         nodes = nodes[np.argsort(first)]  # in the order given, as far as depth-first order allows
-        self.index.release(np.delete(leaves, first))
-        order, slot, begin, end, depth = self.index.plan(nodes)
+        with self.lock:
+            self.index.release(np.delete(leaves, first))
+            order, slot, begin, end, depth = self.index.plan(nodes)
         nodes = nodes[order]
         number = np.empty(self.capacity, dtype=np.int32)
         number[nodes] = np.arange(len(nodes), dtype=np.int32)
@@ -214,10 +259,19 @@ class KVTrie:
 
         Raises:
             ValueError: parents that descend or do not exist.
-            CacheFullError: no room, and the trie does not grow.
+            CacheFullError: no room, and the trie does not grow, or memory ends. After both the beams are as they were;
+                after any other error they have ended.
         """
-        self.abandon()
-        nodes = self._with_room(lambda: self.index.advance(beams.nodes, parents, tokens))
+        with self.lock:
+            self.abandon()
+            nodes = self._with_room(lambda: self.index.advance(beams.nodes, parents, tokens))
+            try:
+                return self._advanced(beams, parents, nodes)
+            except BaseException:  # memory ended: the old beams have gone, and nobody will know the new ones
+                self.release(nodes, discard=True)
+                raise
+
+    def _advanced(self, beams: Beams, parents: Index, nodes: Index) -> tuple[Beams, TreeStep]:
         slot, begin, end = ops.advance_tree(
             beams.slot, beams.begin, beams.end, self._to_device(parents), self._to_device(nodes), len(beams.nodes)
         )
@@ -230,9 +284,24 @@ class KVTrie:
         writes[first] = nodes[first]
         return Beams(nodes, positions, slot, begin, end), self._step(positions, writes, slot, begin, end)
 
+    def reserve(self, slots: int, limit: int | None = None) -> bool:
+        """Sets slots aside for what will be cached later, or gives them back (a negative number).
+
+        Whoever reserves what it needs at most, before it begins, never meets a full cache: everybody else on this trie
+        has to reserve as well. Returns False, and does nothing, where the slots set aside would exceed the capacity of
+        a trie that does not grow, or `limit`.
+        """
+        with self.lock:
+            limits = [x for x in (limit, None if self.grow else self.capacity) if x is not None]
+            if slots > 0 and limits and self.reserved + slots > min(limits):
+                return False
+            self.reserved += slots
+            return True
+
     def release(self, nodes: Index, *, discard: bool = False) -> None:
         """Gives up one hold on each node. `discard` frees what nobody else holds or continues, at once."""
-        self.index.release(nodes, discard)
+        with self.lock:
+            self.index.release(nodes, discard)
 
     def abandon(self) -> None:
         """Discards the nodes of an unfinished forward pass, if there are any: they have no K and V."""
@@ -255,10 +324,16 @@ class KVTrie:
             except CacheFullError:
                 if not self.grow:
                     raise
-            with torch.inference_mode(False):  # caches made in inference mode could not be written outside of it
-                extra = torch.zeros_like(self.k)
-                self.k, self.v = torch.cat([self.k, extra], 1), torch.cat([self.v, extra], 1)
-            self.index.grow(2 * self.capacity)
+            try:
+                with torch.inference_mode(False):  # caches made in inference mode could not be written outside of it
+                    k, v = (torch.cat([x, torch.zeros_like(x)], 1) for x in (self.k, self.v))
+                self.index.grow(2 * self.capacity)
+            except (MemoryError, RuntimeError) as error:  # a device's memory ends in the latter
+                reason = str(error).split("\n")[0]
+                raise CacheFullError(
+                    f"the cache is full, and {self.capacity} more slots cannot be had: {reason}"
+                ) from error
+            self.k, self.v = k, v  # last: where memory ends before, nothing has changed
 
 
 def _scales(

@@ -2,7 +2,8 @@
 
 Every op is registered with PyTorch as `saffron_kernels::<name>` (`schemas.py`), so it works under
 `torch.compile(fullgraph=True)`. The functions below are what people call; each states the equivalent PyTorch
-expression. Arguments are checked before anything is written. Inference only: outputs carry no gradient.
+expression. Arguments are checked before anything is written. Inference only: every op raises a RuntimeError where
+gradients are enabled and an argument requires one.
 
 Index tensors (`slot`, `begin`, `end`, `tokens`, `offsets`, `parents`, `groups`, ...) are int32.
 """
@@ -40,9 +41,12 @@ def append_kv(
     and rounded once, to the caches' dtype.
 
     Args:
-        k, v: `[tokens, kv_heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches), any strides.
+        k: `[tokens, kv_heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches), any strides.
+            It may be a view of its own cache: it is read before anything is written. NaN stays NaN, in fp8 too.
+        v: `[tokens, kv_heads, v_dim]`, likewise.
         slots: `[tokens]` int32, -1 or a row of the caches; no slot twice.
-        k_cache, v_cache: `[slots, kv_heads, head_dim]`, written in place.
+        k_cache: `[slots, kv_heads, head_dim]`, written in place.
+        v_cache: `[slots, kv_heads, v_dim]`, written in place; `v_dim` need not be `head_dim` (MLA models).
         cos, sin: `[tokens, r]` floating, `r` even and at most `head_dim`; or None: K is turned already.
         k_scale, v_scale: `[kv_heads]` fp32, above 0, for fp8 caches only; None: 1.
 
@@ -64,35 +68,49 @@ def tree_attention(
     count: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries over a flattened trie: query `i` sees cached token `t` iff `begin[t] <= i < end[t]`.
 
     Equivalent, for one query head and its KV head (query heads are grouped over KV heads as in GQA), to::
 
         i = torch.arange(queries)[:, None]
-        scores = (q @ k_cache[slot].T * scale).masked_fill((i < begin) | (i >= end), -torch.inf)
-        out, lse = scores.softmax(-1) @ v_cache[slot], scores.logsumexp(-1)
+        scores = q @ k_cache[slot].T * scale
+        scores = softcap * (scores / softcap).tanh()                                     # with softcap
+        scores = scores.masked_fill((i < begin) | (i >= end), -torch.inf)
+        lse = torch.cat([scores, sinks.expand(queries, 1)], -1).logsumexp(-1)            # without sinks: of scores
+        out = (scores - lse[:, None]).exp() @ v_cache[slot]
 
-    where K and V of fp8 caches are `k_cache * k_scale[:, None]` and `v_cache * v_scale[:, None]`.
+    where K and V of fp8 caches are `k_cache * k_scale[:, None]` and `v_cache * v_scale[:, None]`. Soft-capping of
+    scores is that of Gemma 2 (Gemma Team 2024, section 2), sinks are those of gpt-oss (Xiao et al. 2023).
+
+    NaN is never lost, and reaches nobody else: not the queries that do not see its token. In a row of q, in K, `scale`,
+    `softcap`, a sink or a `k_scale` it makes NaN of all of `out` and `lse` that depends on it, in V or a `v_scale` of
+    the elements of `out` that do. A score of inf counts as NaN; an infinity in V gives NaN or infinity.
 
     Args:
         q: `[queries, heads, head_dim]`, the dtype of the caches (bf16, fp16 or fp32 for fp8 caches).
-        k_cache, v_cache: `[slots, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`. K and V of a token that
-            any query sees must be finite.
+        k_cache: `[slots, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
+        v_cache: `[slots, kv_heads, v_dim]`; `v_dim` need not be `head_dim` (MLA models).
         slot, begin, end: `[tokens]` int32. A token with `begin >= end` is seen by nobody, and its slot is not read.
         scale: multiplies the scores; usually `head_dim ** -0.5`.
         count: `[1]` int32, how many tokens there are: what stands behind them in `slot`, `begin` and `end` is not read
             (buffers of a captured CUDA graph, whose plan grows). None: all of them.
         k_scale, v_scale: `[kv_heads]` fp32, for fp8 caches only; None: 1.
+        softcap: bounds the scaled scores; finite, above 0. None: they are not bounded.
+        sinks: `[heads]` floating, a logit per query head that joins the softmax denominator alone. None: there is none.
 
     Returns:
-        out `[queries, heads, head_dim]` in the dtype of `q`, and lse `[queries, heads]`, the natural logarithm of the
-        softmax denominator, in fp32 (fp64 for fp64). A query that sees nothing: out 0, lse -inf.
+        out `[queries, heads, v_dim]` in the dtype of `q`, and lse `[queries, heads]`, the natural logarithm of the
+        softmax denominator, sink included, in fp32 (fp64 for fp64). A query that sees nothing: out 0, lse -inf (with
+        sinks: its sink). Two results over disjoint tokens join by `merge_attention` only if one alone has the sinks.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a slot that does not exist.
     """
-    return schemas.tree_attention(q, k_cache, v_cache, slot, begin, end, scale, count, k_scale, v_scale)
+    plan = slot, begin, end
+    return schemas.tree_attention(q, k_cache, v_cache, *plan, scale, count, k_scale, v_scale, softcap, sinks)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +123,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
     Args:
         out_a, out_b: `[queries, heads, head_dim]`.
-        lse_a, lse_b: `[queries, heads]`, natural logarithm, fp32 (fp64 for fp64); -inf where nothing was seen.
+        lse_a, lse_b: `[queries, heads]`, natural logarithm, fp32 (fp64 for fp64); -inf where nothing was seen. NaN
+            in one makes NaN of out and lse, NaN in `out_a` or `out_b` of the elements of out that it stands in.
 
     Returns:
         out and lse of the union; out 0 and lse -inf where neither saw anything.
@@ -120,14 +139,15 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     """Copies the K and V of whole sequences out of the trie, for decoders that need contiguous caches.
 
     Equivalent to `k_cache[slots].transpose(1, 2)` (and the same for V), with zeros where `slots` is -1. Rows of fp8
-    caches come as they are stored: their scales are the caller's to apply.
+    caches come as they are stored: their scales are the caller's to apply. NaN is copied as any number.
 
     Args:
-        k_cache, v_cache: `[slots, kv_heads, head_dim]`.
+        k_cache: `[slots, kv_heads, head_dim]`.
+        v_cache: `[slots, kv_heads, v_dim]`.
         slots: `[sequences, length]` int32, -1 pads.
 
     Returns:
-        k, v `[sequences, kv_heads, length, head_dim]`, contiguous.
+        k `[sequences, kv_heads, length, head_dim]` and v `[sequences, kv_heads, length, v_dim]`, contiguous.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a slot that does not exist.
@@ -135,7 +155,7 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     return schemas.gather_kv(k_cache, v_cache, slots)
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The exact top-p set of every row: the tokens before which less than `top_p` of the probability mass lies.
 
     Order: probability descending (by the logits, before exp rounds), then token id ascending. The most probable token
@@ -149,17 +169,21 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None = None) -> tuple
 
     Args:
         logits: `[rows, vocab]`; computed in fp32 (fp64 for fp64), the cumulative mass in fp64.
-        top_p: above 0, at most 1.
-        banned: `[banned tokens]` int32 token ids that get no probability, or None.
+        top_p: above 0, at most 1, for all rows; or one for each, `[rows]` fp32 or fp64. (A number of Python is fp64:
+            0.8 in fp32 is a little more.)
+        banned: int32 token ids that get no probability: `[banned]` for all rows, or `[rows, banned]` for each; -1 pads.
+            None: all get theirs. What their logits hold is not looked at.
 
     Returns:
         tokens `[candidates]` int32 and probabilities `[candidates]`, row after row, and offsets `[rows + 1]` int32:
         row `r` owns candidates `offsets[r]` to `offsets[r + 1]`.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device; a row with NaN, +inf, or no token left.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; a row with NaN, +inf, or no token left;
+            a `top_p` that is NaN or out of range; a banned token outside the vocabulary.
     """
-    return schemas.nucleus(logits, top_p, banned)
+    op = schemas.nucleus_rows if isinstance(top_p, Tensor) else schemas.nucleus
+    return op(logits, top_p, banned)
 
 
 def multifurcation_head(
@@ -182,11 +206,12 @@ def multifurcation_head(
         weight: `[vocab, hidden]`, its unembedding matrix, in the dtype of `hidden`.
         bias: `[vocab]`, or None for none.
         unseen: `[vocab]` bool, tokens the reward model was never trained on (conservative exploration), or None.
-        unseen_reward: what those score.
+        unseen_reward: what those score; not NaN.
         tokens, offsets: candidates as `nucleus` returns them.
 
     Returns:
-        rewards `[candidates]`, fp32 (fp64 for fp64).
+        rewards `[candidates]`, fp32 (fp64 for fp64). NaN if NaN stands anywhere in the candidate's row of `hidden`, its
+        row of `weight` or its `bias`; a candidate that is unseen scores `unseen_reward` whatever those hold.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, or a token outside the vocabulary.
@@ -195,7 +220,14 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    *,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best `width` candidates of every group of rows, ordered by parent. (SAFFRON-1: `argtopN`.)
 
@@ -208,20 +240,23 @@ def select_beam(
     Between equal rewards the earlier candidate wins: the lower row, then the more probable token.
 
     Args:
-        rewards: `[candidates]`, no NaN.
+        rewards: `[candidates]`, no NaN; infinities are rewards like others.
         tokens, offsets: candidates as `nucleus` returns them.
         groups: `[rows]` int32 in `0 .. num_groups`: the search each row belongs to; ascending. Rows of group
             `num_groups` belong to none: nothing of theirs is looked at (unused places of a captured CUDA graph).
         num_groups, width: number of searches, beam width of each.
+        widths: `[num_groups]` int32, each from 1 to `width`: the beam width of each group, where they differ. The
+            result has room for `width` per group all the same. None: `width` for all.
 
     Returns:
         parent (the row, int32), token (int32) and reward, each `[num_groups * width]`, ordered by parent, siblings by
         reward descending. Places that stay empty come last: parent `rows` (one past the last), token -1, reward -inf.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device, or a reward that is NaN.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, a reward that is NaN, or a width out of
+            range.
     """
-    return schemas.select_beam(rewards, tokens, offsets, groups, num_groups, width)
+    return schemas.select_beam(rewards, tokens, offsets, groups, num_groups, width, widths)
 
 
 def multifurcate(
@@ -234,13 +269,14 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     *,
     banned: Tensor | None = None,
     scores: Tensor | None = None,
     end_tokens: Tensor | None = None,
     carried_scores: Tensor | None = None,
     carried_groups: Tensor | None = None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One whole step of Saffron search: nucleus, rewards of its tokens, the best `width` of every group.
 
@@ -250,7 +286,7 @@ def multifurcate(
         rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
         # candidates in end_tokens, and all candidates of a blind group, take scores[row] instead;
         # each carried node is one more row with the single candidate (token -1, its carried score)
-        parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width)
+        parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths=widths)
 
     A group is *blind* when it has unseen candidates and none, end tokens aside, that is not: the reward model then
     knows nothing, and with `scores` given the step keeps the policy's own order.
@@ -258,12 +294,14 @@ def multifurcate(
     Args:
         logits: `[rows, vocab]` of the policy, one row a live beam.
         hidden, weight, bias, unseen, unseen_reward: as for `multifurcation_head`.
-        groups, num_groups, width: as for `select_beam`.
+        groups, num_groups, width, widths: as for `select_beam`. Of rows of group `num_groups` nothing is looked at:
+            neither logits, hidden states and scores nor their `top_p`, `banned` and `end_tokens`.
         top_p, banned: as for `nucleus`.
-        scores: `[rows]`, what a child of the row inherits where it inherits; None: nothing inherits.
-        end_tokens: int32 ids of the tokens whose children inherit; None for none.
+        scores: `[rows]`, what a child of the row inherits where it inherits (then not NaN); None: nothing inherits.
+        end_tokens: int32 ids of the tokens whose children inherit: `[end]` for all rows, or `[rows, end]` for each;
+            -1 pads. None for none.
         carried_scores, carried_groups: `[carried]`, finished nodes that compete for places in their group (those of
-            group `num_groups` for none).
+            group `num_groups` for none). Scores of nodes that compete are not NaN.
 
     Returns:
         parent, token, reward `[num_groups * width]` as `select_beam` returns them, where parent `rows + i` is the
@@ -273,9 +311,10 @@ def multifurcate(
     Raises:
         ValueError, TypeError: as the three ops it joins.
     """
-    return schemas.multifurcate(
+    op = schemas.multifurcate_rows if isinstance(top_p, Tensor) else schemas.multifurcate
+    return op(
         logits, hidden, weight, bias, unseen, unseen_reward, groups, num_groups, width, top_p,
-        banned, scores, end_tokens, carried_scores, carried_groups,
+        banned, scores, end_tokens, carried_scores, carried_groups, widths,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from saffron_kernels import backends
+from saffron_kernels import backends, schemas
 from saffron_kernels.backends import faults
 
 DEVICES = ["cpu"] + ([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])
@@ -31,6 +31,14 @@ settings.load_profile("saffron")
 def eager_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad content of tensors is an error at once on GPUs too; tests of deferred errors turn this off again."""
     monkeypatch.setattr(faults, "_EAGER", True)
+
+
+@pytest.fixture(autouse=True)
+def choices_made_again() -> Iterator[None]:
+    """Tests change the environment and the tables that backends are chosen by."""
+    schemas.forget_choices()
+    yield
+    schemas.forget_choices()
 
 
 @pytest.fixture(params=DEVICES)

@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/ops.h"
 #include "cpu/simd/kernels.h"
@@ -48,7 +49,8 @@ py::array_t<T> numpy(std::vector<T>&& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
-py::tuple run_nucleus(const Tensor& logits, double top_p, const Tensor& banned, int threads) {
+py::tuple run_nucleus(const Tensor& logits, const Tensor& top_p, const Tensor& banned,
+                      int threads) {
   Candidates found;
   {
     const py::gil_scoped_release released;
@@ -66,20 +68,22 @@ void run_head(const Tensor& hidden, const Tensor& weight, const Tensor& bias, co
 }
 
 void run_select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offsets,
-                     const Tensor& groups, int64_t num_groups, int64_t width, const Tensor& parent,
-                     const Tensor& token, const Tensor& reward) {
-  select_beam(rewards, tokens, offsets, groups, num_groups, width, {parent, token, reward});
+                     const Tensor& groups, int64_t num_groups, int64_t width, const Tensor& widths,
+                     const Tensor& parent, const Tensor& token, const Tensor& reward) {
+  select_beam(rewards, tokens, offsets, groups, {num_groups, width, widths},
+              {parent, token, reward});
 }
 
 void run_multifurcate(const Tensor& logits, const Tensor& hidden, const Tensor& weight,
                       const Tensor& bias, const Tensor& unseen, float unseen_reward,
-                      const Tensor& groups, int64_t num_groups, int64_t width, double top_p,
-                      const Tensor& banned, const Tensor& scores, const Tensor& end_tokens,
-                      const Tensor& carried_scores, const Tensor& carried_groups,
-                      const Tensor& parent, const Tensor& token, const Tensor& reward,
-                      const Tensor& counts, const Tensor& blind, int threads) {
-  const Search search{groups,         banned,     scores, end_tokens, carried_scores,
-                      carried_groups, num_groups, width,  top_p};
+                      const Tensor& groups, int64_t num_groups, int64_t width, const Tensor& widths,
+                      const Tensor& top_p, const Tensor& banned, const Tensor& scores,
+                      const Tensor& end_tokens, const Tensor& carried_scores,
+                      const Tensor& carried_groups, const Tensor& parent, const Tensor& token,
+                      const Tensor& reward, const Tensor& counts, const Tensor& blind,
+                      int threads) {
+  const Search search{groups,     top_p,          banned,         scores,
+                      end_tokens, carried_scores, carried_groups, {num_groups, width, widths}};
   multifurcate(logits, {hidden, weight, bias, unseen, unseen_reward}, search,
                {parent, token, reward}, counts, blind, threads);
 }

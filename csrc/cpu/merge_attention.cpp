@@ -18,9 +18,10 @@ void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out
         const float a = *reinterpret_cast<const float*>(lse_a.at(q, h));
         const float b = *reinterpret_cast<const float*>(lse_b.at(q, h));
         const bool nothing = a == b && std::isinf(a) && a < 0;
-        const float larger = std::max(a, b);
+        // NaN in either is NaN: they are not compared but subtracted.
+        const float larger = a < b ? b : a;
         const float joined =
-            a == b ? a + 0.69314718f : larger + std::log1p(std::exp(std::min(a, b) - larger));
+            a == b ? a + 0.69314718f : larger + std::log1p(std::exp(-std::abs(a - b)));
         const float base = nothing ? 0.f : joined;
         *reinterpret_cast<float*>(lse.at(q, h)) = joined;
         kernels().blend(out_a.at(q, h), out_b.at(q, h), std::exp(a - base), std::exp(b - base),

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cmath>
+#include <string>
 
 #include "cpu/ops.h"
 
@@ -20,6 +22,10 @@ std::vector<uint8_t> find_blind(const Tensor& unseen, const std::vector<int32_t>
   return blind;
 }
 
+[[noreturn]] void refuse_nan(const std::string& what) {
+  throw std::invalid_argument(what + " has NaN; rewards and scores must be numbers");
+}
+
 std::vector<int32_t> copy(const IntView& ints) {
   std::vector<int32_t> values(static_cast<size_t>(ints.size));
   for (int64_t i = 0; i < ints.size; ++i) values[static_cast<size_t>(i)] = ints[i];
@@ -30,13 +36,15 @@ std::vector<int32_t> copy(const IntView& ints) {
 
 void multifurcate(const Tensor& logits, const Head& head, const Search& search, const Beam& beam,
                   const Tensor& counts, const Tensor& blind, int threads) {
-  check_index("groups", search.groups, search.num_groups + 1);
+  const int64_t num_groups = search.widths.num_groups;
+  check_index("groups", search.groups, num_groups + 1);
   if (search.carried_groups.given()) {
-    check_index("carried_groups", search.carried_groups, search.num_groups + 1);
+    check_index("carried_groups", search.carried_groups, num_groups + 1);
   }
+  check_widths(search.widths);
   std::vector<int32_t> group = copy(search.groups);
   std::vector<uint8_t> unused(group.size());  // rows of no group: they have no candidates
-  for (size_t r = 0; r < group.size(); ++r) unused[r] = group[r] == search.num_groups;
+  for (size_t r = 0; r < group.size(); ++r) unused[r] = group[r] == num_groups;
   Candidates found = nucleus(logits, search.top_p, search.banned, unused, threads);
   std::vector<int32_t>& tokens = found.tokens;
   const Tensor offsets{reinterpret_cast<char*>(found.offsets.data()),
@@ -48,22 +56,32 @@ void multifurcate(const Tensor& logits, const Head& head, const Search& search, 
 
   std::vector<uint8_t> inherits(tokens.size(), 0);
   if (search.end_tokens.given()) {
-    std::vector<int32_t> ends = copy(search.end_tokens);
-    std::sort(ends.begin(), ends.end());
+    std::vector<int32_t> ends;
     for (size_t i = 0; i < tokens.size(); ++i) {
+      const bool first = i == 0, next_row = !first && row[i] != row[i - 1];
+      if (first || (next_row && search.end_tokens.rank == 2)) {
+        ends = copy(IntView(search.end_tokens, row[i]));
+        std::sort(ends.begin(), ends.end());
+      }
       inherits[i] = std::binary_search(ends.begin(), ends.end(), tokens[i]);
     }
   }
   const std::vector<uint8_t> is_blind =
-      find_blind(head.unseen, row, tokens, inherits, group, search.num_groups);
+      find_blind(head.unseen, row, tokens, inherits, group, num_groups);
 
   std::vector<float> rewards(tokens.size());
   for (size_t i = 0; i < tokens.size(); ++i) {
     const auto r = static_cast<size_t>(row[i]);
     inherits[i] = search.scores.given() && (inherits[i] || is_blind[static_cast<size_t>(group[r])]);
-    if (inherits[i]) rewards[i] = load_float(search.scores, row[i]);
+    if (!inherits[i]) continue;
+    rewards[i] = load_float(search.scores, row[i]);
+    if (std::isnan(rewards[i])) refuse_nan("scores: row " + std::to_string(row[i]));
   }
   reward_candidates(head, row, tokens.data(), inherits, rewards.data(), threads);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (!std::isnan(rewards[i])) continue;
+    refuse_nan("rewards: token " + std::to_string(tokens[i]) + " of row " + std::to_string(row[i]));
+  }
 
   if (search.carried_scores.given()) {
     const IntView carried(search.carried_groups);
@@ -72,9 +90,12 @@ void multifurcate(const Tensor& logits, const Head& head, const Search& search, 
       group.push_back(carried[i]);
       tokens.push_back(-1);
       rewards.push_back(load_float(search.carried_scores, i));
+      if (carried[i] != num_groups && std::isnan(rewards.back())) {
+        refuse_nan("carried_scores: node " + std::to_string(i));
+      }
     }
   }
-  choose(rewards.data(), row, tokens.data(), group, search.num_groups, search.width, beam);
+  choose(rewards.data(), row, tokens.data(), group, search.widths, beam);
   for (int64_t r = 0; r < logits.shape[0]; ++r) {
     counts.as<int32_t>()[r] =
         found.offsets[static_cast<size_t>(r + 1)] - found.offsets[static_cast<size_t>(r)];

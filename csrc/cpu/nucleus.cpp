@@ -15,13 +15,13 @@ struct Span {
   int64_t first, count;
 };
 
-/// The vocabulary without the banned tokens.
-std::vector<Span> allowed_spans(const Tensor& banned, int64_t vocab) {
+/// The vocabulary without the tokens that are banned in row `r`.
+std::vector<Span> allowed_spans(const Tensor& banned, int64_t r, int64_t vocab) {
   std::vector<Span> spans;
   std::vector<int32_t> sorted;
   if (banned.given()) {
-    const IntView ids(banned);
-    check_index("banned", ids, vocab);
+    const IntView ids(banned, r);
+    check_index("banned", ids, vocab, -1);
     for (int64_t i = 0; i < ids.size; ++i) sorted.push_back(ids[i]);
     std::sort(sorted.begin(), sorted.end());
   }
@@ -172,15 +172,28 @@ void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count) {
   if (from != keys) std::copy(from, from + count, keys);
 }
 
-Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned,
+Candidates nucleus(const Tensor& logits, const Tensor& top_p, const Tensor& banned,
                    const std::vector<uint8_t>& skip, int threads) {
   const int64_t rows = logits.shape[0], vocab = logits.shape[1];
   std::vector<int64_t> looked_at;
   for (int64_t r = 0; r < rows; ++r) {
-    if (skip.empty() || !skip[static_cast<size_t>(r)]) looked_at.push_back(r);
+    if (!skip.empty() && skip[static_cast<size_t>(r)]) continue;
+    looked_at.push_back(r);
+    const double mass = *reinterpret_cast<const double*>(top_p.at(r));
+    if (!(mass > 0 && mass <= 1)) {
+      throw std::invalid_argument("top_p: row " + std::to_string(r) + " holds " +
+                                  std::to_string(mass) +
+                                  ", expected a number above 0 and at most 1");
+    }
   }
   const auto count = static_cast<int64_t>(looked_at.size());
-  const std::vector<Span> spans = allowed_spans(banned, vocab);
+  // One list for all rows, or one for each.
+  std::vector<std::vector<Span>> spans;
+  if (banned.rank == 2) {
+    for (const int64_t r : looked_at) spans.push_back(allowed_spans(banned, r, vocab));
+  } else {
+    spans.push_back(allowed_spans(banned, 0, vocab));
+  }
   const int64_t memory_size = RowSelector::memory_size(vocab);
   char* memory = scratch(memory_size * std::max<int64_t>(1, std::min<int64_t>(threads, count)));
   std::vector<Row> found(static_cast<size_t>(rows));
@@ -188,7 +201,9 @@ Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned,
   parallel_for(count, threads, [&](int64_t i, int worker) {
     const int64_t r = looked_at[static_cast<size_t>(i)];
     const Tensor row{logits.at(r), logits.dtype, 1, {vocab}, {1}};
-    RowSelector selector(row, spans, top_p, memory + worker * memory_size);
+    RowSelector selector(row, spans[banned.rank == 2 ? static_cast<size_t>(i) : 0],
+                         *reinterpret_cast<const double*>(top_p.at(r)),
+                         memory + worker * memory_size);
     maxima[r] = selector.maximum();
     if (std::isfinite(maxima[r])) found[r] = selector.select();
   });

@@ -5,6 +5,7 @@
 // Outputs are allocated by the caller and contiguous, unless their size is only known here.
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/tensor.h"
@@ -14,10 +15,11 @@ namespace saffron::cpu {
 void append_kv(const Tensor& k, const Tensor& v, const Tensor& slots, const Tensor& k_cache,
                const Tensor& v_cache, int threads);
 
-/// The last dimension of q and of the caches is contiguous.
+/// The last dimension of q and of the caches is contiguous. sinks fp32, contiguous, or none.
 void tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& slot, const Tensor& begin, const Tensor& end, float scale,
-                    const Tensor& out, const Tensor& lse, int threads);
+                    std::optional<float> softcap, const Tensor& sinks, const Tensor& out,
+                    const Tensor& lse, int threads);
 
 /// The last dimension of all inputs is contiguous.
 void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
@@ -32,9 +34,9 @@ struct Candidates {
   std::vector<int32_t> offsets;
 };
 
-/// The last dimension of the logits is contiguous. `banned` may be absent. Rows with `skip` set are
-/// not looked at and have no candidates; none are where it is empty.
-Candidates nucleus(const Tensor& logits, double top_p, const Tensor& banned,
+/// The last dimension of the logits is contiguous. `top_p` [rows] is fp64; `banned` may be absent.
+/// Rows with `skip` set are not looked at and have no candidates; none are where it is empty.
+Candidates nucleus(const Tensor& logits, const Tensor& top_p, const Tensor& banned,
                    const std::vector<uint8_t>& skip, int threads);
 
 /// What the rewards are computed from; bias and unseen may be absent. The last dimension of hidden
@@ -52,14 +54,21 @@ struct Beam {
   Tensor parent, token, reward;
 };
 
-void select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offsets,
-                 const Tensor& groups, int64_t num_groups, int64_t width, const Beam& beam);
+/// How many groups there are, and places for each. `of_group` may be absent: `largest` for all.
+struct Widths {
+  int64_t num_groups, largest;
+  Tensor of_group;
 
-/// What takes part in a step besides the models' output; all may be absent but the groups.
+  int64_t of(int64_t g) const { return of_group.given() ? IntView(of_group)[g] : largest; }
+};
+
+void select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offsets,
+                 const Tensor& groups, const Widths& widths, const Beam& beam);
+
+/// What takes part in a step besides the models' output; all may be absent but groups and top_p.
 struct Search {
-  Tensor groups, banned, scores, end_tokens, carried_scores, carried_groups;
-  int64_t num_groups, width;
-  double top_p;
+  Tensor groups, top_p, banned, scores, end_tokens, carried_scores, carried_groups;
+  Widths widths;
 };
 
 void multifurcate(const Tensor& logits, const Head& head, const Search& search, const Beam& beam,
@@ -87,7 +96,10 @@ void reward_candidates(const Head& head, const std::vector<int32_t>& row, const 
 /// `row` ascends and indexes `group`, whose size is the parent of an empty place. Candidates of
 /// group `num_groups` are left out.
 void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t* tokens,
-            const std::vector<int32_t>& group, int64_t num_groups, int64_t width, const Beam& beam);
+            const std::vector<int32_t>& group, const Widths& widths, const Beam& beam);
+
+/// Throws unless every width is from 1 to the largest.
+void check_widths(const Widths& widths);
 
 /// The row of every candidate.
 std::vector<int32_t> rows_of(const IntView& offsets, int64_t count);

@@ -38,9 +38,13 @@ std::vector<int32_t> rows_of(const IntView& offsets, int64_t count) {
   return row;
 }
 
+void check_widths(const Widths& widths) {
+  if (widths.of_group.given()) check_index("widths", widths.of_group, widths.largest + 1, 1);
+}
+
 void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t* tokens,
-            const std::vector<int32_t>& group, int64_t num_groups, int64_t width,
-            const Beam& beam) {
+            const std::vector<int32_t>& group, const Widths& widths, const Beam& beam) {
+  const int64_t num_groups = widths.num_groups;
   const auto count = static_cast<int64_t>(row.size());
   std::vector<int64_t> first(static_cast<size_t>(num_groups + 1), 0);
   for (int64_t i = 0; i < count; ++i) {
@@ -65,7 +69,7 @@ void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t
   std::vector<Chosen> chosen;
   for (int64_t g = 0; g < num_groups; ++g) {
     const auto begin = keys.begin() + first[g], end = keys.begin() + first[g + 1];
-    const auto last = begin + std::min<int64_t>(width, end - begin);
+    const auto last = begin + std::min<int64_t>(widths.of(g), end - begin);
     if (last != end) std::nth_element(begin, last, end);
     for (auto key = begin; key != last; ++key) {
       const auto candidate = static_cast<uint32_t>(*key);
@@ -77,7 +81,7 @@ void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t
   auto *parent = beam.parent.as<int32_t>(), *token = beam.token.as<int32_t>();
   auto* reward = beam.reward.as<float>();
   const auto made = static_cast<int64_t>(chosen.size());
-  for (int64_t i = 0; i < num_groups * width; ++i) {
+  for (int64_t i = 0; i < num_groups * widths.largest; ++i) {
     parent[i] = i < made ? chosen[i].row : static_cast<int32_t>(group.size());
     token[i] = i < made ? tokens[chosen[i].candidate] : -1;
     reward[i] = i < made ? rewards[chosen[i].candidate] : -std::numeric_limits<float>::infinity();
@@ -85,9 +89,10 @@ void choose(const float* rewards, const std::vector<int32_t>& row, const int32_t
 }
 
 void select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offsets,
-                 const Tensor& groups, int64_t num_groups, int64_t width, const Beam& beam) {
+                 const Tensor& groups, const Widths& widths, const Beam& beam) {
   const IntView given(groups), named(tokens);
-  check_index("groups", given, num_groups + 1);
+  check_index("groups", given, widths.num_groups + 1);
+  check_widths(widths);
   const std::vector<int32_t> row = rows_of(offsets, rewards.shape[0]);
   std::vector<float> reward(row.size());
   std::vector<int32_t> token(row.size()), group(static_cast<size_t>(given.size));
@@ -96,7 +101,7 @@ void select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offs
     token[i] = named[static_cast<int64_t>(i)];
   }
   for (int64_t r = 0; r < given.size; ++r) group[static_cast<size_t>(r)] = given[r];
-  choose(reward.data(), row, token.data(), group, num_groups, width, beam);
+  choose(reward.data(), row, token.data(), group, widths, beam);
 }
 
 }  // namespace saffron::cpu

@@ -9,10 +9,10 @@
 
 namespace saffron::cpu {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kInt32 = 2, kBool = 3 };
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kInt32 = 2, kBool = 3, kFloat64 = 4 };
 
 SAFFRON_INLINE int64_t item_size(DType dtype) {
-  constexpr int64_t sizes[] = {4, 2, 4, 1};
+  constexpr int64_t sizes[] = {4, 2, 4, 1, 8};
   return sizes[static_cast<int>(dtype)];
 }
 
@@ -43,6 +43,11 @@ struct IntView {
 
   IntView(const Tensor& t)  // NOLINT: a tensor is passed as it is
       : data(t.as<int32_t>()), size(t.shape[0]), stride(t.stride[0]) {}
+  /// Of a list for all rows, that list; of a list per row, the one of row `r`.
+  IntView(const Tensor& lists, int64_t r)
+      : data(reinterpret_cast<const int32_t*>(lists.rank == 2 ? lists.at(r) : lists.data)),
+        size(lists.shape[lists.rank - 1]),
+        stride(lists.stride[lists.rank - 1]) {}
   int32_t operator[](int64_t i) const { return data[i * stride]; }
 };
 

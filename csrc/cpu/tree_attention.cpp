@@ -21,12 +21,14 @@ constexpr int64_t kTokensAtOnce = 1 << 20;  // that the flattened blocks may hol
 
 struct Call {
   const Kernels& kernel;
-  const Tensor &q, &k_cache, &v_cache, &out, &lse;
-  float scale;
+  const Tensor &q, &k_cache, &v_cache, &sinks, &out, &lse;
+  float scale, softcap;
+  bool capped;
   int threads;
 
   int64_t queries() const { return q.shape[0]; }
   int64_t head_dim() const { return q.shape[2]; }
+  int64_t v_dim() const { return v_cache.shape[2]; }
   int64_t kv_heads() const { return k_cache.shape[1]; }
   int64_t group() const { return q.shape[1] / kv_heads(); }
 };
@@ -49,7 +51,8 @@ std::vector<Part> divide(const Call& call, const Tokens& visible, int64_t first_
   for (; first_query < end_query; first_query += block_queries) {
     const int64_t count = std::min(block_queries, call.queries() - first_query);
     const Block block{first_query, count, call.group(), call.kernel.lanes};
-    const int64_t tile_tokens = call.kernel.tile_tokens(call.q.dtype, call.head_dim());
+    const int64_t tile_tokens =
+        call.kernel.tile_tokens(call.q.dtype, call.head_dim(), call.v_dim());
     Part part{block, flatten(visible, block, tile_tokens), {}};
     const int64_t sensible = part.flat.tokens.size() / kLeastTokens;
     part.ends = split_evenly(part.flat.tiles, block.lanes,
@@ -60,7 +63,7 @@ std::vector<Part> divide(const Call& call, const Tokens& visible, int64_t first_
 }
 
 void attend(const Call& call, const std::vector<Part>& parts) {
-  const int64_t kv_heads = call.kv_heads(), group = call.group(), head_dim = call.head_dim();
+  const int64_t kv_heads = call.kv_heads(), group = call.group(), v_dim = call.v_dim();
   int64_t most_runs = 0, all_runs = 0;
   for (const Part& part : parts) {
     most_runs = std::max(most_runs, part.runs());
@@ -68,7 +71,8 @@ void attend(const Call& call, const std::vector<Part>& parts) {
   }
   // Few rows: several heads a task, if their K and V lie side by side. This changes no result.
   const int64_t rows = parts.front().block.rows();
-  const bool adjacent = call.k_cache.stride[1] == head_dim && call.v_cache.stride[1] == head_dim;
+  const bool adjacent =
+      call.k_cache.stride[1] == call.head_dim() && call.v_cache.stride[1] == v_dim;
   const int64_t sensible = std::min(kBlockRows / rows, all_runs * kv_heads / (8 * call.threads));
   const int64_t heads = std::clamp<int64_t>(adjacent ? sensible : 1, 1, kv_heads);
   struct Job {
@@ -85,8 +89,9 @@ void attend(const Call& call, const std::vector<Part>& parts) {
   }
 
   const auto num_parts = static_cast<int64_t>(parts.size());
-  const int64_t partial = call.kernel.partial_size(rows, head_dim);
-  const int64_t task_size = call.kernel.attend_scratch(call.q.dtype, rows, heads, head_dim);
+  const int64_t partial = call.kernel.partial_size(rows, v_dim);
+  const int64_t task_size =
+      call.kernel.attend_scratch(call.q.dtype, rows, heads, call.head_dim(), v_dim);
   const int64_t floats = num_parts * kv_heads * most_runs * partial;
   auto* results =
       reinterpret_cast<float*>(scratch(floats * int64_t{sizeof(float)} + call.threads * task_size));
@@ -99,7 +104,7 @@ void attend(const Call& call, const std::vector<Part>& parts) {
     const Part& part = parts[static_cast<size_t>(job.part)];
     const Tokens& tokens = part.flat.tokens;
     const Block& block = part.block;
-    const int64_t size = call.kernel.partial_size(block.rows(), head_dim);
+    const int64_t size = call.kernel.partial_size(block.rows(), v_dim);
     const auto output = [&](int64_t head) { return job.part * kv_heads + head; };
     const auto result = [&](int64_t head) { return results + output(head) * most_runs * partial; };
     const int64_t first_tile = job.run == 0 ? 0 : part.ends[static_cast<size_t>(job.run - 1)];
@@ -122,7 +127,10 @@ void attend(const Call& call, const std::vector<Part>& parts) {
                        group,
                        job.head,
                        count,
+                       v_dim,
                        call.scale,
+                       call.softcap,
+                       call.capped,
                        result(job.head) + job.run * size,
                        most_runs * partial,
                        task_scratch + worker * task_size};
@@ -130,8 +138,9 @@ void attend(const Call& call, const std::vector<Part>& parts) {
     for (int64_t head = job.head; head < job.head + count; ++head) {
       // Whoever comes last joins the runs, in their order.
       if (done[output(head)].fetch_add(1, std::memory_order_acq_rel) + 1 == part.runs()) {
-        call.kernel.finish({result(head), part.runs(), call.out, call.lse.as<float>(),
-                            block.first_query, block.queries, head * group, group});
+        call.kernel.finish({result(head), part.runs(), call.out, call.sinks.as<float>(),
+                            call.lse.as<float>(), block.first_query, block.queries, head * group,
+                            group});
       }
     }
   });
@@ -141,16 +150,23 @@ void attend(const Call& call, const std::vector<Part>& parts) {
 
 void tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& slot, const Tensor& begin, const Tensor& end, float scale,
-                    const Tensor& out, const Tensor& lse, int threads) {
-  Call call{kernels(), q, k_cache, v_cache, out, lse, scale, threads};
-  if (call.head_dim() > kMaxHeadDim) {
-    throw std::invalid_argument("q: got a head size of " + std::to_string(call.head_dim()) +
-                                ", allowed are at most " + std::to_string(kMaxHeadDim));
+                    std::optional<float> softcap, const Tensor& sinks, const Tensor& out,
+                    const Tensor& lse, int threads) {
+  Call call{
+      kernels(),           q,      k_cache, v_cache, sinks, out, lse, scale, softcap.value_or(1.f),
+      softcap.has_value(), threads};
+  for (const Tensor* rows : {&q, &v_cache}) {
+    if (rows->shape[2] > kMaxHeadDim) {
+      throw std::invalid_argument(std::string(rows == &q ? "q" : "v_cache") +
+                                  ": got a head size of " + std::to_string(rows->shape[2]) +
+                                  ", allowed are at most " + std::to_string(kMaxHeadDim));
+    }
   }
   const int64_t queries = call.queries(), heads = q.shape[1];
   const Tokens visible = visible_tokens(slot, begin, end, k_cache.shape[0], queries);
   if (queries * heads == 0) return;
-  if (queries * heads * call.head_dim() * visible.size() < kSmall) call.threads = 1;
+  const int64_t size = (call.head_dim() + call.v_dim()) / 2;
+  if (queries * heads * size * visible.size() < kSmall) call.threads = 1;
 
   const int64_t blocks = (queries * call.group() + kBlockRows - 1) / kBlockRows;
   const int64_t block_queries = (queries + blocks - 1) / blocks;

@@ -28,6 +28,23 @@ struct type_caster<saffron::cuda::View> {
 };
 
 template <>
+struct type_caster<saffron::cuda::Limits> {
+  PYBIND11_TYPE_CASTER(saffron::cuda::Limits, const_name("tuple"));
+
+  bool load(handle source, bool) {
+    if (!isinstance<tuple>(source)) return false;
+    const auto parts = reinterpret_borrow<tuple>(source);
+    if (parts.size() != 5) return false;
+    value.top_p = parts[0].cast<double>();
+    value.top_ps = parts[1].cast<saffron::cuda::View>();
+    value.wide = parts[2].cast<bool>();
+    value.banned = parts[3].cast<saffron::cuda::View>();
+    value.num_banned = parts[4].cast<int64_t>();
+    return true;
+  }
+};
+
+template <>
 struct type_caster<saffron::cuda::DType> {
   PYBIND11_TYPE_CASTER(saffron::cuda::DType, const_name("int"));
 
@@ -61,6 +78,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_ROWS") = kMaxRows;
   m.attr("MAX_WIDTH") = kMaxWidth;
   m.attr("MAX_GROUPS") = kMaxGroups;
+  m.def("beam_fits", &beam_fits);
   m.def("select_beam_workspace", &select_beam_workspace);
   m.def("select_beam", &select_beam, Unlocked());
   m.def("multifurcate_workspace", &multifurcate_workspace);

@@ -48,6 +48,8 @@ enum Fault : int32_t {
   kGroupFault = 16,
   kPlanFault = 32,
   kBannedFault = 64,
+  kWidthFault = 128,
+  kTopPFault = 256,
 };
 
 /// A tensor of at most four dimensions in device memory; strides count elements.
@@ -68,13 +70,13 @@ struct View {
 void append_kv(const View& k, const View& v, const View& slots, const View& k_cache,
                const View& v_cache, const View& cos, const View& sin, const View& k_scale,
                const View& v_scale, int64_t tokens, int64_t kv_heads, int64_t head_dim,
-               int64_t rotated, int64_t num_slots, DType dtype, DType stored, DType turn,
-               const View& fault, Stream stream);
+               int64_t v_dim, int64_t rotated, int64_t num_slots, DType dtype, DType stored,
+               DType turn, const View& fault, Stream stream);
 
 /// slots `[sequences, length]`; k, v `[sequences, kv_heads, length, head_dim]`, contiguous.
 void gather_kv(const View& k_cache, const View& v_cache, const View& slots, const View& k,
                const View& v, int64_t sequences, int64_t length, int64_t kv_heads, int64_t head_dim,
-               int64_t num_slots, DType dtype, const View& fault, Stream stream);
+               int64_t v_dim, int64_t num_slots, DType dtype, const View& fault, Stream stream);
 
 /// The largest head size that tree_attention serves.
 constexpr int64_t kMaxHeadDim = 256;
@@ -91,19 +93,22 @@ int64_t tree_attention_workspace(int64_t queries, int64_t heads, int64_t kv_head
 const char* tree_attention_path(int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                 DType stored);
 
-/// q `[queries, heads, head_dim]` in `dtype`, bf16 or fp16, and caches in `stored`, the same or
+/// q `[queries, heads, head_dim]` in `dtype`, bf16 or fp16, and caches `[num_slots, kv_heads,
+/// head_dim]` and `[num_slots, kv_heads, v_dim]` in `stored`, the same or
 /// fp8, whose rows begin at multiples of 16 bytes and are a multiple of that long, their last
 /// dimension contiguous; slot, begin, end `[tokens]` contiguous. out and lse contiguous. `count`,
 /// if given, holds on the device how many of the tokens there are; `tokens` is then the most there
-/// can be. k_scale, v_scale `[kv_heads]` fp32 contiguous, if given, for fp8 caches alone.
+/// can be. k_scale, v_scale `[kv_heads]` fp32 contiguous, if given, for fp8 caches alone; sinks
+/// `[heads]` fp32 contiguous, if given. `softcap` counts if `capped`.
 ///
 /// `counters` holds kCounters zeros and is left so; launches that share it must not overlap.
 void tree_attention(const View& q, const View& k_cache, const View& v_cache, const View& slot,
                     const View& begin, const View& end, const View& count, const View& k_scale,
-                    const View& v_scale, double scale, const View& out, const View& lse,
-                    const View& workspace, const View& counters, int64_t queries, int64_t heads,
-                    int64_t kv_heads, int64_t head_dim, int64_t tokens, int64_t num_slots,
-                    DType dtype, DType stored, const View& fault, Stream stream);
+                    const View& v_scale, const View& sinks, double scale, bool capped,
+                    double softcap, const View& out, const View& lse, const View& workspace,
+                    const View& counters, int64_t queries, int64_t heads, int64_t kv_heads,
+                    int64_t head_dim, int64_t v_dim, int64_t tokens, int64_t num_slots, DType dtype,
+                    DType stored, const View& fault, Stream stream);
 
 /// Identifies the graph that `stream` is being captured into; 0 if it is not being captured.
 uint64_t capture_id(Stream stream);
@@ -131,6 +136,16 @@ struct Candidates {
   int32_t* count;  // [rows]
 };
 
+/// How many of the most probable tokens are in the nucleus of a row, and which can never be.
+/// Everything may be strided; rows may share theirs (a stride of 0).
+struct Limits {
+  double top_p;  // of all rows,
+  View top_ps;   // or, if given, `[rows]` of each, in fp32 or
+  bool wide;     // fp64
+  View banned;   // `[rows, num_banned]` int32, -1 pads
+  int64_t num_banned;
+};
+
 /// The largest vocabulary that find_nuclei serves.
 constexpr int64_t kMaxVocab = 1 << 20;
 
@@ -138,23 +153,22 @@ constexpr int64_t kMaxVocab = 1 << 20;
 int64_t nucleus_workspace(int64_t rows, int64_t vocab);
 
 /// The nuclei of logits `[rows, vocab]` of any layout, at most kCounters rows, in one launch.
-/// banned
-/// `[num_banned]`, may be none. groups `[rows]`, if given: a row whose group is not from 0 to
-/// `num_groups - 1` takes no part: count 0, its logits are not read. A row of bad logits has count
-/// 0 too, and sets kLogitsFault. stats `[rows, 2]` contiguous, if given, gets each row's largest
-/// logit and its sum of e^(logit - largest), in fp32; nonsense for a row of count 0.
+/// groups
+/// `[rows]`, if given: a row whose group is not from 0 to `num_groups - 1` takes no part: count 0,
+/// nothing of it is read. A row of bad logits has count 0 too, and sets kLogitsFault; so has one
+/// with a bad top_p, and sets kTopPFault. stats `[rows, 2]` contiguous, if given, gets each row's
+/// largest logit and its sum of e^(logit - largest), in fp32; nonsense for a row of count 0.
 ///
 /// `counters` as for tree_attention.
-void find_nuclei(const View& logits, double top_p, const View& banned, int64_t num_banned,
-                 const View& groups, int64_t num_groups, const Candidates& found, const View& stats,
-                 const View& workspace, const View& counters, int64_t rows, int64_t vocab,
-                 DType dtype, const View& fault, Stream stream);
+void find_nuclei(const View& logits, const Limits& limits, const View& groups, int64_t num_groups,
+                 const Candidates& found, const View& stats, const View& workspace,
+                 const View& counters, int64_t rows, int64_t vocab, DType dtype, const View& fault,
+                 Stream stream);
 
 /// find_nuclei for the op: tokens, values `[rows, vocab]` and counts `[rows]`, contiguous.
-void nucleus(const View& logits, double top_p, const View& banned, int64_t num_banned,
-             const View& tokens, const View& values, const View& counts, const View& stats,
-             const View& workspace, const View& counters, int64_t rows, int64_t vocab, DType dtype,
-             const View& fault, Stream stream);
+void nucleus(const View& logits, const Limits& limits, const View& tokens, const View& values,
+             const View& counts, const View& stats, const View& workspace, const View& counters,
+             int64_t rows, int64_t vocab, DType dtype, const View& fault, Stream stream);
 
 /// What `nucleus` found, in order: tokens and probabilities `[candidates]`, where row `r` begins at
 /// offsets[r]. `most` is the largest count. All contiguous; the workspace is that of `nucleus`.
@@ -175,32 +189,37 @@ void multifurcation_head(const View& hidden, const View& weight, const View& bia
 /// what fits shared memory and the counters.
 constexpr int64_t kMaxRows = 4096, kMaxWidth = 4096, kMaxGroups = kCounters - 1;
 
+/// Whether the shared memory of a block of the current device, with keys of such a beam and a table
+/// of so many rows, is large enough: up to kMaxRows and kMaxWidth where a block may have 128 KB.
+bool beam_fits(int64_t rows, int64_t width);
+
 /// Bytes of workspace, 16-byte aligned, that select_beam needs on the current device.
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width);
 
-/// rewards, reward in `dtype`; everything contiguous but rewards. Groups that do not ascend, or bad
-/// offsets, leave all places empty. `counters` as for tree_attention.
+/// rewards, reward in `dtype`; everything contiguous but rewards. widths `[num_groups]`, if given:
+/// one that is not from 1 to `width` sets kWidthFault. Groups that do not ascend, or bad offsets,
+/// leave all places empty. `counters` as for tree_attention.
 void select_beam(const View& rewards, const View& tokens, const View& offsets, const View& groups,
-                 const View& parent, const View& token, const View& reward, const View& workspace,
-                 const View& counters, int64_t rows, int64_t candidates, int64_t num_groups,
-                 int64_t width, DType dtype, const View& fault, Stream stream);
+                 const View& widths, const View& parent, const View& token, const View& reward,
+                 const View& workspace, const View& counters, int64_t rows, int64_t candidates,
+                 int64_t num_groups, int64_t width, DType dtype, const View& fault, Stream stream);
 
 /// Bytes of workspace, 16-byte aligned, that multifurcate needs on the current device.
 int64_t multifurcate_workspace(int64_t rows, int64_t vocab, int64_t num_groups, int64_t width,
                                int64_t carried);
 
-/// Two launches. logits, hidden, weight, bias, unseen, banned, scores and carried_scores of any
-/// layout; groups, end_tokens, carried_groups and outputs contiguous; none where there is nothing.
-/// reward in fp32. What is said of find_nuclei and select_beam holds.
+/// Two launches. logits, hidden, weight, bias, unseen, scores, end_tokens `[rows, num_end_tokens]`
+/// and carried_scores of any layout; groups, widths, carried_groups and outputs contiguous; none
+/// where there is nothing. reward in fp32. What is said of find_nuclei and select_beam holds.
 void multifurcate(const View& logits, DType logits_dtype, const View& hidden, const View& weight,
                   DType dtype, const View& bias, DType bias_dtype, const View& unseen,
-                  double unseen_reward, const View& groups, double top_p, const View& banned,
-                  const View& scores, DType scores_dtype, const View& end_tokens,
-                  const View& carried_scores, DType carried_dtype, const View& carried_groups,
-                  const View& parent, const View& token, const View& reward, const View& counts,
-                  const View& blind, const View& workspace, const View& counters, int64_t rows,
-                  int64_t vocab, int64_t size, int64_t num_groups, int64_t width,
-                  int64_t num_banned, int64_t num_end_tokens, int64_t carried, const View& fault,
-                  Stream stream);
+                  double unseen_reward, const View& groups, const View& widths,
+                  const Limits& limits, const View& scores, DType scores_dtype,
+                  const View& end_tokens, const View& carried_scores, DType carried_dtype,
+                  const View& carried_groups, const View& parent, const View& token,
+                  const View& reward, const View& counts, const View& blind, const View& workspace,
+                  const View& counters, int64_t rows, int64_t vocab, int64_t size,
+                  int64_t num_groups, int64_t width, int64_t num_end_tokens, int64_t carried,
+                  const View& fault, Stream stream);
 
 }  // namespace saffron::cuda

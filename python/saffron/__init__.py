@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         BeamSearch,
         BestOfN,
         DeAL,
+        Engine,
         GreedyDecoding,
+        Handle,
         Method,
         Rebase,
         Request,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from saffron.search.config import SearchConfig
     from saffron.search.result import Cost, SearchResult
 
+__version__ = "0.1.0"
+
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
@@ -41,7 +45,9 @@ __getattr__, __dir__, __all__ = attach(
         "BestOfN": "search",
         "Cost": "search.result",
         "DeAL": "search",
+        "Engine": "search",
         "GreedyDecoding": "search",
+        "Handle": "search",
         "MCTS": "search",
         "METHODS": "search",
         "Method": "search",

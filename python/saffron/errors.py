@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST = 240  # characters of what somebody else's error says
+# What other libraries advise does not hold here: other commands, other options, unsafe ways to load a file.
+_ADVICE = re.compile(
+    r"weights_only|trust_remote_code|hf auth|huggingface-cli|huggingface\.co|pass a token|private repository|"
+    r"please (open|report|file|check|install|upgrade|make sure)|https?://",
+    re.IGNORECASE,
+)
+
 
 class SaffronError(Exception):
     """Base class."""
@@ -27,8 +39,71 @@ class NumericalError(SaffronError, ArithmeticError):
     """A model returned logits or rewards that are not numbers."""
 
 
+class EngineError(SaffronError, RuntimeError):
+    """A search ended without an answer, through no fault of its own; the cause is chained."""
+
+
+class CancelledError(EngineError):
+    """The search was cancelled before it ended."""
+
+
+class QueueFullError(EngineError):
+    """An engine that has as many requests waiting as it may; try again later."""
+
+
+class EngineClosedError(EngineError):
+    """An engine that takes no more requests."""
+
+
+class CapacityError(SaffronError, ValueError):
+    """A search that could need more of the K/V cache than there is."""
+
+
 class MissingDependencyError(SaffronError, ImportError):
     """A library that only some commands need is not installed; says how to get it."""
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed: pip install 'saffron-kernels[{extra}]'")
+
+
+@contextmanager
+def outside(what: str, kind: type[SaffronError] = ConfigError) -> Iterator[None]:
+    """Around calls of the system and of other libraries: whatever they raise becomes one of our errors.
+
+    Args:
+        what: what failed, with the file, line or option; the reason follows in parentheses.
+        kind: the class of the error.
+
+    Raises:
+        SaffronError: of that class; those raised inside pass unchanged.
+    """
+    try:
+        yield
+    except SaffronError:
+        raise
+    except Exception as error:  # transformers, safetensors, torch, pyarrow and hubs each raise types of their own
+        raise kind(f"{what} ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line, without its advice."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without number and file, which the caller names
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    first, *rest = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    if first.endswith(":") and rest:
+        first = f"{first} {rest[0]}"
+    sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", first)]
+    said = " ".join(part for part in sentences if part and not _ADVICE.search(part)) or type(error).__name__
+    return said if len(said) <= _LONGEST else said[: _LONGEST - 1] + "…"
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

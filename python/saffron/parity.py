@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saffron.errors import CheckpointError
+from saffron.errors import CheckpointError, outside
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import Request, SaffronSearch
 from saffron.search.config import SearchConfig
 from saffron.search.tree import Node
+from saffron.storage.text import parse_json, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,13 @@ def replay(folder: str | Path) -> Iterator[CaseReport]:
     policy = Policy.from_pretrained(folder / "policy")
     mrm = MultifurcationRewardModel.from_pretrained(folder / "mrm", base=folder / "guard")
     for number, case in enumerate(cases):
-        yield _replay_case(number, case, policy, mrm)
+        with outside(f"{folder / 'cases.json'}: case {number} is not a recorded run", CheckpointError):
+            report = _replay_case(number, case, policy, mrm)
+        yield report
 
 
 def _load_cases(file: Path) -> list[dict[str, Any]]:
-    try:
-        cases = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: no recorded cases there ({error})") from error
+    cases = parse_json(read_bytes(file, CheckpointError), f"{file}: no recorded cases there", CheckpointError)
     if not isinstance(cases, list) or not all(isinstance(case, dict) and "steps" in case for case in cases):
         raise CheckpointError(f"{file}: expected a list of recorded runs")
     return cases

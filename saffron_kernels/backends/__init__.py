@@ -33,6 +33,7 @@ PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 FALLBACK = ("reference",)  # on any other device
 
 _forced: ContextVar[str | None] = ContextVar("saffron_backend", default=None)
+forced_backend = _forced.get  # the backend of the innermost block `with backend(name)`, or None
 
 
 class BackendError(RuntimeError):
@@ -43,7 +44,7 @@ class BackendError(RuntimeError):
 def backend(name: str) -> Iterator[None]:
     """Within the block every op runs on backend `name`, or raises `BackendError`; nothing falls back.
 
-    The environment variable `SAFFRON_BACKEND` does the same for a whole process.
+    The environment variable `SAFFRON_BACKEND` does the same for a whole process. It is read when an op is first called.
     """
     expect(name in MODULES, "name", repr(name), f"one of {', '.join(MODULES)}")
     token = _forced.set(name)
@@ -59,7 +60,7 @@ def implementation(op: str, device: torch.device, *dtypes: torch.dtype) -> Calla
     Raises:
         BackendError: a backend was asked for by name and cannot.
     """
-    forced = _forced.get() or os.environ.get("SAFFRON_BACKEND")
+    forced = _forced.get() or asked_by_environment()
     if forced is None:
         name = next(n for n in PREFERENCE.get(device.type, FALLBACK) if why_not(n, op, device, *dtypes) is None)
         return getattr(_module(name), op)
@@ -84,6 +85,11 @@ def why_not(name: str, op: str, device: torch.device, *dtypes: torch.dtype) -> s
         if reason is not None:
             return reason
     return None if hasattr(module, op) else "it does not serve this op"
+
+
+@functools.cache
+def asked_by_environment() -> str | None:
+    return os.environ.get("SAFFRON_BACKEND") or None
 
 
 @functools.cache

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saffron_kernels._native import cpu as _native
-from saffron_kernels.backends.reference import checked_count, turned
+from saffron_kernels.backends.reference import apart, checked_count, turned
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
-_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3}
+_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3, torch.float64: 4}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -41,6 +41,7 @@ def append_kv(
     _k_scale: None,
     _v_scale: None,
 ) -> None:
+    k, v = apart(k, k_cache, v_cache), apart(v, k_cache, v_cache)
     if cos is not None and sin is not None:
         k = turned(k.float(), cos.float(), sin.float()).to(k.dtype)
     _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
@@ -57,16 +58,20 @@ def tree_attention(
     count: Tensor | None,
     _k_scale: None,
     _v_scale: None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if count is not None:
         held = checked_count(count, slot.shape[0])
         slot, begin, end = slot[:held], begin[:held], end[:held]
     q, k_cache, v_cache = _rows(q), _rows(k_cache), _rows(v_cache)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(*q.shape[:2], v_cache.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    sinks = None if sinks is None else sinks.float().contiguous()
     plan = _view(slot), _view(begin), _view(end)
     inputs = _view(q), _view(k_cache), _view(v_cache)
-    _native.tree_attention(*inputs, *plan, scale, _view(out), _view(lse), torch.get_num_threads())
+    outputs = _view(out), _view(lse), torch.get_num_threads()
+    _native.tree_attention(*inputs, *plan, scale, softcap, _optional(sinks), *outputs)
     return out, lse
 
 
@@ -82,19 +87,19 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
     k = k_cache.new_empty(sequences, kv_heads, length, head_dim)
-    v = torch.empty_like(k)
+    v = v_cache.new_empty(sequences, kv_heads, length, v_cache.shape[2])
     caches = _view(k_cache), _view(v_cache)
     _native.gather_kv(*caches, _view(slots), _view(k), _view(v), torch.get_num_threads())
     return k, v
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities are right to 1e-6; the sum is taken in fp64, where softmax in fp32 was 2e-5 off.
 
     So membership differs from the reference's for tokens alone before which the mass lies that near to `top_p`.
     """
-    logits = _rows(logits)
-    found = _native.nucleus(_view(logits), top_p, _optional(banned), torch.get_num_threads())
+    logits, top_p = _rows(logits), _of_each_row(top_p, logits.shape[0])
+    found = _native.nucleus(_view(logits), _view(top_p), _optional(banned), torch.get_num_threads())
     tokens, probabilities, offsets = map(torch.from_numpy, found)
     return tokens, probabilities, offsets
 
@@ -116,11 +121,17 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     beam = _new_beam(num_groups * width)
     candidates = _view(rewards), _view(tokens), _view(offsets)
-    _native.select_beam(*candidates, _view(groups), num_groups, width, *map(_view, beam))
+    _native.select_beam(*candidates, _view(groups), num_groups, width, _optional(widths), *map(_view, beam))
     return beam[0], beam[1], beam[2].to(rewards.dtype)
 
 
@@ -134,19 +145,28 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits, hidden, weight = _rows(logits), _rows(hidden), _rows(weight)
+    top_p = _of_each_row(top_p, logits.shape[0])
     beam = _new_beam(num_groups * width)
     counts = torch.empty(logits.shape[0], dtype=torch.int32)
     blind = torch.empty(num_groups, dtype=torch.bool)
     head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
-    search = _view(groups), num_groups, width, top_p, *map(_optional, (banned, scores, end_tokens))
+    search = (
+        _view(groups),
+        num_groups,
+        width,
+        _optional(widths),
+        _view(top_p),
+        *map(_optional, (banned, scores, end_tokens)),
+    )
     carried = _optional(carried_scores), _optional(carried_groups)
     outputs = *map(_view, beam), _view(counts), _view(blind)
     _native.multifurcate(_view(logits), *head, *search, *carried, *outputs, torch.get_num_threads())
@@ -194,6 +214,11 @@ def _view(tensor: Tensor) -> _View:
 
 def _optional(tensor: Tensor | None) -> _View | None:
     return None if tensor is None else _view(tensor)
+
+
+def _of_each_row(top_p: float | Tensor, rows: int) -> Tensor:
+    """`[rows]` fp64."""
+    return top_p.double() if isinstance(top_p, Tensor) else torch.tensor(top_p, dtype=torch.float64).expand(rows)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import os
 import torch
 from torch import Tensor
 
+from saffron_kernels.backends.reference import check_top_ps
 from saffron_kernels.checks import expect
 
 SLOT = 1
@@ -24,6 +25,8 @@ REWARD = 8
 GROUP = 16
 PLAN = 32
 BANNED = 64
+WIDTH = 128
+TOP_P = 256
 
 _MESSAGES = {
     SLOT: "slots: an op was given a slot that does not exist",
@@ -32,9 +35,14 @@ _MESSAGES = {
         "neither -inf nor banned"
     ),
     CANDIDATE: "tokens, offsets: an op was given a token outside the vocabulary of the head, or bad offsets",
-    REWARD: "rewards: a candidate is NaN; rewards must be numbers",
+    REWARD: (
+        "rewards, scores, carried_scores: the reward of a candidate is NaN, by what hidden, weight and bias hold or by "
+        "the score that it takes; rewards and scores must be numbers"
+    ),
     GROUP: "groups: a row or a carried node belongs to a group that does not exist",
     BANNED: "banned: a token is outside the vocabulary",
+    WIDTH: "widths: the width of a group is not from 1 to width",
+    TOP_P: "top_p: that of a row is NaN, or not above 0 and at most 1",
     PLAN: (
         "parents, begin, end, count: parents must ascend from 0, intervals lie within the old queries, and the arrays "
         "of a plan must hold as many tokens as count says, and the new ones behind them"
@@ -97,6 +105,28 @@ def check_index(name: str, index: Tensor | None, size: int, lowest: int = 0) -> 
         smallest, largest = (int(x) for x in index.aminmax())
         allowed = f"{lowest} to {size - 1}"
         expect(smallest >= lowest and largest < size, name, f"values from {smallest} to {largest}", allowed)
+
+
+def check_parameters(
+    vocab: int,
+    top_p: float | Tensor,
+    banned: Tensor | None,
+    groups: Tensor | None = None,
+    num_groups: int = 0,
+) -> None:
+    """Where content is checked eagerly: `top_p` and `banned`, as `nucleus` takes them, for the rows of a group.
+
+    Raises:
+        ValueError: a top_p that is NaN or out of range, or a banned token outside the vocabulary.
+    """
+    tensors = [x for x in (top_p, banned) if isinstance(x, Tensor)]
+    if not tensors or not eager(tensors[0]):
+        return
+    used = slice(None) if groups is None else groups < num_groups
+    if isinstance(top_p, Tensor):
+        check_top_ps(top_p[used])  # rows of no group are the last ones
+    if banned is not None:
+        check_index("banned", banned[used] if banned.dim() == 2 else banned, vocab, lowest=-1)
 
 
 def check_ascending(name: str, index: Tensor, first: int | None = None, last: int | None = None) -> None:

@@ -52,6 +52,12 @@ def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1)
 
 
+def apart(rows: Tensor, *caches: Tensor) -> Tensor:
+    """`rows`, or a copy where they share memory with a cache: what is appended is read before anything is written."""
+    memory = rows.untyped_storage().data_ptr()
+    return rows.clone() if any(cache.untyped_storage().data_ptr() == memory for cache in caches) else rows
+
+
 def _stored(rows: Tensor, storage: torch.dtype, scale: Tensor | None) -> Tensor:
     """`[n, kv_heads, head_dim]` as a cache holds it; `scale` `[kv_heads]` is given for fp8 alone."""
     if storage != FP8:
@@ -82,11 +88,13 @@ def tree_attention(
     count: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    queries, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[1]
+    queries, heads, _ = q.shape
+    (_, kv_heads, v_dim), group = v_cache.shape, heads // k_cache.shape[1]
     dtype = compute_dtype(q.dtype)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(queries, heads, v_dim)
     lse = torch.empty(queries, heads, dtype=dtype, device=q.device)
 
     if count is not None:
@@ -95,7 +103,11 @@ def tree_attention(
     slot, begin, end = slot[visible], begin[visible], end[visible]
     _check_index("slot", slot, k_cache.shape[0])
     k = _loaded(k_cache, slot, k_scale, dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
-    v = _loaded(v_cache, slot, v_scale, dtype).transpose(0, 1)  # [kv_heads, tokens, head_dim]
+    v = _loaded(v_cache, slot, v_scale, dtype).transpose(0, 1)  # [kv_heads, tokens, v_dim]
+    # A weight of 0 times NaN is NaN: what is not finite in V must not meet the queries that do not see its token.
+    unfit = v.isfinite().logical_not_()
+    v = v.masked_fill(unfit, 0) if (spoils := bool(unfit.any())) else v
+    sink = None if sinks is None else sinks.to(dtype).view(kv_heads, 1, group, 1)
 
     block = max(1, _MAX_SCORES // max(1, heads * slot.shape[0]))
     for first in range(0, queries, block):
@@ -104,14 +116,25 @@ def tree_attention(
         # Query heads that share a KV head become rows of one matrix: [kv_heads, block * group, head_dim].
         qb = q[first : first + block].to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1)
         scores = torch.matmul(qb.flatten(1, 2) * scale, k).unflatten(1, qb.shape[1:3])
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores.masked_fill_(hidden[:, None, :], -torch.inf)
         # An empty block of tokens has no maximum; a query that sees nothing has -inf, which must not make NaN.
-        largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
-        weights = scores.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()
+        largest = (
+            scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
+        )
+        largest = largest if sink is None else torch.maximum(largest, sink)
+        base = largest.masked_fill(largest == -torch.inf, 0)
+        weights = scores.sub_(base).exp_()
         total = weights.sum(-1, keepdim=True)
-        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3]) / total.masked_fill(total == 0, 1)
-        out[first : first + block] = attended.transpose(0, 1).reshape(-1, heads, head_dim)
-        block_lse = (largest + total.log()).squeeze(-1)
+        total = total if sink is None else total + (sink - base).exp()
+        attended = torch.matmul(weights.flatten(1, 2), v).unflatten(1, qb.shape[1:3]) / total
+        if spoils:
+            touched = torch.matmul((~hidden).to(dtype), unfit.to(dtype)) > 0  # [kv_heads, block, v_dim]
+            attended.masked_fill_(touched[:, :, None], torch.nan)
+        attended.masked_fill_(hidden.all(-1)[:, None, None], 0)
+        out[first : first + block] = attended.transpose(0, 1).reshape(-1, heads, v_dim)
+        block_lse = (base + total.log()).squeeze(-1)
         lse[first : first + block] = block_lse.transpose(0, 1).reshape(-1, heads)
     return out, lse
 
@@ -138,11 +161,19 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     return gathered(k_cache), gathered(v_cache)
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.to(compute_dtype(logits.dtype))
+    rows, vocab = logits.shape
+    if isinstance(top_p, Tensor):
+        check_top_ps(top_p)
+        limit = top_p.double()
+    else:
+        limit = torch.full((rows,), top_p, dtype=torch.float64, device=logits.device)
     if banned is not None:
-        _check_index("banned", banned, logits.shape[1])
-        logits = logits.index_fill(1, banned.long(), -torch.inf)
+        _check_index("banned", banned, vocab, lowest=-1)
+        mask = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=logits.device)  # padding bans the last, unused one
+        mask.scatter_(1, torch.where(banned < 0, vocab, banned).long().expand(rows, -1), True)
+        logits = logits.masked_fill(mask[:, :vocab], -torch.inf)
     largest = logits.amax(1) if logits.numel() else logits.new_zeros(logits.shape[0])
     if not bool(torch.isfinite(largest).all()):
         bad = int(torch.isfinite(largest).logical_not().nonzero()[0])
@@ -151,7 +182,7 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
             "and one token that is neither -inf nor banned"
         )
     probability = logits.softmax(1)
-    row, token = ((probability > 0) & (probability >= _lowest_in_nucleus(probability, top_p))).nonzero(as_tuple=True)
+    row, token = ((probability > 0) & (probability >= _lowest_in_nucleus(probability, limit))).nonzero(as_tuple=True)
     # By logits, which tell apart what exp rounds to one probability; stable: equal logits by ascending token id.
     order = logits[row, token].argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]
@@ -163,12 +194,12 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
     longest = int(place.max()) + 1 if row.numel() else 0
     mass = torch.zeros(logits.shape[0], longest, dtype=torch.float64, device=row.device)
     mass[row, place] = chance.double()
-    keep = (mass.cumsum(1) - mass)[row, place] < top_p
+    keep = (mass.cumsum(1) - mass)[row, place] < limit[row]
     counts = torch.bincount(row[keep], minlength=logits.shape[0])
     return token[keep].int(), chance[keep], _offsets(counts)
 
 
-def _lowest_in_nucleus(probability: Tensor, top_p: float) -> Tensor:
+def _lowest_in_nucleus(probability: Tensor, top_p: Tensor) -> Tensor:
     """`[rows, 1]`: no token less probable than this is in the nucleus. Saves sorting the vocabulary.
 
     If the tokens of probability `p` and more hold `top_p` of the mass, all others are out. Bisection finds such a `p`.
@@ -177,7 +208,7 @@ def _lowest_in_nucleus(probability: Tensor, top_p: float) -> Tensor:
     for _ in range(12):
         middle = (low + high) / 2
         mass = torch.where(probability >= middle, probability, 0).sum(1, keepdim=True, dtype=torch.float64)
-        enough = mass > top_p + 1e-9  # the margin covers the order of summation
+        enough = mass > top_p[:, None] + 1e-9  # the margin covers the order of summation
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low
 
@@ -205,10 +236,19 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, count = groups.shape[0], rewards.shape[0]
     _check_index("groups", groups, num_groups + 1)
+    if widths is None:
+        widths = groups.new_full((num_groups,), width)
+    _check_index("widths", widths, width + 1, lowest=1)
     _check_offsets(offsets, count)
     row = _rows(offsets, count)
     unknown = rewards.isnan() & (groups[row] < num_groups)
@@ -219,7 +259,7 @@ def select_beam(
     order = order[groups[row[order]].argsort(stable=True)]
     group = groups[row[order]].long()
     first = torch.searchsorted(group, group)  # where the group of each candidate begins
-    order = order[(torch.arange(count, device=order.device) - first < width) & (group < num_groups)]
+    order = order[torch.arange(count, device=order.device) - first < pad(widths, (0, 1))[group]]  # of no group: none
     order = order[row[order].argsort(stable=True)]  # ordered by parent; siblings by reward
 
     chosen = order.shape[0]
@@ -240,23 +280,26 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_index("groups", groups, num_groups + 1)
     if carried_groups is not None:
         _check_index("carried_groups", carried_groups, num_groups + 1)
     used = groups < num_groups  # all rows but the last ones
-    tokens, _, offsets = nucleus(logits[used], top_p, banned)
+    top_p = top_p[used] if isinstance(top_p, Tensor) else top_p
+    tokens, _, offsets = nucleus(logits[used], top_p, _of_rows(banned, used))
     rewards = multifurcation_head(hidden[used], weight, bias, unseen, unseen_reward, tokens, offsets)
     row = _rows(offsets, tokens.shape[0])
+    end_tokens = _of_rows(end_tokens, used)
     ends = torch.zeros_like(tokens, dtype=torch.bool)
     if end_tokens is not None:
-        ends = torch.isin(tokens, end_tokens)
+        ends = (tokens[:, None] == (end_tokens if end_tokens.dim() == 1 else end_tokens[row])).any(1)
 
     # A group is blind when the reward model has seen none of its candidates: it then keeps the policy's own order,
     # which is the candidate order that decides between equal rewards.
@@ -266,18 +309,28 @@ def multifurcate(
     blind[groups[row[seen & ~ends]].long()] = False
     if scores is not None:
         inherits = ends | blind[groups[row].long()]
+        _check_no_nan("scores: row", scores, row[inherits])
         rewards = torch.where(inherits, scores[row].to(rewards.dtype), rewards)
+    if bool(rewards.isnan().any()):
+        bad = int(rewards.isnan().nonzero()[0])
+        raise ValueError(f"rewards: token {int(tokens[bad])} of row {int(row[bad])} has NaN; rewards must be numbers")
 
     counts = torch.zeros_like(groups)
     counts[used] = offsets.diff()
     offsets = _offsets(counts)
     if carried_scores is not None and carried_groups is not None:
+        _check_no_nan("carried_scores: node", carried_scores, (carried_groups < num_groups).nonzero()[:, 0])
         tokens = torch.cat([tokens, tokens.new_full(carried_scores.shape, -1)])
         rewards = torch.cat([rewards, carried_scores.to(rewards.dtype)])
         groups = torch.cat([groups, carried_groups])
         offsets = _offsets(torch.cat([counts, counts.new_ones(carried_scores.shape)]))
-    parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width)
+    parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths)
     return parent, token, reward, counts, blind
+
+
+def _of_rows(ids: Tensor | None, used: Tensor) -> Tensor | None:
+    """Token ids for all rows as they are; those for each row, of the rows that are used."""
+    return ids[used] if ids is not None and ids.dim() == 2 else ids
 
 
 def advance_tree(
@@ -328,6 +381,21 @@ def _check_index(name: str, index: Tensor, size: int, lowest: int = 0) -> None:
         smallest, largest = (int(x) for x in index.aminmax())
         if smallest < lowest or largest >= size:
             raise ValueError(f"{name}: holds values from {smallest} to {largest}, allowed are {lowest} to {size - 1}")
+
+
+def _check_no_nan(name: str, scores: Tensor, used: Tensor) -> None:
+    """Of `scores` those that `used` names are numbers."""
+    bad = used[scores[used].isnan()]
+    if bad.numel():
+        raise ValueError(f"{name} {int(bad[0])} has NaN; scores must be numbers")
+
+
+def check_top_ps(top_p: Tensor) -> None:
+    """Raises ValueError if the `top_p` of a row is NaN or out of range."""
+    bad = ((top_p > 0) & (top_p <= 1)).logical_not()
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"top_p: row {row} holds {float(top_p[row])}, expected a number above 0 and at most 1")
 
 
 def checked_count(count: Tensor, most: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,16 +47,75 @@ def test_generate_many_prompts_and_resume(capsys: pytest.CaptureFixture[str], tm
     arguments = ["generate", "--prompts", str(prompts), "--output", str(output), "--batch", "2", *FAST]
     assert run(capsys, *arguments)[0] == 0
     whole = output.read_text().splitlines()
-    assert [json.loads(line)["id"] for line in whole] == [0, 1, 2]
-    assert json.loads(whole[1])["prefill"] == "Sure, you can"
+    assert json.loads(whole[0])["saffron"] == "generate"
+    ids = [json.loads(line)["id"] for line in whole[1:]]
+    assert len(set(ids)) == 3 and json.loads(whole[2])["prefill"] == "Sure, you can"
 
     assert run(capsys, *arguments)[0] == 0  # nothing left to do
     assert output.read_text().splitlines() == whole
-    output.write_text("\n".join([*whole[:2], whole[2][:40]]))  # killed while writing the last line
+    for kept in (1, 2, 3):  # killed while writing another line: in the middle of a batch, or between two
+        output.write_text("\n".join([*whole[:kept], whole[kept][:40]]))
+        assert run(capsys, *arguments)[0] == 0
+        assert without_times(output) == [timeless(json.loads(line)) for line in whole]
+
+
+def timeless(record: dict) -> dict:
+    if "cost" in record:
+        del record["cost"]["seconds"]
+    return record
+
+
+def without_times(file: Path) -> list[dict]:
+    return [timeless(json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def test_answers_are_known_by_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    arguments = ["generate", "--prompts", str(prompts), "--output", str(output), *FAST]
+    prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     assert run(capsys, *arguments)[0] == 0
-    again = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [r["id"] for r in again] == [0, 1, 2]
-    assert again[2]["tokens"] == json.loads(whole[2])["tokens"]
+    before = output.read_bytes()
+    # A line is inserted at the top; U+2028 and U+0085 break no line; a byte order mark is no fault.
+    first = json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False)
+    prompts.write_text(f"\ufeff{first}\n{json.dumps({'prompt': PROMPT})}\n", encoding="utf-8")
+    assert run(capsys, *arguments)[0] == 0
+    assert output.read_bytes().startswith(before)
+    assert [record["prompt"] for record in without_times(output)[1:]] == [PROMPT, "a\u2028b\u0085c"]
+    status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--output", str(output), *FAST)
+    assert status == 0 and out.strip() == without_times(output)[1]["text"].strip()  # no duplicate, and the answer
+    assert len(without_times(output)) == 3
+    prompts.write_text(f"{json.dumps({'prompt': PROMPT})}\n" * 2)  # as many answers as lines
+    assert run(capsys, *arguments)[0] == 0
+    assert len({record.get("id") for record in without_times(output)}) == 4
+
+
+def test_other_options_do_not_mix(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = ["generate", "--prompt", PROMPT, "--output", str(output)]
+    assert run(capsys, *arguments, *FAST)[0] == 0
+    before = output.read_bytes()
+    status, _, err = run(capsys, *arguments, *FAST, "--top-p", "0.7")
+    assert status == 2 and "top_p was 0.8 and is now 0.7" in err and err.count("\n") == 1
+    assert output.read_bytes() == before
+
+
+def test_one_prompt_that_is_too_long_does_not_stop_the_others(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": PROMPT}, {"prompt": "a clock " * 2000}, {"prompt": "How do I fix a clock?"}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    status, _, err = run(capsys, "generate", "--prompts", str(prompts), "--output", str(output), *FAST)
+    records = without_times(output)[1:]
+    assert status == 0 and [bool(r.get("text")) for r in records] == [True, False, True]
+    assert "exceed the context" in records[1]["error"] and f"{prompts}: line 2: skipped" in err
+
+
+def test_where_the_time_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, "generate", "--prompt", PROMPT, *FAST)
+    found = re.fullmatch(
+        r"(\d+) tokens in ([\d.]+) s, ([\d.]+) tokens/s, width 2; policy (\d+)%, MRM (\d+)%, selection (\d+)%\n", err
+    )
+    assert found and 2 <= int(found[1]) <= 6
+    assert 99 <= sum(int(share) for share in found.groups()[3:]) <= 101 and all(int(n) for n in found.groups()[3:])
 
 
 @pytest.mark.parametrize(
@@ -63,9 +123,9 @@ def test_generate_many_prompts_and_resume(capsys: pytest.CaptureFixture[str], tm
     [
         (["--prompt", "x", "--width", "0"], "width: got 0, expected a whole number of at least 1"),
         (["--prompt", "x", "--top-p", "1.5"], "top_p: got 1.5"),
-        (["--prompt", "x", "--ranking", "best"], "ranking: got 'best', expected one of paper, released"),
-        (["--prompt", "x", "--policy", "/no/such/place"], "/no/such/place: no Hugging Face checkpoint there"),
-        (["--prompt", "x", "--mrm", "/no/such/place"], "/no/such/place/adapter_config.json"),
+        (["--prompt", "x", "--ranking", "best"], "--ranking: invalid choice: 'best' (choose from"),
+        (["--prompt", "x", "--policy", "/no/such/place"], "--policy: '/no/such/place': there is no such folder"),
+        (["--prompt", "x", "--mrm", "/no/such/place"], "--mrm: '/no/such/place': there is no such folder"),
         (["--prompt", "a clock " * 2000], "exceed the context"),
         (["--prompt", ""], "prompt: got ''"),
         (["--prompts", "/no/such/file"], "/no/such/file: cannot be read"),
@@ -95,6 +155,7 @@ def test_bad_prompt_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ("{", "not JSON lines"),
         ("[1]", "JSON object"),
         ('{"promt": "x"}', 'line 1 needs a text "prompt"'),
+        ('{"prompt": "x"}\n{"prompt": "\\ud800"}', "line 2"),
     ):
         file = tmp_path / "prompts.jsonl"
         file.write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import pytest
 from saffron import world
 from saffron.cli import main
 from saffron.errors import ConfigError
-from saffron.evaluation.attacks import Attack, parse_attack
+from saffron.evaluation.attacks import Attack, expand_attack, parse_attack
+from saffron.evaluation.choices import expand
 from saffron.evaluation.datasets import Case, load_cases
 from saffron.evaluation.judges import ModelJudge, OracleJudge, load_judge
-from saffron.evaluation.run import ModelFiles, Plan, evaluate, expand, run_plans, tasks
+from saffron.evaluation.run import Plan, run_plans, tasks
 from saffron.evaluation.store import key, open_results, read_results
 from saffron.models.bundled import FOLDER, load_bundled
+from saffron.models.files import ModelFiles
 
 FAST = "greedy:max_new_tokens=3"
 
@@ -51,6 +54,12 @@ def test_harmful_hex_phi_is_pairs_of_messages(tmp_path):
     file = lines(tmp_path / "Harmful-HEx-PHI.jsonl", [chat, chat, [{"role": "user", "content": "other"}, chat[1]]])
     cases = load_cases(f"harmful-hex-phi={file}")
     assert [(c.prompt, c.target) for c in cases] == [("question", "answer"), ("other", "answer")]  # each once
+    system = {"role": "system", "content": "be good"}
+    file = lines(tmp_path / "system.jsonl", [[system, *chat], {"messages": [system, *chat]}])
+    assert [(c.prompt, c.target) for c in load_cases(f"harmful-hex-phi={file}")] == [("question", "answer")]
+    for bad in ([chat[1], chat[0]], [*chat, *chat], [chat[0]], [system, chat[0]], ["x", "y"], []):
+        with pytest.raises(ConfigError, match="line 1 is not of its form"):
+            load_cases(f"harmful-hex-phi={lines(tmp_path / 'bad.jsonl', [bad])}")
 
 
 REWARD_BENCH = [
@@ -106,7 +115,7 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON lines"),
+        ("{", "not JSON lines: line 1"),
         ('{"promt": "x"}', "line 1 is not of its form"),
         ('\n{"prompt": ""}', "line 2 needs a text"),
         ('{"prompt": "x", "kind": "good"}', "line 1 needs a text"),
@@ -188,8 +197,22 @@ def test_expand_makes_every_choice():
         "best-of-n:n=8,top_p=0.8", "best-of-n:n=8,top_p=1.0", "best-of-n:n=16,top_p=0.8", "best-of-n:n=16,top_p=1.0",
     ]  # fmt: skip
     assert expand("prefill:0/10") == ["prefill:0", "prefill:10"]
-    for text in ("greedy", "saffron:width=16", "wrap:yes / no {prompt}"):
+    for text in ("greedy", "saffron:width=16"):
         assert expand(text) == [text]
+
+
+def test_a_wrap_is_any_text(bundled):
+    case = Case.of("How?", "Sure, here is how.", "forbidden")
+    for text in ("yes/no {prompt}", "1+1=2: {prompt}", "a=1/2 {prompt} none+x"):
+        assert expand_attack(f"wrap:{text}") == [f"wrap:{text}"]
+        attack = parse_attack(f"wrap:{text}+prefill:2")
+        assert attack.apply(case, bundled.policy.tokenizer)[0] == text.replace("{prompt}", "How?")
+        assert attack.prefill == 2
+    assert expand_attack("prefill:0/2+wrap:a/b {prompt}") == [
+        "prefill:0+wrap:a/b {prompt}",
+        "prefill:2+wrap:a/b {prompt}",
+    ]
+    assert expand_attack("none") == ["none"]
 
 
 def test_records_hold_answer_verdicts_and_cost(tmp_path):
@@ -243,7 +266,7 @@ def test_mistakes_in_a_plan_are_found_before_anything_is_run(tmp_path):
     ):
         with pytest.raises(ConfigError if "models" not in changes else Exception, match=message):
             run_plans([Plan(count=2, **changes)], tmp_path / "r.jsonl")
-    assert (tmp_path / "r.jsonl").read_text() == ""
+    assert not (tmp_path / "r.jsonl").exists() or read_results([tmp_path / "r.jsonl"]) == []
 
 
 # Results that last
@@ -252,15 +275,52 @@ def test_mistakes_in_a_plan_are_found_before_anything_is_run(tmp_path):
 def test_a_cut_line_is_run_again_and_nothing_else(tmp_path):
     file, plan = tmp_path / "r.jsonl", Plan(count=4, methods=(FAST,), judges=("oracle",), batch=2)
     whole = run_plans([plan], file)
-    content = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([content[2], content[0], content[3][:50]]))  # in any order; the last one cut
-    with open_results(file) as results:
-        assert {t.cases for t in tasks(plan, results.done)} != {t.cases for t in tasks(plan, set())}
-        evaluate([plan], results)
-        again = results.records
+    manifest, *content = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([manifest, content[2], content[0], content[3][:50]]))  # in any order; the last one cut
+    done = {key(record) for record in read_results([file])}
+    assert {t.wanted for t in tasks(plan, done)} != {t.wanted for t in tasks(plan, set())}
+    again = run_plans([plan], file)
     assert sorted(map(key, again)) == sorted(map(key, whole))
     assert sorted(map(key, read_results([file]))) == sorted(map(key, whole))
-    assert file.read_text().startswith(content[2] + content[0])
+    assert file.read_text().startswith(manifest + content[2] + content[0])
+
+
+def test_a_resumed_run_is_the_same_file_but_for_times(tmp_path):
+    file, plan = tmp_path / "r.jsonl", Plan(count=5, methods=(FAST, "saffron:width=2,max_new_tokens=3"), batch=3)
+    run_plans([plan], file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    for kept in (1, 2, 5, 9):  # in the middle of a batch, and between two
+        other = tmp_path / f"{kept}.jsonl"
+        other.write_bytes(b"".join(lines[:kept]) + lines[kept][:30])
+        run_plans([plan], other)
+        assert timeless(other) == timeless(file)
+
+
+def timeless(file: Path) -> list[str]:
+    return [re.sub(r'"seconds": [^,}]*', "", line) for line in file.read_text().split("\n")]
+
+
+def test_a_prompt_that_is_too_long_is_skipped_and_said(tmp_path, capsys):
+    records = [{"prompt": "How do I bake bread?"}, {"prompt": "a clock " * 2000}, {"prompt": "How do I fix a clock?"}]
+    data, file = lines(tmp_path / "d.jsonl", records), tmp_path / "r.jsonl"
+    arguments = ["eval", "--output", str(file), "--data", str(data), "--attack", "none", "--method", FAST]
+    for _ in range(2):  # and is not tried again
+        assert main([*arguments, "--judge", "oracle", "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["results"][0]["prompts"] == 2
+        assert "skipped" in err and "exceed the context" in err and "a clock a clock" in err
+    assert [("error" in r, r["harmful"]) for r in read_results([file])] == [
+        (False, {"oracle": False}), (True, {}), (False, {"oracle": False})
+    ]  # fmt: skip
+
+
+def test_other_judges_do_not_mix(tmp_path):
+    file = tmp_path / "r.jsonl"
+    run_plans([Plan(count=1, methods=(FAST,), judges=("oracle",))], file)
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match="judges.prm was None and is now ''"):
+        run_plans([Plan(count=1, methods=(FAST,), judges=("oracle", "prm"))], file)
+    assert file.read_bytes() == before
 
 
 def test_one_writer_at_a_time_and_one_set_of_models(tmp_path):
@@ -273,12 +333,12 @@ def test_one_writer_at_a_time_and_one_set_of_models(tmp_path):
     for part in (FOLDER / "policy").iterdir():
         (other / part.name).write_bytes(part.read_bytes())
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    with pytest.raises(ConfigError, match="holds results of other models"):
+    with pytest.raises(ConfigError, match="models was .* and is now"):
         run_plans([Plan(count=2, methods=(FAST,), models=ModelFiles(policy=str(other)))], file)
 
 
 def test_files_that_hold_no_results(tmp_path):
-    for content, message in (('{"a": 1}\n', "not a result"), ("{\n", "cannot be read as JSON lines")):
+    for content, message in (('{"a": 1}\n', "not a result"), ("{\n", "not JSON lines: line 1")):
         (tmp_path / "r.jsonl").write_text(content)
         with pytest.raises(ConfigError, match=message):
             read_results([tmp_path / "r.jsonl"])

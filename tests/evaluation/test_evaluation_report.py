@@ -179,7 +179,10 @@ def test_report_command(tmp_path, capsys):
     assert "data:image/svg+xml;base64," in page and "http" not in page
     assert main(["report", str(file), "--output", str(out), "--judge", "prm"]) == 2
     assert "judge: got 'prm'" in capsys.readouterr().err
-    assert main(["report", str(file), "--output", str(out), "--format", "gif"]) == 2
+    for wrong in (["--format", "gif"], ["--limit", "nan"], ["--limit", "0"], ["--limit", "-1e3"], ["--limit", "inf"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(file), "--output", str(out), *wrong])
+        assert f"argument {wrong[0]}: " in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none.jsonl")]) == 2
 
 

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, BloomConfig, FalconConfig, Gemma2Config, GptOssConfig, Qwen3NextConfig, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
 
 from saffron.errors import CheckpointError, ConfigError, PromptTooLongError, UnsupportedModelError
 from saffron.models.attention import check_supported
@@ -108,7 +117,6 @@ def test_a_failing_forward_pass_leaves_no_empty_nodes(monkeypatch: pytest.Monkey
         (T5Config(), "encoder-decoder"),
         (BloomConfig(), "ALiBi"),
         (FalconConfig(alibi=True), "ALiBi"),
-        (Gemma2Config(), "attention soft-capping"),
         (Qwen3NextConfig(), "linear_attention layers"),
     ],
 )
@@ -117,27 +125,41 @@ def test_unsupported_models_are_refused_by_feature(config: AutoConfig, feature: 
         check_supported(config)
 
 
-def test_sliding_window_serves_texts_that_fit_it() -> None:
-    ours = TrieModel(tiny.model("qwen2", sliding_window=6, use_sliding_window=True, max_window_layers=0))
-    rows, _ = ours.prefill([[0, 5, 6, 7, 8]])
-    ours.step(rows, [0], [9])
-    with pytest.raises(UnsupportedModelError, match="sliding-window attention: the text has 7 tokens"):
-        ours.step(rows, [0], [9])
+@pytest.mark.parametrize("config_class", [FalconConfig, GPTJConfig, GPTNeoConfig, BloomConfig])
+def test_models_without_the_attention_interface(config_class: type[AutoConfig], tmp_path: Path) -> None:
+    """Whichever way the implementation is asked for; by themselves they fail with KeyError: 'saffron'."""
+    config = config_class(vocab_size=97, hidden_size=48, num_attention_heads=6, bos_token_id=0, eos_token_id=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    reason = "it does not use the standard attention interface|ALiBi"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        TrieModel(model)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        AutoModelForCausalLM.from_config(config, attn_implementation="saffron")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        Policy.from_pretrained(tmp_path)
 
 
-def test_attention_sinks_are_refused() -> None:
-    torch.manual_seed(0)
-    shape = {**tiny.SHAPE, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
-    from transformers import AutoModelForCausalLM
+def test_plain_calls_of_a_trie_model_run_as_with_sdpa() -> None:
+    ids, mask = torch.tensor([[2, 2, 5, 6], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    ours, theirs = TrieModel(tiny.model()).model, tiny.model(attention="sdpa")
+    outputs = [model(ids, attention_mask=mask, labels=ids) for model in (ours, theirs)]
+    for output in outputs:
+        output.loss.backward()
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert a.grad is not None and torch.equal(a.grad, b.grad)
 
-    model = AutoModelForCausalLM.from_config(GptOssConfig(**shape), attn_implementation="eager")
-    with pytest.raises(UnsupportedModelError, match="attention sinks"):
-        TrieModel(model).prefill([[0, 5]])
 
-
-def test_plain_calls_of_a_trie_model_explain_themselves() -> None:
-    with pytest.raises(UnsupportedModelError, match="trie_step"):
-        tiny.model()(torch.tensor([[0, 1]]))
+@pytest.mark.parametrize("broken", ["{", "[1]", '{"num_beams": "many"}', '{"eos_token_id": "end", "max_length": []}'])
+def test_a_broken_generation_configuration_is_named(broken: str, tmp_path: Path) -> None:
+    folder = tiny.save_checkpoint(tmp_path)
+    Policy.from_pretrained(folder)
+    (folder / "generation_config.json").write_text(broken)
+    with pytest.raises(CheckpointError, match="generation_config.json"):
+        Policy.from_pretrained(folder)
 
 
 def test_from_pretrained(tmp_path: Path) -> None:

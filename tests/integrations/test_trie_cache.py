@@ -124,8 +124,8 @@ def test_modes_that_left_transformers(options: dict[str, Any]) -> None:
 
 def test_a_prompt_is_computed_and_stored_once() -> None:
     ours = tiny.model()
+    cache = TrieCache(ours)
     with tiny.count_tokens(ours) as tokens:
-        cache = TrieCache(ours)
         prompt = torch.arange(3, 53)[None]
         run(ours, cache, input_ids=prompt, num_beams=8, min_new_tokens=NEW_TOKENS)
     assert tokens[0] == 50  # not 8 times as many
@@ -137,8 +137,9 @@ def test_a_prompt_is_computed_and_stored_once() -> None:
 
 def test_equal_rows_are_computed_once() -> None:
     ours = tiny.model()
+    cache = TrieCache(ours)
     with tiny.count_tokens(ours) as tokens:
-        run(ours, TrieCache(ours), input_ids=torch.tensor([PROMPT] * 6))
+        run(ours, cache, input_ids=torch.tensor([PROMPT] * 6))
     assert tokens[0] == len(PROMPT) and set(tokens[1:]) == {1}
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
-from saffron.errors import UnsupportedModelError
 from saffron.integrations.transformers import TrieCache, compile_decode
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
@@ -106,9 +105,11 @@ def test_caches_that_are_not_static_run_as_ever(compiler: Compiler) -> None:
     assert torch.equal(generate(ours, static_cache(ours), input_ids=PROMPT, num_beams=4), plain)
 
 
-def test_windows_are_checked_outside_the_graph(compiler: Compiler) -> None:
-    ours = tiny.model("qwen2", num_hidden_layers=1, sliding_window=9, use_sliding_window=True, max_window_layers=0)
+def test_one_graph_serves_windows(compiler: Compiler) -> None:
+    options = {"num_hidden_layers": 2, "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}
+    ours, theirs = tiny.model("qwen2", **options), tiny.model("qwen2", attention="sdpa", **options)
     compile_decode(ours, backend=compiler)
-    with pytest.raises(UnsupportedModelError, match="the text has 10 tokens and the window 9"):
-        generate(ours, static_cache(ours), input_ids=PROMPT)
-    assert compiler.graphs == 1 and compiler.runs == 4
+    for prompt in (PROMPT, PROMPT.repeat(1, 4)):
+        expected = generate(theirs, DynamicCache(config=theirs.config), input_ids=prompt, num_beams=4)
+        assert torch.equal(generate(ours, static_cache(ours), input_ids=prompt, num_beams=4), expected)
+    assert compiler.graphs == counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

@@ -12,7 +12,15 @@ import cuda_host
 import pytest
 import torch
 from cases import Forest, beams, caches, flatten, i32, prefill, randn
-from test_tree_attention import *  # noqa: F403 - its tests, with the fixtures below
+from test_attention_nan import (  # noqa: F401 - tests, with the fixtures below
+    test_all_scores_are_minus_infinity,
+    test_everything_is_nan,
+    test_hidden_value_in_a_wide_block,
+    test_infinity_is_not_made_finite,
+    test_nan_in_one_lane,
+    test_queries_that_see_nothing_stay_empty,
+)
+from test_tree_attention import *  # noqa: F403
 from torch import Tensor
 
 import saffron_kernels

@@ -16,6 +16,7 @@ from saffron_kernels import BackendError, backends
 from saffron_kernels import backend as use_backend
 from saffron_kernels.backends import cuda, faults
 from saffron_kernels.backends.cuda import counters
+from saffron_kernels.checks import FP8
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -182,6 +183,35 @@ def test_no_op_waits_for_the_device(deferred) -> None:
         cuda.advance_tree(index, index, index + 1, index, index, 2)
     with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         index.sum().item()
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_configurations_for_99_kb_against_the_reference(head_dim, stored, monkeypatch) -> None:
+    """Compute capability 8.9: other blocks for few rows, for many, and for the largest head size."""
+    monkeypatch.setenv("SAFFRON_CUDA_HOST_CAPABILITY", "89")
+    for width in (2, 12, 33):
+        q, k_cache, v_cache, *rest = decode_step(6, 2, head_dim, width)
+        if stored == "fp8":
+            k_cache, v_cache = (x.nan_to_num().to(FP8) for x in (k_cache, v_cache))
+        out, lse = cuda.tree_attention(q, k_cache, v_cache, *rest)
+        exact = [x.float().double() for x in (q, k_cache, v_cache)]
+        with use_backend("reference"):
+            expected, expected_lse = saffron_kernels.tree_attention(*exact, *rest)
+        assert torch.allclose(lse.double(), expected_lse, rtol=1e-6, atol=1e-5)
+        assert torch.allclose(out.double(), expected, rtol=0.016, atol=0.016)
+
+
+def test_beams_that_do_not_fit_a_block_are_refused_before_the_launch(monkeypatch) -> None:
+    def select(width: int) -> None:
+        rows = torch.arange(width + 1, dtype=torch.int32)
+        cuda.select_beam(torch.zeros(width), rows[:-1], rows, torch.zeros(width, dtype=torch.int32), 1, width)
+
+    select(4096)
+    monkeypatch.setenv("SAFFRON_CUDA_HOST_CAPABILITY", "120")
+    select(3200)
+    with pytest.raises(ValueError, match="width: got 4096 of 4096 rows, expected fewer: .*shared memory"):
+        select(4096)
 
 
 def test_what_it_does_not_serve(monkeypatch) -> None:

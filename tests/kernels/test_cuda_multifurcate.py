@@ -155,12 +155,24 @@ def test_number_of_launches(op, most, deferred, monkeypatch) -> None:
     monkeypatch.setenv("SAFFRON_CUDA_HOST", cuda_host.module())
     monkeypatch.setattr(faults, "eager", lambda tensor: False)
     arguments = example(op, torch.bfloat16)
+    if op == "multifurcate":
+        arguments |= {"top_p": torch.full((4,), 0.8)}
+        arguments |= {name: arguments[name].expand(4, -1).contiguous() for name in ("banned", "end_tokens")}
     call(op, arguments)  # the fault word and the counters are made by the first call
     before = launches()
     with Allocations() as allocations:
         call(op, arguments)
     assert launches() - before == most
     assert allocations.seen <= {"empty", "empty_like", "new_empty"}
+
+
+def test_end_and_banned_tokens_of_all_rows_are_not_copied(deferred, monkeypatch) -> None:
+    """They are shared by a stride of 0, which is a view."""
+    arguments = step(1, [0, 0, 1])
+    call("multifurcate", arguments)
+    with Allocations() as allocations:
+        call("multifurcate", arguments)
+    assert allocations.seen <= {"empty", "empty_like", "new_empty", "expand", "fill_"}  # fill_: `poisoned`
 
 
 def test_candidates_of_several_rows_for_one_warp() -> None:

@@ -171,7 +171,8 @@ def test_captured_search_over_fp8_is_the_search_step_by_step(monkeypatch) -> Non
     config = replace(CONFIG, width=4, max_new_tokens=6)
     search = make(monkeypatch, recorded, policy, mrm, config)
     found = search.search(REQUESTS)
-    assert search._static is not None and search._static.policy.cache.k.dtype == FP8
+    assert search._captured is not None and search._captured.forest is not None
+    assert search._captured.forest.policy.cache.k.dtype == FP8
     same(found, SaffronSearch(policy, mrm, config).search(REQUESTS))
     wide = SaffronSearch(*tiny.pair(3), config).search(REQUESTS)
     assert any(x.score != pytest.approx(y.score, abs=1e-3) for x, y in zip(found, wide, strict=True))

@@ -11,7 +11,7 @@ import torch
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
-from saffron.search import GreedyDecoding
+from saffron.search import GreedyConfig, GreedyDecoding
 
 TEMPLATE = "{{ bos_token }}Task. User:{{ messages[0]['content'] }}\n\nAgent:{{ messages[1]['content'] }}\n\nIs it ok? "
 
@@ -60,7 +60,7 @@ def test_guards_that_cannot_be_read_are_refused() -> None:
 def test_greedy_decoding_equals_generate(tmp_path: Path) -> None:
     policy = Policy.from_pretrained(tiny.save_checkpoint(tmp_path))
     prompts, prefills = ["hello there", "please tell me", "hello there"], ["the quick", "", "the quick"]
-    results = GreedyDecoding(policy, max_new_tokens=12).generate(prompts, prefills)
+    results = GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=12)).generate(prompts, prefills)
     assert results[0].tokens == results[2].tokens
     dense = tiny.model(attention="sdpa", vocab_size=policy.vocab_size)
     dense.load_state_dict(policy.model.state_dict())
@@ -79,6 +79,6 @@ def test_greedy_decoding_equals_generate(tmp_path: Path) -> None:
         assert result.reward_flops == 0 and result.policy_flops > 0
     assert policy.kv.num_nodes == 0
     with pytest.raises(ConfigError, match="max_new_tokens"):
-        GreedyDecoding(policy, max_new_tokens=0)
+        GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=0))
     with pytest.raises(ConfigError, match="prefill"):
         GreedyDecoding(policy).generate(prompts, ["one"])

@@ -92,6 +92,29 @@ def test_storage_around_a_strided_cache_is_untouched(backend, device, dtype) -> 
     assert bool(whole.isnan().all())
 
 
+@pytest.mark.parametrize("k_dim, v_dim", [(24, 16), (5, 8), (192, 128)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_v_of_another_size(layout, k_dim, v_dim, backend, device, dtype) -> None:
+    lay, slots = LAYOUTS[layout], [3, -1, 0, 6]
+    k, v = (randn(30 + size, 4, 3, size, dtype=dtype, device=device) for size in (k_dim, v_dim))
+    before = [randn(31 + size, 7, 3, size, dtype=dtype, device=device) for size in (k_dim, v_dim)]
+    k_cache, v_cache = (lay(cache.clone()) for cache in before)
+    append_kv(lay(k), lay(v), lay(i32(slots, device)), k_cache, v_cache)
+    expected = oracle.append_kv(k, v, i32(slots), *before)
+    assert same(k_cache, expected[0]) and same(v_cache, expected[1])
+
+
+def test_rows_of_the_caches_themselves(backend, device, dtype) -> None:
+    """K and V are views of the caches, and slots that are read are written too: all is read first."""
+    for shift in (1, 3, -2):
+        before = [randn(32 + i, 300, 2, 16, dtype=dtype, device=device) for i in range(2)]
+        k_cache, v_cache = (cache.clone() for cache in before)
+        slots = [(i + shift) % 300 for i in range(300)]
+        append_kv(k_cache[:], v_cache[:], i32(slots, device), k_cache, v_cache)
+        expected = oracle.append_kv(*before, i32(slots), *before)
+        assert same(k_cache, expected[0]) and same(v_cache, expected[1])
+
+
 def test_one_layer_of_a_cache(backend, device, dtype) -> None:
     layers = torch.zeros(3, 6, 2, 4, dtype=dtype, device=device)
     k, v = (randn(4 + i, 2, 2, 4, dtype=dtype, device=device) for i in range(2))

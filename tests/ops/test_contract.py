@@ -26,8 +26,9 @@ NAMES = [
     "select_beam",
     "multifurcate",
     "advance_tree",
+    "block_plan",
 ]
-INDICES_ONLY = {"advance_tree"}
+INDICES_ONLY = {"advance_tree", "block_plan"}
 IN_PLACE = {"append_kv": ("k_cache", "v_cache")}
 Arguments = dict[str, Any]
 
@@ -144,16 +145,25 @@ def test_strides_do_not_matter(op, arguments, backend) -> None:
         assert op in IN_PLACE or x.stride() == y.stride()
 
 
-def test_inference_only(op, arguments, backend) -> None:
-    """No output remembers how it was made, whatever the inputs ask for."""
-    caches = IN_PLACE.get(op, ())
-    wanting = {
-        name: x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and name not in caches else x
-        for name, x in arguments.items()
-    }
-    result = getattr(ops, op)(**wanting)
-    for output in outputs(op, wanting, result):
-        assert not output.requires_grad and output.grad_fn is None
+def test_gradients_are_refused(op, arguments, backend, dtype) -> None:
+    """Whichever argument requires one; and nothing was written. Where gradients are off, outputs have none."""
+    floating = [name for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    before = clone(arguments)
+    for name in floating:
+        wanting = arguments | {name: arguments[name].clone().requires_grad_()}
+        functions = [getattr(ops, op)]
+        if dtype == torch.float32:
+            torch._dynamo.reset()
+            functions.append(torch.compile(functions[0], fullgraph=True, backend="aot_eager"))
+        for function in functions:
+            with pytest.raises(RuntimeError, match=rf"{op}: {name} requires a gradient.*no_grad.*DynamicCache"):
+                function(**wanting)
+        assert same(arguments, before)
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                result = getattr(ops, op)(**clone(wanting))
+            for output in filter(torch.is_tensor, tree_leaves(result)):
+                assert not output.requires_grad and output.grad_fn is None
 
 
 def wrong_ways(name: str, x: Tensor) -> list[tuple[str, Tensor]]:
@@ -190,3 +200,26 @@ def test_wrong_tensors_are_named(op, arguments, device) -> None:
                 missed.append(f"{name}, wrong {what} ({wrong.dtype}, {list(wrong.shape)}): accepted")
         assert same(arguments, before), f"{name}: something was written before the error"
     assert not missed, "\n".join(missed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("op", ["nucleus", "multifurcate"])
+def test_overload_with_parameters_of_each_row(op, dtype, device, backend) -> None:
+    """`top_p` as a tensor: the same schema else; it compiles whole, and other values do not compile it again."""
+    arguments = example(op, dtype, device)
+    rows = arguments["logits"].shape[0]
+    arguments["top_p"] = torch.linspace(0.3, 1, rows, dtype=torch.float64, device=device)
+    for name in ("banned", "end_tokens"):
+        if name in arguments:
+            arguments[name] = torch.stack([arguments[name], arguments[name] * 0 - 1] * (rows // 2))
+    overload = getattr(torch.ops.saffron_kernels, op).rows
+    types = [(a.name, str(a.type)) for a in overload._schema.arguments]
+    assert types == [(a.name, "Tensor" if a.name == "top_p" else str(a.type)) for a in registered(op)._schema.arguments]
+    torch.library.opcheck(overload, tuple(arguments.values()))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
+    assert same(compiled(**arguments), getattr(ops, op)(**arguments))
+    others = arguments | {"top_p": arguments["top_p"].flip(0)}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert same(compiled(**others), getattr(ops, op)(**others))

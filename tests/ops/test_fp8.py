@@ -179,6 +179,36 @@ def test_attention_reads_every_number_as_it_is(value, fp8_backend, device) -> No
     assert torch.allclose(lse[:, 0], 8 * numbers.float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operand", ["k", "v", "k_scale", "v_scale"])
+@pytest.mark.parametrize("width", [3, 30])
+def test_nan_in_fp8(width, operand, value, fp8_backend, device) -> None:
+    """Both codes of NaN, and scales that are NaN: in what depends on them, and nowhere else."""
+    q, k_cache, v_cache, forest = attention_inputs(64, width, value, device)
+    scales = {name: torch.tensor(s, device=device) for name, s in zip(("k_scale", "v_scale"), SCALES, strict=True)}
+    forest.paths = [*forest.paths, ()]  # a query that sees nothing
+    q = torch.cat([q, q[:1]])
+    group, sees = q.shape[1] // 2, forest.mask().any(1).cpu()
+    for code_of_nan, token in ((0x7F, 0), (0xFF, len(forest.seen[0]) - 1)):
+        slot = forest.seen[0][token]
+        seers = torch.tensor([slot in slots for slots in forest.seen] + [False])
+        caches = {"k": k_cache.clone(), "v": v_cache.clone()}
+        expected = torch.zeros(q.shape, dtype=torch.bool)
+        if operand in caches:
+            caches[operand].view(torch.uint8)[slot, 1, 9] = code_of_nan
+            rows = seers
+        else:
+            scales[operand] = torch.tensor([0.5, torch.nan], device=device)
+            rows = sees
+        expected[rows, group:, 9 if operand == "v" else slice(None)] = True
+        plan = forest.slot, forest.begin, forest.end
+        out, lse = tree_attention(q, caches["k"], caches["v"], *plan, 0.1, **scales)
+        assert torch.equal(out.isnan().cpu(), expected)
+        expected_lse = expected.any(-1) if operand.startswith("k") else torch.zeros_like(expected[..., 0])
+        assert torch.equal(lse.isnan().cpu(), expected_lse)
+        assert not bool(out[-1].any()) and bool((lse[-1] == -torch.inf).all())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_over_strided_caches(layout, fp8_backend, device) -> None:
     q, k_cache, v_cache, forest = attention_inputs(64, 5, torch.bfloat16, device)

@@ -39,6 +39,16 @@ def test_empty(sequences, length, backend, device, dtype) -> None:
     check(2, [[0] * length] * sequences, length, 2, 3, LAYOUTS["contiguous"], dtype, device)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k_dim, v_dim", [(24, 16), (5, 8), (192, 128)])
+def test_v_of_another_size(k_dim, v_dim, layout, backend, device, dtype) -> None:
+    caches = [randn(5 + size, 11, 3, size, dtype=dtype, device=device) for size in (k_dim, v_dim)]
+    index = i32([0, 3, -1, 10, -1, 7], device).view(2, 3)
+    found = gather_kv(*map(LAYOUTS[layout], caches), LAYOUTS[layout](index))
+    for actual, expected in zip(found, oracle.gather_kv(*caches, index), strict=True):
+        assert actual.is_contiguous() and torch.equal(actual, expected)
+
+
 def test_random(backend, examples, device, dtype) -> None:
     @examples
     @given(st.data(), st.integers(1, 4), st.integers(1, 6), st.sampled_from(sorted(LAYOUTS)))

@@ -27,7 +27,7 @@ from kv_model import (
     state_of,
 )
 
-from saffron_kernels import Beams, CacheFullError, KVTrie, gather_kv
+from saffron_kernels import Beams, CacheFullError, KVTrie, append_kv, gather_kv, tree_attention
 from saffron_kernels import backend as use_backend
 
 OP = "tree_attention"
@@ -339,3 +339,20 @@ def test_sizes_below_one(name) -> None:
     sizes = {"layers": 1, "kv_heads": 1, "head_dim": 1, "capacity": 1} | {name: 0}
     with pytest.raises(ValueError, match=f"{name}: got 0, expected at least 1"):
         KVTrie(sizes["layers"], sizes["kv_heads"], sizes["head_dim"], capacity=sizes["capacity"])
+
+
+def test_v_of_another_size() -> None:
+    """MLA models: K of 192, V of 128; what is appended is read again, through growth too."""
+    trie = KVTrie(layers=2, kv_heads=3, head_dim=24, v_dim=16, capacity=4)
+    assert trie.bytes_per_token == 2 * 3 * (24 + 16) * 4
+    filled = trie.insert([[1, 2, 3], [1, 2, 4, 5, 6, 7]])
+    assert trie.k.shape == (2, 8, 3, 24) and trie.v.shape == (2, 8, 3, 16)
+    step = filled.step
+    k, v, q = (torch.randn(len(step.positions), heads, size) for heads, size in ((3, 24), (3, 16), (6, 24)))
+    append_kv(k, v, step.write_slots, trie.k[1], trie.v[1])
+    out, _ = tree_attention(q, trie.k[1], trie.v[1], step.slot, step.begin, step.end, 0.2)
+    assert out.shape == (7, 6, 16)
+    first = int(step.positions.argmin())  # the query that sees itself alone
+    torch.testing.assert_close(out[first], v[first].repeat_interleave(2, 0))
+    with pytest.raises(ValueError, match="v_dim: got 0, expected at least 1"):
+        KVTrie(layers=1, kv_heads=1, head_dim=4, v_dim=0)

@@ -2,81 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from cases import LAYOUTS, i32, randn
 from hypothesis import given
 from hypothesis import strategies as st
+from steps import check, step
 from torch import Tensor
 
-from saffron_kernels import multifurcate, multifurcation_head, nucleus
+from saffron_kernels import multifurcate
 from saffron_kernels.checks import compute_dtype
 
 OP = "multifurcate"
+FLOATS = [torch.float32, torch.float64]
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def step(
-    groups: list[int], num_groups: int, width: int, vocab: int, dtype, device, seed: int = 1, **more: Any
-) -> dict[str, Any]:
-    """Arguments of one step; `more` replaces or adds. What belongs to rows of no group is NaN."""
-    rows, dev = len(groups), device
-    arguments: dict[str, Any] = {
-        "logits": 2 * randn(seed, rows, vocab, dtype=dtype, device=dev),
-        "hidden": randn(seed + 1, rows, 6, dtype=dtype, device=dev),
-        "weight": randn(seed + 2, vocab, 6, dtype=dtype, device=dev),
-        "bias": None,
-        "unseen": None,
-        "unseen_reward": -torch.inf,
-        "groups": i32(groups, dev),
-        "num_groups": num_groups,
-        "width": width,
-        "top_p": 0.8,
-    }
-    arguments |= more
-    used = sum(group < num_groups for group in groups)
-    for name in ("logits", "hidden", "scores"):
-        if arguments.get(name) is not None:
-            arguments[name][used:] = torch.nan
-    return arguments
-
-
-def as_list(tensor: Tensor | None) -> list:
-    return [] if tensor is None else tensor.tolist()
-
-
-def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The nucleus and its rewards come from their own ops on the same backend, which their own tests hold to fp64."""
-    result = multifurcate(**arguments)
-    of_none = int((arguments["groups"] == arguments["num_groups"]).sum())  # the last rows
-    used = arguments["groups"].shape[0] - of_none
-    head = [arguments[name] for name in ("weight", "bias", "unseen", "unseen_reward")]
-    tokens, _, offsets = nucleus(arguments["logits"][:used], arguments["top_p"], arguments.get("banned"))
-    rewards = multifurcation_head(arguments["hidden"][:used], *head, tokens, offsets)
-    scores, carried = arguments.get("scores"), arguments.get("carried_scores")
-    parent, token, reward, blind = oracle.multifurcate(
-        tokens.tolist(),
-        rewards.tolist(),
-        oracle.rows_of(offsets),
-        None if arguments["unseen"] is None else arguments["unseen"].tolist(),
-        arguments["groups"].tolist(),
-        arguments["num_groups"],
-        arguments["width"],
-        None if scores is None else scores.to(rewards.dtype).tolist(),
-        as_list(arguments.get("end_tokens")),
-        [] if carried is None else carried.to(rewards.dtype).tolist(),
-        as_list(arguments.get("carried_groups")),
-    )
-    dtypes = [torch.int32, torch.int32, compute_dtype(arguments["hidden"].dtype), torch.int32, torch.bool]
-    assert [x.dtype for x in result] == dtypes
-    assert result[0].tolist() == parent and result[1].tolist() == token
-    assert torch.allclose(result[2], torch.tensor(reward, dtype=result[2].dtype, device=result[2].device), 1e-5, 1e-6)
-    assert result[3].tolist() == offsets.diff().tolist() + [0] * of_none and result[4].tolist() == blind
-    return result
-
 
 GROUPS = {
     "one_beam": ([0], 1, 1),
@@ -120,7 +62,22 @@ def test_random(backend, examples, device, dtype) -> None:
     def run(data: st.DataObject, groups: list[int], width: int, seed: int) -> None:  # group 3 is none
         vocab, wide = 9, compute_dtype(dtype)
         few = st.lists(st.integers(0, vocab - 1), max_size=4)
-        more: dict[str, Any] = {"top_p": data.draw(st.sampled_from([0.1, 0.8, 0.99]))}
+        padded = st.lists(st.integers(-1, vocab - 1), min_size=4, max_size=4)
+
+        def ids() -> Tensor:
+            """For all rows, or for each."""
+            if data.draw(st.booleans()):
+                return i32(data.draw(few), device)
+            lists = data.draw(st.lists(padded, min_size=len(groups), max_size=len(groups)))
+            return torch.tensor(lists, dtype=torch.int32, device=device).reshape(len(groups), 4)
+
+        top_p = st.sampled_from([0.1, 0.8, 0.99])
+        more: dict[str, Any] = {"top_p": data.draw(top_p)}
+        if data.draw(st.booleans()):
+            each = data.draw(st.lists(top_p, min_size=len(groups), max_size=len(groups)))
+            more["top_p"] = torch.tensor(each, dtype=data.draw(st.sampled_from(FLOATS)), device=device)
+        if data.draw(st.booleans()):
+            more["widths"] = i32(data.draw(st.lists(st.integers(1, width), min_size=3, max_size=3)), device)
         if data.draw(st.booleans()):
             seen = data.draw(few)
             more["unseen"] = torch.ones(vocab, dtype=torch.bool, device=device).index_fill(
@@ -129,9 +86,9 @@ def test_random(backend, examples, device, dtype) -> None:
         if data.draw(st.booleans()):
             more["scores"] = randn(seed + 5, len(groups), dtype=wide, device=device).round(decimals=1)
         if data.draw(st.booleans()):
-            more["end_tokens"] = i32(data.draw(few), device)
+            more["end_tokens"] = ids()
         if data.draw(st.booleans()):
-            more["banned"] = i32(data.draw(few), device)
+            more["banned"] = ids()
         if data.draw(st.booleans()):
             carried = data.draw(st.lists(st.integers(0, 3), max_size=4))
             more["carried_scores"] = randn(seed + 6, len(carried), dtype=wide, device=device)
@@ -248,11 +205,32 @@ def test_searching_together_or_alone(backend, device, dtype) -> None:
         ("carried_groups", i32([2])),
         ("carried_scores", torch.zeros(2)),
         ("rewards", torch.full((2, 6), torch.nan)),  # as `hidden`: what the head makes of it cannot be ranked
+        ("top_p", torch.tensor([0.5, torch.nan])),
+        ("top_p", torch.tensor([0.0, 0.5])),
+        ("top_p", torch.tensor([0.5])),
+        ("top_p", math.nan),
+        ("unseen_reward", math.nan),
+        ("banned", torch.tensor([[0, -1], [5, 0]], dtype=torch.int32)),
+        ("banned", torch.tensor([[0, -1]], dtype=torch.int32)),
+        ("end_tokens", torch.tensor([[0, -1]], dtype=torch.int32)),
+        ("widths", i32([0])),
+        ("widths", i32([3])),
+        ("widths", i32([1, 1])),
     ],
 )
 def test_errors(name, value, backend, device) -> None:
     arguments = step([0, 0], 1, 2, 5, torch.float32, device)
+    value = value.to(device) if isinstance(value, Tensor) else value
     if name == "carried_groups" and value.tolist() == [2]:
         arguments["carried_scores"] = torch.zeros(1, device=device)  # a group that does not exist
     with pytest.raises(ValueError, match=name if name != "carried_scores" else "carried"):
-        multifurcate(**arguments | {"hidden" if name == "rewards" else name: value.to(device)})
+        multifurcate(**arguments | {"hidden" if name == "rewards" else name: value})
+
+
+def test_infinite_rewards_are_ranked(backend, device, dtype) -> None:
+    """Infinities are numbers: +inf first, -inf before empty places."""
+    bias = torch.tensor([torch.inf, 0, -torch.inf, 1], dtype=dtype, device=device)
+    head = {"weight": torch.zeros(4, 6, dtype=dtype, device=device), "bias": bias, "top_p": 1.0}
+    parent, token, reward, _, _ = check(step([0], 1, 5, 4, dtype, device, **head))
+    assert token.tolist() == [0, 3, 1, 2, -1] and parent.tolist() == [0, 0, 0, 0, 1]
+    assert reward.tolist() == [torch.inf, 1, 0, -torch.inf, -torch.inf]

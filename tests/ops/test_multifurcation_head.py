@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -15,6 +17,7 @@ from saffron_kernels import multifurcation_head
 from saffron_kernels.checks import compute_dtype
 
 OP = "multifurcation_head"
+BAD = [torch.nan, -torch.nan, torch.inf, -torch.inf]
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 COUNTS = {"one": [1], "odd": [3, 0, 7, 1, 5], "none": [0, 0], "no_rows": [], "many": [17] * 33, "lone_last": [0, 0, 2]}
@@ -99,6 +102,38 @@ def test_random(backend, examples, device, dtype) -> None:
         check(lay(h), lay(w), None, None, 0.0, found.tokens, found.offsets)
 
     run()
+
+
+def test_nan_in_nan_out(backend, examples, device, dtype) -> None:
+    """Whichever lane of hidden, weight or bias holds it: those candidates, and no others."""
+
+    @examples
+    @given(st.data(), st.sampled_from(["hidden", "weight", "bias"]), st.integers(1, 75), st.sampled_from(BAD))
+    def run(data: st.DataObject, name: str, size: int, bad: float) -> None:
+        found, h, w = inputs([3, 0, 6, 2], 9, size, dtype, device)
+        given = {"hidden": h, "weight": w.nan_to_num(), "bias": randn(4, 9, dtype=dtype, device=device)}
+        unseen = torch.arange(9, device=device) % 4 == 1
+        rest = unseen, -2.0, found.tokens, found.offsets
+        expected = multifurcation_head(*given.values(), *rest)
+        place = tuple(data.draw(st.integers(0, n - 1)) for n in given[name].shape)
+        given[name][place] = bad
+        rewards = multifurcation_head(*given.values(), *rest)
+        tokens, rows = found.tokens.tolist(), oracle.rows_of(found.offsets)
+        of_it = [(r if name == "hidden" else t) == place[0] and t % 4 != 1 for r, t in zip(rows, tokens, strict=True)]
+        touched = torch.tensor(of_it, dtype=torch.bool, device=device)
+        if bad == bad:  # infinite: an infinity, or NaN where the other factor is 0
+            assert not bool(rewards[touched].isfinite().any())
+        else:
+            assert bool(rewards[touched].isnan().all())
+        assert torch.equal(rewards[~touched], expected[~touched])
+
+    run()
+
+
+def test_unseen_reward_is_a_number(backend, device) -> None:
+    found, h, w = inputs([2], 9, 4, torch.float32, device)
+    with pytest.raises(ValueError, match="unseen_reward"):
+        multifurcation_head(h, w, None, None, math.nan, found.tokens, found.offsets)
 
 
 def test_same_input_same_bits(backend, device, dtype) -> None:

@@ -20,7 +20,7 @@ OP = "nucleus"
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def check(logits: Tensor, top_p: float, banned: Tensor | None = None) -> list[list[int]]:
+def check(logits: Tensor, top_p: float | Tensor, banned: Tensor | None = None) -> list[list[int]]:
     """Tokens of each row. Where the mass before a token is `top_p` but for rounding, it may be in or out."""
     tokens, probability, offsets = nucleus(logits, top_p, banned)
     computed = compute_dtype(logits.dtype)
@@ -32,10 +32,11 @@ def check(logits: Tensor, top_p: float, banned: Tensor | None = None) -> list[li
     smallest = torch.finfo(computed).tiny
 
     found, exact = [], []
-    for row, expected in enumerate(oracle.nucleus(logits, banned)):
+    limits = top_p.tolist() if isinstance(top_p, Tensor) else [top_p] * logits.shape[0]
+    for row, (expected, limit) in enumerate(zip(oracle.nucleus(logits, banned), limits, strict=True)):
         kept = tokens[bounds[row] : bounds[row + 1]].tolist()
-        surely = sum(before < top_p - rounding and p >= smallest for _, p, before in expected)
-        perhaps = sum(before < top_p + rounding for _, _, before in expected)
+        surely = sum(before < limit - rounding and p >= smallest for _, p, before in expected)
+        perhaps = sum(before < limit + rounding for _, _, before in expected)
         assert kept == [t for t, _, _ in expected[: len(kept)]], "not the most probable tokens, in their order"
         assert max(1, surely) <= len(kept) <= perhaps
         found.append(kept)
@@ -57,8 +58,8 @@ def check_probabilities(actual: Tensor, exact: Tensor, own: Tensor) -> None:
 
 def own_probabilities(logits: Tensor, banned: Tensor | None, found: list[list[int]]) -> list[Tensor]:
     x = logits.to(compute_dtype(logits.dtype))
-    if banned is not None:
-        x = x.index_fill(1, banned.long(), -torch.inf)
+    for row, tokens in enumerate(oracle.ids_of_rows(banned, len(x))):
+        x = x.index_put((i32([row], x.device), i32(tokens, x.device)), x.new_tensor(-torch.inf))
     return [p[kept] for p, kept in zip(x.softmax(1), found, strict=True)]
 
 
@@ -153,6 +154,42 @@ def test_random(backend, examples, device, dtype) -> None:
     run()
 
 
+def test_random_parameters_of_each_row(backend, examples, device, dtype) -> None:
+    @examples
+    @given(st.data(), st.integers(1, 4), st.integers(2, 12), st.sampled_from(sorted(LAYOUTS)), st.integers(0, 2**20))
+    def run(data: st.DataObject, rows: int, vocab: int, layout: str, seed: int) -> None:
+        logits = 3 * randn(seed, rows, vocab, dtype=dtype, device=device)
+        width = data.draw(st.integers(0, 4))
+        ids = st.lists(st.integers(-1, vocab - 2), min_size=width, max_size=width)  # the last token is never banned
+        banned = torch.tensor(data.draw(st.lists(ids, min_size=rows, max_size=rows)), dtype=torch.int32, device=device)
+        banned = banned.reshape(rows, width)
+        floats = data.draw(st.sampled_from([torch.float32, torch.float64]))
+        top_ps = data.draw(st.lists(st.floats(0.01, 1), min_size=rows, max_size=rows))
+        top_p = torch.tensor(top_ps, dtype=floats, device=device)
+        lay = LAYOUTS[layout]
+        check(lay(logits), lay(top_p), lay(banned))
+        together = nucleus(logits, top_p, banned)
+        bounds = together[2].tolist()
+        for row in range(rows):  # the same bits as alone, with numbers for tensors
+            alone = nucleus(logits[row : row + 1], float(top_p[row]), banned[row][banned[row] >= 0])
+            own = slice(bounds[row], bounds[row + 1])
+            assert torch.equal(together[0][own], alone[0]) and torch.equal(together[1][own], alone[1])
+
+    run()
+
+
+def test_parameters_of_each_row_that_are_those_of_all(backend, device, dtype) -> None:
+    """The same bits."""
+    logits = 3 * randn(5, 6, 333, dtype=dtype, device=device)
+    banned = i32([7, 300, 7], device)
+    for top_p in (0.3, 0.8, 1.0):
+        for floats in (torch.float32, torch.float64):
+            all_rows = torch.full((6,), top_p, dtype=floats, device=device)
+            expected = nucleus(logits, float(all_rows[0]), banned)
+            each = nucleus(logits, all_rows, torch.cat([banned, i32([-1, -1], device)]).expand(6, -1))
+            assert all(torch.equal(x, y) for x, y in zip(expected, each, strict=True))
+
+
 def test_rows_do_not_touch_each_other(backend, device, dtype) -> None:
     """The same row has the same result, bit for bit, wherever it stands and whatever stands beside it."""
     logits = 3 * randn(5, 7, 97, dtype=dtype, device=device)
@@ -173,13 +210,26 @@ def test_equal_rows_are_cut_alike(vocab, top_p, backend, device, dtype) -> None:
     assert len(set(offsets.diff().tolist())) == 1
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", [0, 2, 4])
-def test_row_with_nan_or_infinity(place, bad, backend, device, dtype) -> None:
-    logits = randn(6, 3, 5, dtype=dtype, device=device)
-    logits[1, place] = bad
-    with pytest.raises(ValueError, match="logits: row 1"):
-        nucleus(logits, 0.5)
+def test_row_with_nan_or_infinity(backend, examples, device, dtype) -> None:
+    """Whichever lane holds it; where the token is banned, its logit is not looked at."""
+
+    @examples
+    @given(st.integers(0, 3), st.integers(1, 75), st.data(), st.sampled_from([torch.nan, -torch.nan, torch.inf]))
+    def run(row: int, vocab: int, data: st.DataObject, bad: float) -> None:
+        logits = randn(6, 4, vocab, dtype=dtype, device=device)
+        place, other = data.draw(st.integers(0, vocab - 1)), data.draw(st.integers(0, vocab - 1))
+        logits[row, place] = bad
+        with pytest.raises(ValueError, match=f"logits: row {row}"):
+            nucleus(logits, 0.5)
+        with pytest.raises(ValueError, match=f"logits: row {row}"):
+            nucleus(logits, 0.5, i32([-1 if other == place else other], device))
+        if vocab > 1:
+            check(logits, 0.5, i32([place], device))
+            each = torch.full((4, 1), -1, dtype=torch.int32, device=device)
+            each[row] = place
+            check(logits, 0.5, each)
+
+    run()
 
 
 def test_row_with_no_token_left(backend, device, dtype) -> None:
@@ -196,10 +246,20 @@ def test_top_p_out_of_range(top_p, device) -> None:
         nucleus(torch.zeros(1, 3, device=device), top_p)
 
 
-@pytest.mark.parametrize("bad", [-1, 5])
-def test_banned_token_outside_the_vocabulary(bad, backend, device, dtype) -> None:
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -0.5, 1.0000001, math.inf, -math.inf])
+@pytest.mark.parametrize("floats", [torch.float32, torch.float64])
+def test_top_p_of_a_row_out_of_range(floats, bad, backend, device) -> None:
+    top_p = torch.tensor([0.5, 1.0, bad, bad], dtype=floats, device=device)
+    with pytest.raises(ValueError, match="top_p: row 2"):
+        nucleus(torch.zeros(4, 3, device=device), top_p)
+
+
+@pytest.mark.parametrize("bad", [-2, 5])
+@pytest.mark.parametrize("each", [False, True])
+def test_banned_token_outside_the_vocabulary(each, bad, backend, device, dtype) -> None:
+    banned = torch.stack([i32([0, -1], device), i32([0, bad], device)]) if each else i32([0, bad], device)
     with pytest.raises(ValueError, match="banned"):
-        nucleus(torch.zeros(1, 5, dtype=dtype, device=device), 0.5, i32([0, bad], device))
+        nucleus(torch.zeros(2, 5, dtype=dtype, device=device), 0.5, banned)
 
 
 def test_empty_vocabulary(device) -> None:

@@ -26,13 +26,15 @@ def check(
     dtype,
     device,
     layout=lambda x: x,
+    widths: list[int] | None = None,
 ):
     found = candidates(1, counts, 4 * max([1, *counts]), device)
     # Rewards are fp32 (fp64 for fp64), and the order has to be that of the numbers as stored.
     stored = torch.tensor(rewards, dtype=compute_dtype(dtype), device=device)
     arguments = (layout(stored), layout(found.tokens), layout(found.offsets), layout(i32(groups, device)))
-    parent, token, reward = select_beam(*arguments, num_groups, width)
-    expected = oracle.select_beam(stored.tolist(), found.tokens.tolist(), found.rows, groups, num_groups, width)
+    each = None if widths is None else layout(i32(widths, device))
+    parent, token, reward = select_beam(*arguments, num_groups, width, widths=each)
+    expected = oracle.select_beam(stored.tolist(), found.tokens.tolist(), found.rows, groups, num_groups, width, widths)
     assert parent.dtype == token.dtype == torch.int32 and reward.dtype == stored.dtype
     assert (parent.tolist(), token.tolist(), reward.tolist()) == expected
     return parent, token, reward
@@ -75,9 +77,30 @@ def test_random(backend, examples, device, dtype) -> None:
         used = sum(count for count, group in zip(counts, groups, strict=True) if group < 4)
         rewards = data.draw(st.lists(reward, min_size=used, max_size=used))
         rewards += [data.draw(st.sampled_from([INF, NAN]))] * (sum(counts) - used)  # of rows of no group
-        check(rewards, counts, groups, 4, width, dtype, device)
+        widths = data.draw(st.none() | st.lists(st.integers(1, width), min_size=4, max_size=4))
+        check(rewards, counts, groups, 4, width, dtype, device, widths=widths)
 
     run()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "gaps", "shifted"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("widest", [False, True])
+def test_widths(widest, case, layout, backend, device, dtype) -> None:
+    """Where all are the largest, as without them; what stands behind narrow groups moves up."""
+    rewards, counts, groups, num_groups, width = CASES[case]
+    widths = [width if widest else 1 + g % width for g in range(num_groups)]
+    found = check(rewards, counts, groups, num_groups, width, dtype, device, LAYOUTS[layout], widths)
+    if widest:
+        expected = check(rewards, counts, groups, num_groups, width, dtype, device)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("bad", [0, -1, 4, 2**31 - 1])
+def test_widths_out_of_range(bad, backend, device) -> None:
+    rewards, tokens, offsets = torch.zeros(2, device=device), i32([1, 2], device), i32([0, 1, 2], device)
+    with pytest.raises(ValueError, match="widths"):
+        select_beam(rewards, tokens, offsets, i32([0, 1], device), 2, 3, widths=i32([3, bad], device))
 
 
 @pytest.mark.parametrize("rows, count, width", [(32, 33, 32), (64, 129, 64), (7, 1000, 100)])
@@ -105,10 +128,18 @@ def test_searching_together_or_alone(backend, device, dtype) -> None:
         assert torch.equal(alone[2], reward[mine])
 
 
-def test_nan_reward(backend, device, dtype) -> None:
-    rewards = torch.tensor([0.0, torch.nan, 1.0], dtype=compute_dtype(dtype), device=device)
-    with pytest.raises(ValueError, match="rewards: candidate 1"):
-        select_beam(rewards, i32([1, 2, 3], device), i32([0, 3], device), i32([0], device), 1, 2)
+def test_nan_reward(backend, examples, device, dtype) -> None:
+    """Wherever it stands, also where it would not be chosen."""
+
+    @examples
+    @given(st.integers(0, 299), st.integers(1, 4), st.sampled_from([torch.nan, -torch.nan]))
+    def run(place: int, width: int, bad: float) -> None:
+        rewards = randn(1, 300, dtype=compute_dtype(dtype), device=device)
+        rewards[place] = bad
+        with pytest.raises(ValueError, match=f"rewards: candidate {place} "):
+            select_beam(rewards, i32(range(300), device), i32([0, 40, 300], device), i32([0, 1], device), 2, width)
+
+    run()
 
 
 @pytest.mark.parametrize("num_groups, width, name", [(-1, 1, "num_groups"), (1, 0, "width"), (1, -2, "width")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import hypothesis.strategies as st
 import oracle
@@ -22,7 +23,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def own_result(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, forest: Forest, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    forest: Forest,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float, float]:
     """PyTorch's attention in the same dtype, its log-sum-exp in the dtype of ours, and the size of V and of scores."""
     mask = forest.mask()
@@ -31,37 +38,52 @@ def own_result(
     group = q.shape[1] // k_cache.shape[1]
     k, v = (c[rows].repeat_interleave(group, 1).transpose(0, 1) for c in (k_cache, v_cache))
     qh = q.transpose(0, 1)
-    out = F.scaled_dot_product_attention(qh[None], k[None], v[None], attn_mask=mask, scale=scale)[0].transpose(0, 1)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (qh.to(wide) * scale @ k.to(wide).mT).masked_fill(~mask, -torch.inf)
+    scores = qh.to(wide) * scale @ k.to(wide).mT
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(qh[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
+    else:
+        sink = q.new_full((q.shape[1],), -torch.inf) if sinks is None else sinks
+        scores = torch.cat([scores, sink.to(wide)[:, None, None].expand(-1, q.shape[0], 1)], -1)
+        out = scores.softmax(-1)[..., :-1].to(q.dtype) @ v
+    out = out.transpose(0, 1)
     out = out.masked_fill(~mask.any(1)[:, None, None], 0)
-    size = scores[scores.isfinite()].abs().max().item() if mask.any() else 1.0
+    size = scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 1.0
     return out, scores.logsumexp(-1).T, v.abs().max().item() if v.numel() else 1.0, max(1.0, size)
 
 
 def check(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, forest: Forest, scale: float, exact: tuple[Tensor, Tensor]
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    forest: Forest,
+    scale: float,
+    exact: tuple[Tensor, Tensor],
+    **extra: Any,
 ) -> None:
-    out, lse = tree_attention(q, k_cache, v_cache, forest.slot, forest.begin, forest.end, scale)
+    out, lse = tree_attention(q, k_cache, v_cache, forest.slot, forest.begin, forest.end, scale, **extra)
     assert out.dtype == q.dtype and out.is_contiguous()
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    own_out, own_lse, largest_v, largest_score = own_result(q, k_cache, v_cache, forest, scale)
+    own_out, own_lse, largest_v, largest_score = own_result(q, k_cache, v_cache, forest, scale, **extra)
     assert_as_good_as_torch("lse", lse, exact[1], own_lse, largest_score)
     assert_as_good_as_torch("out", out, exact[0], own_out, largest_v)
 
 
-def by_oracle(q: Tensor, k_cache: Tensor, v_cache: Tensor, forest: Forest, scale: float) -> None:
-    exact = oracle.tree_attention(q, k_cache, v_cache, forest.slot, forest.begin, forest.end, scale)
-    check(q, k_cache, v_cache, forest, scale, exact)
+def by_oracle(q: Tensor, k_cache: Tensor, v_cache: Tensor, forest: Forest, scale: float, **extra: Any) -> None:
+    exact = oracle.tree_attention(q, k_cache, v_cache, forest.slot, forest.begin, forest.end, scale, **extra)
+    check(q, k_cache, v_cache, forest, scale, exact, **extra)
 
 
-def by_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, forest: Forest, scale: float) -> None:
+def by_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, forest: Forest, scale: float, **extra: Any) -> None:
     """For sizes that the oracle's loops cannot do: the reference in fp64, which the oracle has checked."""
     with use_backend("reference"):
         exact = tree_attention(
-            q.double(), k_cache.double(), v_cache.double(), forest.slot, forest.begin, forest.end, scale
+            q.double(), k_cache.double(), v_cache.double(), forest.slot, forest.begin, forest.end, scale, **extra
         )
-    check(q, k_cache, v_cache, forest, scale, exact)
+    check(q, k_cache, v_cache, forest, scale, exact, **extra)
 
 
 TINY = {
@@ -94,6 +116,77 @@ def test_head_geometries(heads, kv_heads, head_dim, backend, device, dtype) -> N
     k_cache, v_cache = caches(8, forest, kv_heads, head_dim, dtype, device)
     q = randn(9, forest.queries, heads, head_dim, dtype=dtype, device=device)
     by_reference(q, k_cache, v_cache, forest, head_dim**-0.5)
+
+
+@pytest.mark.parametrize("softcap, with_sinks", [(None, False), (2.0, False), (30.0, False), (None, True), (0.5, True)])
+@pytest.mark.parametrize("head_dim, v_dim", [(24, 16), (16, 40), (64, 64), (192, 128), (40, 128)])
+def test_softcap_sinks_and_size_of_v(head_dim, v_dim, softcap, with_sinks, backend, limit, device, dtype) -> None:
+    """Sizes of Gemma 2's, gpt-oss' and DeepSeek's heads among them; a query without tokens has its sink alone."""
+    forest = flatten(beams(50, 1, 7, 30 if limit < 1 << 30 else 170, 3), seed=12).to(device)
+    forest.paths = [*forest.paths, ()]
+    k_cache, v_cache = caches(51, forest, 2, head_dim, dtype, device, v_dim)
+    q = randn(52, forest.queries, 4, head_dim, dtype=dtype, device=device)
+    sinks = randn(53, 4, dtype=dtype, device=device) * 3 if with_sinks else None
+    by_reference(q, k_cache, v_cache, forest, 2 * head_dim**-0.5, softcap=softcap, sinks=sinks)
+    out, lse = tree_attention(
+        q, k_cache, v_cache, forest.slot, forest.begin, forest.end, 0.3, softcap=softcap, sinks=sinks
+    )
+    assert out.shape == (forest.queries, 4, v_dim) and not bool(out[-1].any())
+    alone = torch.full((4,), -torch.inf) if sinks is None else sinks.float().cpu()
+    assert torch.allclose(lse[-1].float().cpu(), alone, rtol=1e-6)
+
+
+def test_random_softcap_sinks_and_size_of_v(backend, examples, device, dtype) -> None:
+    @examples
+    @given(forests(), st.sampled_from([None, 0.3, 5.0]), st.booleans(), st.integers(1, 9), st.integers(0, 2**20))
+    def run(forest: Forest, softcap: float | None, with_sinks: bool, v_dim: int, seed: int) -> None:
+        forest = forest.to(device)
+        k_cache, v_cache = caches(seed, forest, 2, 3, dtype, device, v_dim)
+        q = randn(seed + 2, forest.queries, 4, 3, dtype=dtype, device=device)
+        sinks = randn(seed + 3, 4, dtype=torch.float32, device=device) if with_sinks else None
+        by_oracle(q, k_cache, v_cache, forest, 0.7, softcap=softcap, sinks=sinks)
+
+    run()
+
+
+def test_sinks_that_dominate_or_vanish(backend, device, dtype) -> None:
+    """Far above and below all scores, beyond what exp holds, and -inf, which is none."""
+    forest = flatten(beams(54, 1, 5, 6, 2), seed=5).to(device)
+    k_cache, v_cache = caches(55, forest, 1, 8, dtype, device)
+    q = randn(56, forest.queries, 4, 8, dtype=dtype, device=device)
+    plan = forest.slot, forest.begin, forest.end
+    sinks = torch.tensor([300.0, -300.0, -torch.inf, 0.0], device=device)
+    out, lse = tree_attention(q, k_cache, v_cache, *plan, 0.3, sinks=sinks)
+    without, lse_without = tree_attention(q, k_cache, v_cache, *plan, 0.3)
+    assert float(out[:, 0].abs().max()) < 1e-100 and torch.allclose(lse[:, 0], lse.new_tensor(300.0), rtol=1e-6)
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(out[:, 1:3], without[:, 1:3], rtol=4 * eps, atol=4 * eps)
+    assert torch.allclose(lse[:, 1:3], lse_without[:, 1:3], rtol=1e-6)
+    assert bool((lse[:, 3] > lse_without[:, 3]).all())
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"softcap": 0.0}, ValueError, "softcap: got 0.0, expected a finite number above 0"),
+        ({"softcap": torch.inf}, ValueError, "softcap: got inf"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks: got shape \[3\], expected \[2\]"),
+        ({"sinks": torch.zeros(2, dtype=torch.int32)}, TypeError, "sinks: got torch.int32"),
+        ({"sinks": torch.zeros(2, dtype=torch.complex64)}, TypeError, "sinks: got torch.complex64"),
+    ],
+)
+def test_softcap_and_sinks_that_do_not_fit(wrong, error, message) -> None:
+    cache, index = torch.zeros(1, 1, 4), i32([0])
+    with pytest.raises(error, match=message):
+        tree_attention(torch.zeros(1, 2, 4), cache, cache, index, index, index + 1, 1.0, **wrong)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)])
+def test_head_size_of_zero(size) -> None:
+    k_cache, v_cache, index = torch.zeros(1, 1, size[0]), torch.zeros(1, 1, size[1]), i32([0])
+    name = "k_cache" if size[0] == 0 else "v_cache"
+    with pytest.raises(ValueError, match=rf"{name}: got shape \[1, 1, 0\], expected a head size of at least 1"):
+        tree_attention(torch.zeros(1, 2, size[0]), k_cache, v_cache, index, index, index + 1, 1.0)
 
 
 LARGER = {

@@ -19,11 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from saffron.errors import ConfigError, NumericalError
 from saffron.models.policy import Policy
-from saffron.models.trie_model import Rows
-from saffron.search import Request, SaffronSearch, captured
-from saffron.search import saffron as module
-from saffron.search.captured import EVERY, StaticStep, context_plan
-from saffron_kernels import Beams, multifurcate
+from saffron.search import Request, SaffronSearch, captured_step
+from saffron.search.captured_step import EVERY, StaticForest, intervals
+from saffron.search.eager_step import ModelPair
+from saffron_kernels import multifurcate
 
 
 @pytest.mark.parametrize("seed, eos_score", [(0, "parent"), (1, "mrm"), (2, "parent")])
@@ -36,17 +35,19 @@ def test_equals_the_search_step_by_step(seed, eos_score, monkeypatch) -> None:
 
 
 def test_equals_it_when_recorded_and_replayed(monkeypatch) -> None:
-    """Both kinds of steps, those that must not end and those that may; and again, with the buffers that are there."""
+    """Steps that must not end and steps that may are one graph; and again, with the buffers that are there."""
     policy, mrm = tiny.pair(3)
     search = make(monkeypatch, recorded, policy, mrm, replace(CONFIG, width=4, max_new_tokens=6, eos_score="mrm"))
     plain = SaffronSearch(policy, mrm, search.config)
     same(search.search(REQUESTS), plain.search(REQUESTS))
-    buffers = search._static
+    step = search._captured
+    assert step is not None and step.forest is not None
+    buffers, replay = step.forest, step.forest._replay
     others = [Request((0, 9 + i), (0, 4, 9 + i)) for i in range(len(REQUESTS))]
     same(search.search(others), plain.search(others))
-    assert search._static is buffers and buffers is not None and len(buffers._replays) == 2
+    assert search._captured is step and step.forest is buffers and buffers._replay is replay and replay is not None
     same(search.search(REQUESTS[:1]), plain.search(REQUESTS[:1]))  # another number of searches: other buffers
-    assert search._static is not buffers
+    assert search._captured is not step
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, EVERY, EVERY + 1])
@@ -64,29 +65,23 @@ def test_ends_soon_after_all_searches_have_ended(monkeypatch) -> None:
     mrm.bias[1], mrm.unseen[1] = 1e3, False  # the end is what it likes best
     search = make(monkeypatch, None, policy, mrm, config)
     steps = 0
+    choose = StaticForest._choose
 
-    def counted(*arguments: object, **options: object) -> StaticStep:
-        made = StaticStep(*arguments, **options, capture=None)  # type: ignore[arg-type]
-        run = made._run
+    def counting(*arguments: object) -> None:
+        nonlocal steps
+        steps += 1
+        choose(*arguments)  # type: ignore[arg-type]
 
-        def counting(*a: object) -> None:
-            nonlocal steps
-            steps += 1
-            run(*a)  # type: ignore[arg-type]
-
-        made._run = counting  # type: ignore[method-assign]
-        return made
-
-    monkeypatch.setattr(module, "StaticStep", counted)
+    monkeypatch.setattr(StaticForest, "_choose", counting)
     same(search.search(REQUESTS), SaffronSearch(policy, mrm, config).search(REQUESTS))
-    assert steps < 2 * EVERY
+    assert 0 < steps < 2 * EVERY
 
 
 def test_a_traced_search_runs_step_by_step(monkeypatch) -> None:
     policy, mrm = tiny.pair()
     search = make(monkeypatch, None, policy, mrm)
     (traced,) = search.search(REQUESTS[:1], trace=True)
-    assert search._static is None and traced.trace
+    assert search._captured is None and traced.trace
 
 
 class Watch(TorchDispatchMode):
@@ -102,9 +97,22 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def a_step(policy, mrm) -> StaticStep:
-    head = SaffronSearch(policy, mrm, CONFIG).head
-    return StaticStep(policy, mrm, head, torch.tensor([1], dtype=torch.int32), CONFIG, 3, 300, 300, capture=None)
+def a_step(policy, mrm) -> Callable[[], object]:
+    """One step of buffers that hold nothing."""
+    forest = StaticForest(ModelPair(policy, mrm), CONFIG, 3, (300, 300), None)
+    forest._nodes.copy_(forest._nothing)
+    forest._ends.fill_(-1)
+    forest._top_p.fill_(1.0)
+    forest._widths.fill_(1)
+
+    def step() -> Tensor:
+        logits, hidden = (
+            side.output(t, 64) for side, t in zip((forest.policy, forest.mrm), forest._tokens.long(), strict=True)
+        )
+        forest._choose(logits, hidden)
+        return forest._records
+
+    return step
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -113,10 +121,9 @@ def test_a_step_never_waits_for_the_device(architecture) -> None:
     policy = Policy(tiny.model(architecture))
     with torch.inference_mode():
         step = a_step(policy, mrm)
-        step._nodes.copy_(step._nothing)
         with Watch():
-            step._run(1, True, 64)
-            step._run(2, False, 64)
+            step()
+            step()
 
 
 def test_waiting_would_be_seen() -> None:
@@ -137,23 +144,26 @@ def test_sizes_and_devices_are_known_before() -> None:
         assert mrm.bias is not None and mrm.unseen is not None
         mrm.bias, mrm.unseen = mode.from_tensor(mrm.bias), mode.from_tensor(mrm.unseen)
         step = a_step(policy, mrm)
-        step._run(1, True, 64)
-        step._run(2, False, 64)
-        assert isinstance(step._records, FakeTensor)
+        step()
+        assert isinstance(step(), FakeTensor)
 
 
 @given(forests())
 def test_plan_in_the_order_of_the_caller(forest: Forest) -> None:
-    order = np.random.default_rng(forest.queries).permutation(np.repeat(np.arange(forest.queries), 2)).astype(np.int32)
+    """Rows in any order, and several on one query, see what their query saw but for one token, which is their own."""
+    random = np.random.default_rng(forest.queries)
+    order = random.permutation(np.repeat(np.arange(forest.queries), 2)).astype(np.int32)
     alive = forest.begin < forest.end
-    slot, begin, end = (x[alive] for x in (forest.slot, forest.begin, forest.end))
-    beams = Beams(order, np.arange(forest.queries, dtype=np.int64), slot, begin, end)
-    token, first, last, lengths = context_plan(Rows(beams, order))
-    assert lengths.tolist() == (order + 1).tolist()
-    for row, beam in enumerate(order.tolist()):
-        seen = [t for t, f, e in zip(token.tolist(), first.tolist(), last.tolist(), strict=True) if f <= row < e]
-        assert seen == [t for t in range(len(slot)) if begin[t] <= beam < end[t]]
-    assert len(token) <= sum(int(e - b) for b, e in zip(begin, end, strict=True)) * 2
+    begin, end = (x[alive].numpy() for x in (forest.begin, forest.end))
+    seen = [[t for t in range(len(begin)) if begin[t] <= query < end[t]] for query in order]
+    if not all(seen):
+        return
+    own = np.array([random.choice(tokens) for tokens in seen], dtype=np.int32)
+    token, first, last = intervals(begin, end, order, own)
+    for row, tokens in enumerate(seen):
+        now = [t for t, f, e in zip(token.tolist(), first.tolist(), last.tolist(), strict=True) if f <= row < e]
+        assert now == [t for t in tokens if t != own[row]]
+    assert len(token) <= sum(map(len, seen))
 
 
 def test_outputs_that_are_not_finite(monkeypatch) -> None:
@@ -163,7 +173,7 @@ def test_outputs_that_are_not_finite(monkeypatch) -> None:
     def unchecked(logits: Tensor, hidden: Tensor, *rest: object, **more: object) -> object:
         return multifurcate(logits.nan_to_num(0), hidden.nan_to_num(0), *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(captured, "multifurcate", unchecked)
+    monkeypatch.setattr(captured_step, "multifurcate", unchecked)
     for name, model in (("policy", policy), ("mrm", mrm)):
         search = make(monkeypatch, None, policy, mrm)
         weight = model.model.get_input_embeddings().weight

@@ -141,12 +141,12 @@ def test_more_budget_costs_more(models: Models, name: str, option: str, values: 
 )
 def test_caches_hold_what_may_still_be_asked_for(models: Models, spec: str, live: int, beyond: int) -> None:
     method = parse_method(spec, models, max_new_tokens=12, min_new_tokens=12, top_p=1.0)
-    assert isinstance(method, Decoder) and method.guide is not None
-    contexts = len(models.policy.chat("hello there")), len(method.guide.model.context_tokens("hello there"))
+    assert isinstance(method, Decoder) and method.scorer is not None
+    contexts = len(models.policy.chat("hello there")), len(method.scorer.model.context_tokens("hello there"))
     held: list[tuple[int, int, int]] = []
     method.generate(
         ["hello there"],
-        progress=lambda done, _: held.append((done, models.policy.kv.num_nodes, method.guide.model.kv.num_nodes)),  # type: ignore[union-attr]
+        progress=lambda done, _: held.append((done, models.policy.kv.num_nodes, method.scorer.model.kv.num_nodes)),  # type: ignore[union-attr]
     )
     assert held[-1][0] == 12
     for done, *nodes in held:
@@ -271,8 +271,13 @@ def test_text_that_outgrows_the_reward_models_context(models: Models, monkeypatc
     """The reward models take two tokens a character; the check of the prompt counts one for one of the policy's."""
     apart = tiny.trio(3, guard_tokenizer=tiny.tokenizer(258, ["a"]))
     for model, suffix in ((apart.guard, "hello assessment:"), (apart.mrm, "")):
-        plain = model.encode
-        monkeypatch.setattr(model, "encode", lambda text, plain=plain: [t for t in plain(text) for _ in range(2)])
+
+        def twice(text: str, plain: Callable[[str], list[int]] = model.encode) -> list[int]:
+            return [t for t in plain(text) for _ in range(2)]
+
+        monkeypatch.setattr(model, "encode", twice)
+        monkeypatch.setattr(model.encoder, "text", twice)
+        monkeypatch.setattr(model.encoder, "texts", lambda texts, twice=twice: list(map(twice, texts)))
         fits = len(model.context_tokens("hello there")) + len(model.encode(suffix)) + 50
         model.model.config.max_position_embeddings = fits
     options = {**SMALL, "max_new_tokens": 40, "min_new_tokens": 40}
@@ -288,7 +293,7 @@ def test_text_that_outgrows_the_reward_models_context(models: Models, monkeypatc
 
 def test_specs(models: Models) -> None:
     method = parse_method("best-of-n-mrm : n=8, temperature=0.5", models, max_new_tokens=9, width=4)
-    assert isinstance(method, Decoder) and method.guide is not None and method.guide.model is models.mrm
+    assert isinstance(method, Decoder) and method.scorer is not None and method.scorer.model is models.mrm
     assert method.config == replace(METHODS["best-of-n"].config(), n=8, temperature=0.5, max_new_tokens=9)
     search = parse_method("saffron:width=3,top_p=0.5,lm_head_bias=false,ranking=released", models, width=4)
     assert isinstance(search, SaffronSearch)

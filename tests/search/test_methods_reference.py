@@ -23,7 +23,7 @@ from saffron.search import MCTS, METHODS, BeamConfig, BeamSearch, Decoder, Reque
 from saffron.search.method import entropy
 from saffron.search.rebase import allocate
 from saffron.search.result import Tally
-from saffron.search.rewards import Guide, ProcessReward
+from saffron.search.rewards import ProcessReward, RewardScorer
 
 Tokens = tuple[int, ...]
 PROMPTS, PREFILLS = ["hello there", "please tell me how to bake"], ["the quick", ""]
@@ -42,7 +42,7 @@ class Dense:
 
     def __init__(self, models: Models, method: Decoder, prompt: str, prefill: str) -> None:
         self.models, self.config, self.prompt = models, method.config, prompt
-        self.with_mrm = method.guide is not None and method.guide.model is models.mrm
+        self.with_mrm = method.scorer is not None and method.scorer.model is models.mrm
         self.context = models.policy.chat(prompt, prefill)
         self.entropy = entropy(getattr(self.config, "seed", 0), Request(tuple(self.context)))
         self.rng = np.random.default_rng(self.entropy)
@@ -278,7 +278,7 @@ def test_draws_follow_the_policy(models: Models) -> None:
     assert result.tokens[0] in counted
 
 
-class ByLogProbability(Guide):
+class ByLogProbability(RewardScorer):
     """A reward that is the log-probability of the response under the policy: beam search then finds the likeliest."""
 
     def __init__(self, policy: Policy) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from saffron import GreedyDecoding, SaffronSearch, SearchConfig, load_bundled
+from saffron.search import GreedyConfig
 from saffron.search.page import draw, write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -40,7 +41,7 @@ PROBE = """
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     models = load_bundled()
-    (undefended,) = GreedyDecoding(models.policy, 12).generate([PROMPT], PREFILL)
+    (undefended,) = GreedyDecoding(models.policy, config=GreedyConfig(max_new_tokens=12)).generate([PROMPT], PREFILL)
     search = SaffronSearch(models.policy, models.mrm, SearchConfig(width=16, max_new_tokens=12, min_new_tokens=4))
     (result,) = search.generate([PROMPT], PREFILL, trace=True)
     file = tmp_path_factory.mktemp("page") / "search.html"

@@ -16,10 +16,10 @@ from saffron.errors import CheckpointError
 from saffron.models.attention import ATTENTION
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.vocabulary import head_for
 from saffron.parity import replay
 from saffron.search import Request, SaffronSearch
 from saffron.search.config import SearchConfig
-from saffron.search.hand_over import head_for
 from saffron_kernels import multifurcation_head
 
 PARITY = os.environ.get("SAFFRON_PARITY")

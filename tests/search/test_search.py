@@ -14,55 +14,34 @@ from searches import CONFIG, REQUESTS, comparable
 from saffron.errors import ConfigError, NumericalError, PromptTooLongError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import Request, SaffronSearch
+from saffron.search import Request, SaffronSearch, reference
 from saffron.search.config import SearchConfig
 from saffron.search.tree import Node
 
 
 def dense_search(
     policy: Policy, mrm: MultifurcationRewardModel, request: Request, config: SearchConfig, end: int = 1
-) -> tuple[list[int], float]:
-    """Algorithm 1 word for word: every sequence from scratch, plain lists, no cache."""
-    guide, base = (
+) -> reference.Response:
+    """`search.reference` over the same weights in plain eager models."""
+    dense, base = (
         tiny.model(seed=0, attention="eager"),
         tiny.model(seed=1, attention="eager", hidden_size=32, num_attention_heads=4, num_hidden_layers=2),
     )
-    guide.load_state_dict(policy.model.state_dict())
+    dense.load_state_dict(policy.model.state_dict())
     base.load_state_dict(mrm.model.state_dict())
-    assert mrm.bias is not None and mrm.unseen is not None
-    beam: list[tuple[list[int], float, bool]] = [([], 0.0, False)]
-    for step in range(config.max_new_tokens):
-        candidates = [node for node in beam if node[2]]
-        alive = [node for node in beam if not node[2]]
-        with torch.no_grad():
-            said = [tokens for tokens, _, _ in alive]
-            all_logits = guide(torch.tensor([[*request.policy, *t] for t in said])).logits[:, -1].double()
-            all_rewards = base(torch.tensor([[*request.reward, *t] for t in said])).logits[:, -1] + mrm.bias
-        fresh, informed = [], False
-        for (tokens, score, _), logits, rewards in zip(alive, all_logits, all_rewards, strict=True):
-            if step < config.min_new_tokens:
-                logits[end] = -torch.inf
-            chance, order = logits.softmax(-1).sort(descending=True, stable=True)
-            mass = 0.0
-            for p, token in zip(chance.tolist(), order.tolist(), strict=True):
-                if mass >= config.top_p:
-                    break
-                mass += p
-                unseen = bool(mrm.unseen[token])
-                reward = config.unseen_reward if unseen else float(rewards[token])
-                if token == end and config.eos_score == "parent":
-                    reward = score
-                else:
-                    informed |= not unseen
-                fresh.append(([*tokens, token], reward, token == end, score))
-        if not informed and config.eos_score == "parent":
-            fresh = [(tokens, score, done, score) for tokens, _, done, score in fresh]
-        candidates += [node[:3] for node in fresh]
-        beam = sorted(candidates, key=lambda node: -node[1])[: config.width]
-        if all(done for _, _, done in beam):
-            break
-    best = max(beam, key=lambda node: (node[1], node[2]))
-    return best[0], best[1]
+    assert mrm.unseen is not None
+    bias = mrm.full_bias(config.lm_head_bias)
+
+    @torch.no_grad()
+    def logits(response: list[int]) -> torch.Tensor:
+        return dense(torch.tensor([[*request.policy, *response]])).logits[0, -1]
+
+    @torch.no_grad()
+    def rewards(response: list[int]) -> torch.Tensor:
+        out = base(torch.tensor([[*request.reward, *response]])).logits[0, -1]
+        return out if bias is None else out + bias
+
+    return reference.search(logits, rewards, mrm.unseen, {end}, config)[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -71,7 +50,8 @@ def test_equals_a_dense_search(seed: int, eos_score: str) -> None:
     policy, mrm = tiny.pair(seed)
     config = replace(CONFIG, eos_score=eos_score, width=1 + 2 * seed)  # type: ignore[arg-type]
     for request, result in zip(REQUESTS, SaffronSearch(policy, mrm, config).search(REQUESTS), strict=True):
-        tokens, score = dense_search(policy, mrm, request, config)
+        tokens, score, _ = dense_search(policy, mrm, request, config)
+        tokens = list(tokens)
         assert result.tokens == tokens
         assert result.score == pytest.approx(score, abs=1e-4)
         assert result.stop == ("eos" if tokens[-1] == 1 else "length")
@@ -290,7 +270,7 @@ def test_stream_never_takes_back_what_it_said(text_search: SaffronSearch) -> Non
 
 
 def test_the_mrm_is_not_shown_the_prefill(text_search: SaffronSearch) -> None:
-    bare, attacked = (text_search._request("hello there", prefill) for prefill in ("", "the quick"))
+    bare, attacked = (text_search.request("hello there", prefill) for prefill in ("", "the quick"))
     assert bare.reward == attacked.reward and len(attacked.policy) > len(bare.policy)
     assert text_search.mrm.decode(bare.reward) == "\n\nUser:hello there\n\nAgent:"
 
@@ -299,18 +279,18 @@ def test_through_text_encodes_only_the_end_anew(text_search: SaffronSearch, monk
     """Forced through text although the tokenizers agree: the MRM reads what encoding all of the text gives."""
     policy, mrm = text_search.policy, text_search.mrm
     read: list[list[int]] = []
-    plain_read, encode = mrm.read, mrm.encode
+    plain_read, texts = mrm.read, mrm.encoder.texts
     encoded: list[int] = []
-    monkeypatch.setattr("saffron.search.saffron.same_tokens", lambda *_: False)
+    monkeypatch.setattr("saffron.search.eager_step.same_tokens", lambda *_: False)
     monkeypatch.setattr(mrm, "read", lambda sequences: read.extend(sequences) or plain_read(sequences))
-    monkeypatch.setattr(mrm, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    monkeypatch.setattr(mrm.encoder, "texts", lambda pieces: encoded.extend(map(len, pieces)) or texts(pieces))
     search = SaffronSearch(policy, mrm, replace(CONFIG, max_new_tokens=24, min_new_tokens=24))
-    request = search._request("hello there", "the quick")
+    request = search.request("hello there", "the quick")
     encoded.clear()
     expected = [list(request.reward)]
     for (tree,) in search.steps([request]):
-        texts = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
-        expected += [[*request.reward, *encode(text)] for text in texts]
+        said = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
+        expected += [[*request.reward, *mrm.encode(text)] for text in said]
     assert len(expected) > 24 and sorted(map(tuple, read)) == sorted(map(tuple, expected))
     assert max(encoded) < max(len(mrm.decode(sequence[len(request.reward) :])) for sequence in expected)
     assert mrm.kv.num_nodes == policy.kv.num_nodes == 0
@@ -324,8 +304,8 @@ def test_another_tokenizer_works_through_text(tmp_path: Path, checkpoints: tuple
     mrm = MultifurcationRewardModel.from_pretrained(tiny.save_mrm(tmp_path / "mrm", guard), base=guard)
     policy = Policy.from_pretrained(checkpoints[0])
     search = SaffronSearch(policy, mrm, CONFIG)
-    assert search.head.weight.shape[0] == policy.vocab_size
+    assert search.models.head(True).weight.shape[0] == policy.vocab_size
     (result,) = search.generate(["hello there"])
-    (tree,) = list(search.steps([search._request("hello there", "")]))[-1]
+    (tree,) = list(search.steps([search.request("hello there", "")]))[-1]
     assert tree.answer.tokens() == result.tokens
     assert mrm.kv.num_nodes == 0

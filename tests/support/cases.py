@@ -143,11 +143,17 @@ def forests(draw: st.DrawFn) -> Forest:
 
 
 def caches(
-    seed: int, forest: Forest, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    seed: int,
+    forest: Forest,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    v_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normal K and V where a query looks, NaN and infinity in all other slots."""
     k = randn(seed, forest.slots, kv_heads, head_dim, dtype=dtype, device=device)
-    v = randn(seed + 1, forest.slots, kv_heads, head_dim, dtype=dtype, device=device)
+    v = randn(seed + 1, forest.slots, kv_heads, v_dim or head_dim, dtype=dtype, device=device)
     looked_at = set(itertools.chain.from_iterable(forest.seen))
     for slot in set(range(forest.slots)) - looked_at:
         k[slot], v[slot] = torch.nan, torch.inf
@@ -181,7 +187,7 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     """Arguments of a small, ordinary call, in the order of the schema."""
     dev = torch.device(device)
     forest = flatten(beams(1, roots=2, width=3, prompt=4, levels=2), seed=1).to(dev)
-    k_cache, v_cache = caches(2, forest, kv_heads=2, head_dim=8, dtype=dtype, device=dev)
+    k_cache, v_cache = caches(2, forest, kv_heads=2, head_dim=8, dtype=dtype, device=dev, v_dim=6)
     plan = {"slot": forest.slot, "begin": forest.begin, "end": forest.end}
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     found = candidates(3, [3, 0, 4, 2], vocab=11, device=dev)
@@ -194,6 +200,7 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         "unseen_reward": -7.0,
     }
     groups = {"groups": i32([0, 0, 1, 1], dev), "num_groups": 2, "width": 3}
+    widths = {"widths": i32([3, 2], dev)}
     rows = {name: randn(7 + i, 6, 4, 8, dtype=dtype, device=dev) for i, name in enumerate(("out_a", "out_b"))}
     lses = {name: randn(9 + i, 6, 4, dtype=compute, device=dev) for i, name in enumerate(("lse_a", "lse_b"))}
     logits = randn(11, 4, 11, dtype=dtype, device=dev)
@@ -201,11 +208,12 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     count = {"count": i32([len(forest.slot) - 2], dev)}
     scales = {"k_scale": None, "v_scale": None}  # for fp8 caches
     if op == "append_kv":
-        new = {name: randn(12 + i, 5, 2, 8, dtype=dtype, device=dev) for i, name in enumerate("kv")}
+        new = {name: randn(12 + i, 5, 2, 8 - 2 * i, dtype=dtype, device=dev) for i, name in enumerate("kv")}
         return {**new, "slots": i32([4, -1, 0, 7, 2], dev), "k_cache": k_cache, "v_cache": v_cache, **turn, **scales}
     if op == "tree_attention":
         q = randn(14, forest.queries, 4, 8, dtype=dtype, device=dev)
-        return {"q": q, "k_cache": k_cache, "v_cache": v_cache, **plan, "scale": 8**-0.5, **count, **scales}
+        extra = {"softcap": 1.5, "sinks": randn(20, 4, dtype=dtype, device=dev)}
+        return {"q": q, "k_cache": k_cache, "v_cache": v_cache, **plan, "scale": 8**-0.5, **count, **scales, **extra}
     if op == "merge_attention":
         return {"out_a": rows["out_a"], "lse_a": lses["lse_a"], "out_b": rows["out_b"], "lse_b": lses["lse_b"]}
     if op == "gather_kv":
@@ -216,7 +224,7 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     if op == "multifurcation_head":
         return {**head, **found_args}
     if op == "select_beam":
-        return {"rewards": randn(15, 9, dtype=compute, device=dev), **found_args, **groups}
+        return {"rewards": randn(15, 9, dtype=compute, device=dev), **found_args, **groups, **widths}
     if op == "multifurcate":
         inherit = {
             "scores": randn(16, 4, dtype=compute, device=dev),
@@ -224,7 +232,12 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
             "carried_scores": randn(17, 2, dtype=compute, device=dev),
             "carried_groups": i32([0, 1], dev),
         }
-        return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit}
+        return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit, **widths}
+    if op == "block_plan":
+        table = i32([[4, 2, 9], [8, 1, 0], [4, 2, 7]], dev)
+        lengths, starts = i32([5, 3, 6], dev), i32([0, 1, 3, 4], dev)
+        sizes = {"block_size": 2, "queries": 4, "size": 20}
+        return {"block_table": table, "seq_lens": lengths, "query_start": starts, **sizes}
     assert op == "advance_tree"
     parents = i32([0, 0, 2, 3, 3, forest.queries], dev)
     return {**plan, "parents": parents, "new_slots": i32(range(20, 26), dev), "queries": forest.queries, "count": None}

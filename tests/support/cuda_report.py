@@ -32,10 +32,26 @@ REPORT = cuda_host.ROOT / "docs" / "cuda-kernels.md"
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 FLOORS_BEGIN, FLOORS_END = "<!-- begin of the floors -->", "<!-- end of the floors -->"
 
-# Of a multiprocessor of an A100 and an H200 (CUDA C++ Programming Guide, compute capabilities 8.0 and 9.0).
-REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
-SHARED = {"80": 164 * 1024, "90a": 228 * 1024}
-SHARED_OF_BLOCK = {"80": 163 * 1024, "90a": 227 * 1024}
+REGISTERS = 65536  # of a multiprocessor of any of them
+
+
+class Processor(NamedTuple):
+    """What a multiprocessor holds: KiB of shared memory (a block may have one less), threads, blocks."""
+
+    shared: int
+    threads: int
+    blocks: int
+
+
+# Source: NVIDIA, "CUDA C++ Programming Guide", technical specifications per compute capability.
+PROCESSOR = {
+    "80": Processor(164, 2048, 32),
+    "86": Processor(100, 1536, 16),
+    "89": Processor(100, 1536, 24),
+    "90a": Processor(228, 2048, 32),
+    "100": Processor(228, 2048, 32),
+    "120": Processor(100, 1536, 24),
+}
 # Kernels that are for one architecture alone: empty, and never launched, on the others.
 ONE_ARCH = {"wide_attention_kernel": "90a"}
 _RESERVED = 1024  # bytes of shared memory that every block costs besides its own
@@ -133,13 +149,17 @@ def _executed(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def launches() -> dict[str, Launch]:
-    """What every kernel is launched with: ops run on the CPU in every configuration that there is."""
-    with _executed():
+@functools.cache
+def launches(arch: str) -> dict[str, Launch]:
+    """What every kernel is launched with there: ops run on the CPU in every configuration that there is."""
+    library = ctypes.CDLL(cuda_host.module())
+    library.saffron_launches.restype = ctypes.c_char_p
+    library.saffron_forget_launches()
+    with _executed(SAFFRON_CUDA_HOST_CAPABILITY=arch.removesuffix("a"), SAFFRON_CUDA_ATTENTION="mma"):
         for launch_all in CASES:
             launch_all()
-        library = ctypes.CDLL(cuda_host.module())
-    library.saffron_launches.restype = ctypes.c_char_p
+        if arch == ONE_ARCH["wide_attention_kernel"]:
+            _wide_attention()
     found: dict[str, Launch] = {}
     for line in library.saffron_launches().decode().splitlines():
         function, threads, shared = line.split("\t")
@@ -194,9 +214,9 @@ def _steps() -> None:
             hidden, weight = torch.zeros(rows, size, dtype=dtype), torch.zeros(vocab, size, dtype=dtype)
             head = hidden, weight, None, None, 0.0
             rewards = cuda.multifurcation_head(*head, tokens, offsets)
-            cuda.select_beam(rewards, tokens, offsets, groups, 1, width)
+            cuda.select_beam(rewards, tokens, offsets, groups, 1, width, None)
             logits = torch.zeros(rows, vocab, dtype=dtype)
-            cuda.multifurcate(logits, *head, groups, 1, width, 0.5, *[None] * 5)
+            cuda.multifurcate(logits, *head, groups, 1, width, 0.5, *[None] * 6)
 
 
 def _attention() -> None:
@@ -215,7 +235,7 @@ def _wide_attention() -> None:
     from saffron_kernels.backends import cuda
 
     plan = i32([0]), i32([0]), i32([200])
-    with _executed(SAFFRON_CUDA_HOST_CAPABILITY="90", SAFFRON_CUDA_ATTENTION="wgmma"):
+    with _executed(SAFFRON_CUDA_ATTENTION="wgmma"):
         for dtype in (torch.bfloat16, torch.float16):
             for head_dim in (64, 128):
                 for queries in (64, 65):
@@ -223,29 +243,25 @@ def _wide_attention() -> None:
                     cuda.tree_attention(q, q[:1], q[:1], *plan, 1.0)
 
 
-CASES = [_copies, _plan, _attention, _wide_attention, _nuclei, _steps]
+CASES = [_copies, _plan, _attention, _nuclei, _steps]
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
-
-
-def serves(kernel: str, arch: str) -> bool:
-    """Whether the kernel is for this architecture."""
-    return ONE_ARCH.get(kernel.partition("<")[0], arch) == arch
 
 
 def blocks_resident(arch: str, registers: int, launch: Launch) -> int:
     """Blocks that fit a multiprocessor at once: registers come in units of 8 a thread, warps four at a time."""
     warps = -(-launch.threads // 32)
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // 4 * 4 // warps
-    by_shared = SHARED[arch] // (launch.shared + _RESERVED)
-    return min(by_registers, by_shared, THREADS // launch.threads, BLOCKS)
+    processor = PROCESSOR[arch]
+    by_shared = processor.shared * 1024 // (launch.shared + _RESERVED)
+    return min(by_registers, by_shared, processor.threads // launch.threads, processor.blocks)
 
 
 def table() -> str:
     """Markdown: one row a kernel, columns by architecture."""
-    launched = launches()
     by_arch = {arch: {k.name: k for ks in compile_kernels(arch).values() for k in ks} for arch in ARCHS}
+    launched = {arch: launches(arch) for arch in ARCHS}
     lines = [
         f"Compiled by {nvcc_version()}.",
         "",
@@ -253,15 +269,17 @@ def table() -> str:
         "|" + "---|" * (3 + len(ARCHS)),
     ]
     for name in sorted(by_arch[ARCHS[0]]):
-        launch = launched[name]
         cells = []
         for arch in ARCHS:
-            if not serves(name, arch):
-                cells.append("none")
+            if (launch := launched[arch].get(name)) is None:
+                cells.append("")
                 continue
             kernel = by_arch[arch][name]
             blocks = blocks_resident(arch, kernel.registers, launch)
-            cells.append(f"{kernel.registers} / {blocks} / {100 * blocks * launch.threads // THREADS} %")
+            cells.append(
+                f"{kernel.registers} / {blocks} / {100 * blocks * launch.threads // PROCESSOR[arch].threads} %"
+            )
+        launch = next(launched[arch][name] for arch in ARCHS if name in launched[arch])
         lines.append(f"| `{name}` | {launch.threads} | {launch.shared / 1024:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

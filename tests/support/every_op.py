@@ -19,6 +19,8 @@ from saffron_kernels.checks import FP8
 Arguments = dict[str, object]
 OPTIONS = (
     "count",
+    "softcap",
+    "sinks",
     "cos",
     "sin",
     "banned",
@@ -28,6 +30,7 @@ OPTIONS = (
     "end_tokens",
     "carried_scores",
     "carried_groups",
+    "widths",
 )
 BACKENDS = [name for name in backends.MODULES if name != "reference"]
 
@@ -82,7 +85,7 @@ def calls(op: str, dtype: torch.dtype, device: torch.device) -> Iterator[Argumen
 def storage(arguments: Arguments) -> set[torch.dtype]:
     """The dtypes that a backend has to serve, as `schemas` counts them."""
     named = arguments.items()
-    tensors = {name: x for name, x in named if isinstance(x, torch.Tensor) and name not in ("cos", "sin")}
+    tensors = {name: x for name, x in named if isinstance(x, torch.Tensor) and name not in ("cos", "sin", "sinks")}
     floating = {x.dtype for name, x in tensors.items() if x.is_floating_point() and not name.endswith("_scale")}
     return floating or {next(iter(tensors.values())).dtype}
 

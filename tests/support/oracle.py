@@ -51,9 +51,18 @@ def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, begin: Tensor, end: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (queries, heads, head_dim), kv_heads = q.shape, k_cache.shape[1]
+    (queries, heads, _), (_, kv_heads, v_dim) = q.shape, v_cache.shape
+    sink = None if sinks is None else floats(sinks)
     qs, ks, vs = floats(q), floats(k_cache), floats(v_cache)
     tokens = list(zip(slot.tolist(), begin.tolist(), end.tolist(), strict=True))
     out, lse = [], []
@@ -62,13 +71,13 @@ def tree_attention(
         for h in range(heads):
             kv = h // (heads // kv_heads)
             scores = [scale * dot(qs[i][h], ks[s][kv]) for s in seen]
-            total = logsumexp(scores)
+            if softcap is not None:
+                scores = [softcap * math.tanh(score / softcap) for score in scores]
+            total = logsumexp(scores if sink is None else [*scores, sink[h]])
             weights = [math.exp(score - total) for score in scores]
             lse.append(total)
-            out.append(
-                [math.fsum(w * vs[s][kv][d] for w, s in zip(weights, seen, strict=True)) for d in range(head_dim)]
-            )
-    return f64(out, queries, heads, head_dim), f64(lse, queries, heads)
+            out.append([math.fsum(w * vs[s][kv][d] for w, s in zip(weights, seen, strict=True)) for d in range(v_dim)])
+    return f64(out, queries, heads, v_dim), f64(lse, queries, heads)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +94,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
-    k = k_cache.new_zeros(sequences, kv_heads, length, head_dim)
-    v = torch.zeros_like(k)
+    (sequences, length), kv_heads = slots.shape, k_cache.shape[1]
+    k, v = (cache.new_zeros(sequences, kv_heads, length, cache.shape[2]) for cache in (k_cache, v_cache))
     for i, row in enumerate(slots.tolist()):
         for j, slot in enumerate(row):
             if slot != -1:
@@ -95,11 +103,17 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     return k, v
 
 
+def ids_of_rows(ids: Tensor | None, rows: int) -> list[list[int]]:
+    """The token ids that hold for each row: the same for all, or a list for each; -1 is none."""
+    lists = [[]] * rows if ids is None else [ids.tolist()] * rows if ids.dim() == 1 else ids.tolist()
+    return [[token for token in tokens if token != -1] for tokens in lists]
+
+
 def nucleus(logits: Tensor, banned: Tensor | None) -> list[list[tuple[int, float, float]]]:
     """For every row all tokens that have a probability: (token, probability, mass before it), in the total order."""
-    forbidden = set() if banned is None else set(banned.tolist())
+    lists = ids_of_rows(banned, logits.shape[0])
     result = []
-    for row in floats(logits):
+    for row, forbidden in zip(floats(logits), lists, strict=True):
         tokens = [t for t, x in enumerate(row) if t not in forbidden and x != -INF]
         total = logsumexp([row[t] for t in tokens])
         tokens.sort(key=lambda t: (-row[t], t))
@@ -135,13 +149,19 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: list[float], tokens: list[int], rows: list[int], groups: list[int], num_groups: int, width: int
+    rewards: list[float],
+    tokens: list[int],
+    rows: list[int],
+    groups: list[int],
+    num_groups: int,
+    width: int,
+    widths: list[int] | None = None,
 ) -> tuple[list[int], list[int], list[float]]:
     """As the op, with the row of each candidate in place of offsets. Those of group `num_groups` are in no `own`."""
     chosen: list[int] = []
     for group in range(num_groups):
         own = [c for c in range(len(rewards)) if groups[rows[c]] == group]
-        chosen += sorted(own, key=lambda c: (-rewards[c], c))[:width]
+        chosen += sorted(own, key=lambda c: (-rewards[c], c))[: width if widths is None else widths[group]]
     chosen.sort(key=lambda c: (rows[c], -rewards[c], c))
     empty = num_groups * width - len(chosen)
     return (
@@ -160,18 +180,23 @@ def multifurcate(
     num_groups: int,
     width: int,
     scores: list[float] | None,
-    end_tokens: list[int],
+    end_tokens: list[list[int]],
     carried_scores: list[float],
     carried_groups: list[int],
+    widths: list[int] | None = None,
 ) -> tuple[list[int], list[int], list[float], list[bool]]:
-    """Parent, token, reward and blindness, given the nuclei of the rows of a group and their rewards."""
+    """Parent, token, reward and blindness, given the nuclei of the rows of a group and their rewards.
+
+    `end_tokens` has those of each row.
+    """
     unknown = [unseen is not None and unseen[t] for t in tokens]
+    ends = [t in end_tokens[rows[c]] for c, t in enumerate(tokens)]
     blind = []
     for group in range(num_groups):
-        words = [c for c, t in enumerate(tokens) if groups[rows[c]] == group and t not in end_tokens]
+        words = [c for c in range(len(tokens)) if groups[rows[c]] == group and not ends[c]]
         blind.append(len(words) > 0 and all(unknown[c] for c in words))
     if scores is not None:
-        inherits = [t in end_tokens or blind[groups[rows[c]]] for c, t in enumerate(tokens)]
+        inherits = [ends[c] or blind[groups[rows[c]]] for c in range(len(tokens))]
         rewards = [scores[rows[c]] if inherits[c] else reward for c, reward in enumerate(rewards)]
     carried = range(len(groups), len(groups) + len(carried_scores))
     selected = select_beam(
@@ -181,6 +206,7 @@ def multifurcate(
         [*groups, *carried_groups],
         num_groups,
         width,
+        widths,
     )
     return *selected, blind
 

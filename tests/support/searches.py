@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from saffron.search import Request, SaffronSearch
 from saffron.search import saffron as module
-from saffron.search.captured import StaticStep
+from saffron.search.captured_step import CapturedStep
 from saffron.search.config import SearchConfig
 from saffron.search.result import SearchResult
 
@@ -51,7 +51,7 @@ def make(monkeypatch: pytest.MonkeyPatch, capture: object, policy, mrm, config=C
     """A search in captured steps, on the CPU."""
     search = SaffronSearch(policy, mrm, config)
     search.capture = True
-    monkeypatch.setattr(module, "StaticStep", partial(StaticStep, capture=capture))
+    monkeypatch.setattr(module, "CapturedStep", partial(CapturedStep, capture=capture))
     return search
 
 

@@ -24,9 +24,9 @@ from saffron.cli import main
 from saffron.errors import CheckpointError, ConfigError, NumericalError
 from saffron.models.bundled import FOLDER
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.storage.folders import locked
 from saffron.training.annotate import AnnotateConfig, Annotator, annotate
 from saffron.training.conversations import Conversation, read_corpus
-from saffron.training.files import locked
 from saffron.training.layout import AGENT, FORMAT, USER, LayOut
 from saffron.training.shards import MANIFEST, read_rewards
 from saffron.workers import Workers
@@ -244,7 +244,7 @@ def test_kill_and_resume(corpus, tmp_path):
     assert 2 <= len(done) < len(many)
     with pytest.raises(CheckpointError, match=r"shards are missing .*the same `saffron annotate` again"):
         read_rewards(killed)
-    (killed / ".shard-00000.parquet.tmp").write_bytes(b"half")  # what a kill inside a write leaves
+    (killed / ".saffron-shard-00000.parquet.tmp").write_bytes(b"half")  # what a kill inside a write leaves
     assert main([*options, "--output", str(killed)]) == 0
     assert main([*options, "--output", str(whole)]) == 0
     assert files(killed) == files(whole)

@@ -263,7 +263,7 @@ def test_kill_and_resume(annotated, tmp_path):
     assert not (killed / "unseen_mask.pt").exists()
     with (killed / "training" / "log.jsonl").open("a") as log:
         log.write('{"step": 29, "lr": 0.1, "loss": 1.0, "rewards": 5}\n{"step": 30, "lo')  # after the last checkpoint
-    (killed / "training" / ".checkpoint.safetensors.tmp").write_bytes(b"half")
+    (killed / "training" / ".saffron-checkpoint.safetensors.tmp").write_bytes(b"half")
     assert main([*options, "--output", str(killed)]) == 0
     assert main([*options, "--output", str(whole)]) == 0
     assert files(killed).keys() == files(whole).keys()

@@ -16,6 +16,9 @@ constexpr float kLog2E = 1.4426950408889634f;
 // Outputs are rescaled only when a score exceeds the running maximum by this many powers of two:
 // exponentials stay below 2^8, far from overflow, and most tiles rescale nothing.
 constexpr float kSlack = 8.f;
+// The maximum of a row that has seen a token is at least this, even if its scores are NaN or
+// -infinity: -infinity is the maximum of a row that has seen nothing, and of no other.
+constexpr float kLowestSeen = -__FLT_MAX__;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -32,25 +35,23 @@ struct Carver {
   }
 };
 
-/// Floats of a column's outputs: [head_dim, lane], with head_dim rounded up to what AMX needs.
-inline int64_t column_size(int64_t head_dim) { return round_up(head_dim, 32) * kLanes; }
+/// Floats of a column's outputs: [v_dim, lane], with v_dim rounded up to what AMX needs.
+inline int64_t column_size(int64_t v_dim) { return round_up(v_dim, 32) * kLanes; }
 
 inline void clear(float* to, int64_t count) {
   std::memset(to, 0, static_cast<size_t>(count) * sizeof *to);
 }
 
-/// A partial result: outputs [column, head_dim, lane], then maxima and sums [column, lane]. A
-/// column whose maxima are all -infinity saw nothing, and its outputs are undefined.
+/// A partial result: outputs [column, v_dim, lane], then maxima and sums [column, lane]. A row
+/// whose maximum is -infinity saw nothing, and its outputs and its sum are undefined.
 struct Partial {
   float *out, *maximum, *sum;
-  Partial(float* base, int64_t columns, int64_t head_dim)
-      : out(base),
-        maximum(base + columns * column_size(head_dim)),
-        sum(maximum + columns * kLanes) {}
+  Partial(float* base, int64_t columns, int64_t v_dim)
+      : out(base), maximum(base + columns * column_size(v_dim)), sum(maximum + columns * kLanes) {}
 };
 
-inline int64_t partial_size(int64_t rows, int64_t head_dim) {
-  return ceil_div(rows, kLanes) * (column_size(head_dim) + 2 * kLanes);
+inline int64_t partial_size(int64_t rows, int64_t v_dim) {
+  return ceil_div(rows, kLanes) * (column_size(v_dim) + 2 * kLanes);
 }
 
 /// Walks over the K and V rows of the next tile, those of all the task's heads at once: if there
@@ -58,15 +59,16 @@ inline int64_t partial_size(int64_t rows, int64_t head_dim) {
 /// the multiplications of this tile: a processor waits when it asks for many at once.
 class Prefetch {
  public:
-  Prefetch(const AttentionTask& task, const Tile& tile, int64_t row_bytes)
+  Prefetch(const AttentionTask& task, const Tile& tile, int64_t item)
       : task_(task),
         slot_(task.slot + tile.first),
         count_(tile.count),
-        lines_(ceil_div(row_bytes * task.heads, 64)) {
+        k_lines_(ceil_div(task.q.shape[2] * item * task.heads, 64)),
+        v_lines_(ceil_div(task.v_dim * item * task.heads, 64)) {
     start_row();
   }
 
-  int64_t lines() const { return 2 * count_ * lines_; }
+  int64_t lines() const { return count_ * (k_lines_ + v_lines_); }
   bool active() const { return row_ < 2 * count_; }
   /// Harmless after the last line.
   void next() {
@@ -91,12 +93,12 @@ class Prefetch {
     const bool key = row_ < count_;
     const int64_t slot = slot_[key ? row_ : row_ - count_];
     at_ = key ? task_.k + slot * task_.k_stride : task_.v + slot * task_.v_stride;
-    left_ = lines_;
+    left_ = key ? k_lines_ : v_lines_;
   }
 
   const AttentionTask& task_;
   const int32_t* slot_;
-  int64_t count_, lines_, row_ = 0, left_ = 0, step_ = 64;
+  int64_t count_, k_lines_, v_lines_, row_ = 0, left_ = 0, step_ = 64;
   const char* at_ = nullptr;
 };
 
@@ -111,11 +113,42 @@ struct Masks {
   }
 };
 
-/// The largest of a column's scores; those of tokens that a row does not see become -infinity.
+/// How scores become those of softmax in base 2.
+struct Scaling {
+  float scale;  // above 0; 1 where the scores are capped, which scales them
+  bool capped;  // to outer * tanh(score * inner)
+  float inner, outer;
+};
+
+/// tanh(x), right to 2 units in the last place: a polynomial near 0 (Cephes' tanhf), where the
+/// quotient of exponentials cancels.
+inline Vec tanh(Vec x) {
+  const Vec size = (x < Vec{}) ? -x : x;
+  const Vec e = exp2(size * (-2 * kLog2E));
+  const Vec far = (1.f - e) / (1.f + e);
+  const Vec z = x * x;
+  Vec y = splat(-5.70498872745e-3f);
+  y = y * z + 2.06390887954e-2f;
+  y = y * z - 5.37397155531e-2f;
+  y = y * z + 1.33314422036e-1f;
+  y = y * z - 3.33332819422e-1f;
+  return (size < splat(0.625f)) ? y * z * x + x : (x < Vec{}) ? -far : far;
+}
+
+inline void cap_scores(const Scaling& scaling, int64_t count, float* scores) {
+  for (int64_t t = 0; t < count; ++t) {
+    const Vec score = load(scores + t * kLanes) * scaling.inner;
+    store(scores + t * kLanes, tanh(score) * scaling.outer);
+  }
+}
+
+/// The largest of a column's scores that are numbers; those of tokens that a row does not see
+/// become -infinity. `seen` says which rows see a token.
 inline Vec mask_scores(const Masks& masks, int64_t first_row, int64_t count, int64_t padded,
-                       float* scores) {
+                       float* scores, VecI& seen) {
   const Vec lowest = splat(-__builtin_inff());
   Vec largest = lowest;
+  seen = splat_int(-1);
   if (masks.full && count == padded) {
     Vec more[4] = {lowest, lowest, lowest, lowest};  // a single one would wait for each comparison
     int64_t t = 0;
@@ -125,9 +158,12 @@ inline Vec mask_scores(const Masks& masks, int64_t first_row, int64_t count, int
     for (; t < count; ++t) largest = max(largest, load(scores + t * kLanes));
     return max(max(largest, more[0]), max(max(more[1], more[2]), more[3]));
   }
+  seen = VecI{};
   const VecI row = lane_numbers() + splat_int(static_cast<int32_t>(first_row));
   for (int64_t t = 0; t < count; ++t) {
-    const Vec score = masks.visible(t, row) ? load(scores + t * kLanes) : lowest;
+    const VecI visible = masks.visible(t, row);
+    seen |= visible;
+    const Vec score = visible ? load(scores + t * kLanes) : lowest;
     store(scores + t * kLanes, score);
     largest = max(largest, score);
   }
@@ -136,16 +172,19 @@ inline Vec mask_scores(const Masks& masks, int64_t first_row, int64_t count, int
 }
 
 /// Turns a column's scores into weights, and brings its maxima, sums and outputs up to date.
-/// `which` of the columns worked on, `column` of the block. `scale` is positive. Returns whether
-/// this is the first thing that the column sees: then its outputs hold nothing yet.
+/// `which` of the columns worked on, `column` of the block. Returns whether this is the first thing
+/// that the column sees: then its outputs hold nothing yet.
 template <class Math>
 inline bool soften(Math& math, const Masks& masks, int64_t which, int64_t column, int64_t count,
-                   float scale, const Partial& partial) {
+                   const Scaling& scaling, const Partial& partial) {
   const int64_t padded = round_up(count, Math::kPadding);
   float* scores = math.scores + which * Math::kTileTokens * kLanes;
-  const Vec largest = mask_scores(masks, column * kLanes, count, padded, scores) * scale;
-
+  if (scaling.capped) cap_scores(scaling, count, scores);
+  VecI seen;
+  const Vec found = mask_scores(masks, column * kLanes, count, padded, scores, seen);
   const Vec lowest = splat(-__builtin_inff());
+  const Vec largest = seen ? max(splat(kLowestSeen), found * scaling.scale) : lowest;
+
   float* maximum = partial.maximum + column * kLanes;
   float* sum = partial.sum + column * kLanes;
   Vec shift = load(maximum), total = load(sum);
@@ -158,15 +197,51 @@ inline bool soften(Math& math, const Masks& masks, int64_t which, int64_t column
     const Vec factor = rises ? exp2(shift - raised) : splat(1.f);
     store(maximum, raised);
     total *= factor;
-    float* out = partial.out + column * column_size(math.head_dim);
-    for (int64_t d = 0; d < math.head_dim && !fresh; ++d) {
+    float* out = partial.out + column * column_size(math.v_dim);
+    for (int64_t d = 0; d < math.v_dim && !fresh; ++d) {
       store(out + d * kLanes, load(out + d * kLanes) * factor);
     }
     shift = raised;
   }
   shift = (shift == lowest) ? Vec{} : shift;
-  store(sum, total + math.weigh(which, padded, scale, shift));
+  store(sum, total + math.weigh(which, padded, scaling.scale, shift));
   return fresh;
+}
+
+/// Adds the values of a tile to a column's outputs token by token, each to the rows that see it.
+template <class Math, class T>
+inline void accumulate_seen(const Math& math, const AttentionTask& task, const Tile& tile,
+                            const Masks& masks, int64_t head, int64_t which, int64_t column,
+                            float* out) {
+  const VecI row = lane_numbers() + splat_int(static_cast<int32_t>(column * kLanes));
+  for (int64_t t = 0; t < tile.count; ++t) {
+    const VecI visible = masks.visible(t, row);
+    const Vec weight = math.weight(which, t);
+    const auto* value = reinterpret_cast<const T*>(task.v + head * task.v_head_stride +
+                                                   task.slot[tile.first + t] * task.v_stride);
+    for (int64_t d = 0; d < task.v_dim; ++d) {
+      const Vec so_far = load(out + d * kLanes);
+      const Vec sum = so_far + weight * splat(as_float(value[d]));
+      store(out + d * kLanes, visible ? sum : so_far);
+    }
+  }
+}
+
+/// Whether an output of a row is not a number although its weights are: a token's V may be to
+/// blame that the row does not see, as 0 times NaN is NaN.
+inline bool is_spoilt(const Partial& partial, int64_t columns, int64_t v_dim) {
+  VecI spoilt{};
+  for (int64_t column = 0; column < columns; ++column) {
+    const Vec sum = load(partial.sum + column * kLanes);
+    const Vec maximum = load(partial.maximum + column * kLanes);
+    const VecI counts = (sum == sum) & (maximum > splat(-__builtin_inff()));
+    if (bits(counts) == 0) continue;  // its outputs may hold nothing
+    Vec zero{};
+    const float* out = partial.out + column * column_size(v_dim);
+    for (int64_t d = 0; d < v_dim; ++d) zero += load(out + d * kLanes) * 0.f;
+    spoilt |= counts & (zero != zero);
+  }
+  return bits(spoilt) != 0;
 }
 
 /// Fills in the queries of one KV head and empties its partial result.
@@ -191,27 +266,29 @@ inline void start_head(Math& math, const AttentionTask& task, int64_t head,
   }
 }
 
-template <class Math, class T>
-inline void attend(const AttentionTask& task) {
-  const int64_t head_dim = task.q.shape[2], rows = task.queries * task.group;
-  const int64_t columns = ceil_div(rows, kLanes);
+/// `kCareful`: no V of a token meets rows that do not see it.
+template <class Math, class T, bool kCareful>
+inline void attend_tiles(const AttentionTask& task) {
+  const int64_t rows = task.queries * task.group, columns = ceil_div(rows, kLanes);
   Carver carver{task.scratch};
-  Math math(carver, columns * task.heads, head_dim);
+  Math math(carver, columns * task.heads, task.q.shape[2], task.v_dim);
   const auto partial_of = [&](int64_t head) {
-    return Partial(task.partial + head * task.partial_stride, columns, head_dim);
+    return Partial(task.partial + head * task.partial_stride, columns, task.v_dim);
   };
   for (int64_t head = 0; head < task.heads; ++head) {
     start_head<Math, T>(math, task, head, partial_of(head));
   }
 
   // The sign of the scale went to the queries: so a maximum of scores is one of scaled scores too.
-  const float scale = kLog2E * (task.scale < 0 ? -task.scale : task.scale > 0 ? task.scale : 1.f);
+  const float size = task.scale < 0 ? -task.scale : task.scale == 0 ? 1.f : task.scale;
+  const Scaling scaling = {task.capped ? 1.f : kLog2E * size, task.capped, size / task.softcap,
+                           task.softcap * kLog2E};
   for (int64_t i = 0; i < task.num_tiles; ++i) {
     const Tile& tile = task.tiles[i];
     const Masks masks{task.begin + tile.first, task.end + tile.first, tile.full};
     const int64_t pairs = ceil_div(tile.end_column - tile.first_column, 2);
     const Tile none{0, 0, 0, 0, true}, &next = i + 1 < task.num_tiles ? task.tiles[i + 1] : none;
-    Prefetch ahead(task, next, head_dim * static_cast<int64_t>(sizeof(T)));
+    Prefetch ahead(task, next, sizeof(T));
     math.pace(ahead, tile.count, pairs * task.heads);
     for (int64_t head = 0; head < task.heads; ++head) {
       const Partial partial = partial_of(head);
@@ -219,61 +296,94 @@ inline void attend(const AttentionTask& task) {
       for (int64_t c = tile.first_column; c < tile.end_column; c += 2) {
         const int wide = c + 1 < tile.end_column ? 2 : 1;
         math.score(head * columns + c, wide, tile.count, ahead);
-        float* out = partial.out + c * column_size(head_dim);
+        const int64_t size_of_column = column_size(task.v_dim);
+        float* out = partial.out + c * size_of_column;
         bool fresh[2] = {true, true};
         for (int which = 0; which < wide; ++which) {
-          fresh[which] = soften(math, masks, which, c + which, tile.count, scale, partial);
+          fresh[which] = soften(math, masks, which, c + which, tile.count, scaling, partial);
         }
-        for (int which = 0; which < wide && fresh[0] != fresh[1]; ++which) {
-          if (fresh[which]) clear(out + which * column_size(head_dim), column_size(head_dim));
+        const bool by_token = kCareful && !tile.full;
+        for (int which = 0; which < wide && (by_token || fresh[0] != fresh[1]); ++which) {
+          if (fresh[which]) clear(out + which * size_of_column, size_of_column);
         }
-        math.accumulate(out, wide, tile.count, fresh[0] && fresh[1], ahead);
+        if (!by_token) {
+          math.accumulate(out, wide, tile.count, fresh[0] && fresh[1], ahead);
+          continue;
+        }
+        for (int which = 0; which < wide; ++which) {
+          accumulate_seen<Math, T>(math, task, tile, masks, head, which, c + which,
+                                   out + which * size_of_column);
+        }
       }
     }
   }
 }
 
-/// Joins partial results and writes them out as [query, head, head_dim].
+template <class Math, class T>
+inline void attend(const AttentionTask& task) {
+  attend_tiles<Math, T, false>(task);
+  const int64_t columns = ceil_div(task.queries * task.group, kLanes);
+  for (int64_t head = 0; head < task.heads; ++head) {
+    AttentionTask one = task;
+    one.k += head * task.k_head_stride;
+    one.v += head * task.v_head_stride;
+    one.first_head += head;
+    one.heads = 1;
+    one.partial += head * task.partial_stride;
+    if (is_spoilt(Partial(one.partial, columns, task.v_dim), columns, task.v_dim)) {
+      attend_tiles<Math, T, true>(one);
+    }
+  }
+}
+
+/// Joins partial results and writes them out as [query, head, v_dim].
 template <class T>
 inline void finish(const FinishTask& task) {
-  const int64_t head_dim = task.out.shape[2], rows = task.queries * task.group;
+  const int64_t v_dim = task.out.shape[2], rows = task.queries * task.group;
   const int64_t heads = task.out.shape[1], columns = ceil_div(rows, kLanes);
-  const int64_t size = partial_size(rows, head_dim);
+  const int64_t size = partial_size(rows, v_dim);
   auto part = [&](int64_t i) {
-    return Partial(const_cast<float*>(task.partials) + i * size, columns, head_dim);
+    return Partial(const_cast<float*>(task.partials) + i * size, columns, v_dim);
   };
   const Vec lowest = splat(-__builtin_inff());
   for (int64_t row = 0; row < rows; row += kLanes) {
-    Vec maximum = lowest, sum{};
+    const int64_t filled = rows - row < kLanes ? rows - row : kLanes;
+    Vec maximum = lowest, sink = lowest, sum{};
     for (int64_t i = 0; i < task.num_partials; ++i)
       maximum = max(maximum, load(part(i).maximum + row));
+    const VecI seen = maximum > lowest;
+    for (int64_t r = 0; r < filled && task.sinks != nullptr; ++r) {
+      sink[r] = task.sinks[task.first_head + (row + r) % task.group] * kLog2E;
+    }
+    const Vec largest = task.sinks != nullptr ? max(sink, maximum) : maximum;  // NaN if the sink is
+    sum += (sink == lowest) ? Vec{} : exp2(sink - largest);
     Vec weight[kMaxPartials];
     for (int64_t i = 0; i < task.num_partials; ++i) {
       const Vec own = load(part(i).maximum + row);
-      weight[i] = (own == lowest) ? Vec{} : exp2(own - maximum);
-      sum += load(part(i).sum + row) * weight[i];
+      weight[i] = (own == lowest) ? Vec{} : exp2(own - largest);
+      sum += (own == lowest) ? Vec{} : load(part(i).sum + row) * weight[i];
     }
-    const Vec inverse = (sum == Vec{}) ? Vec{} : 1.f / sum;
+    const Vec inverse = 1.f / sum;  // of 0 where all scores that are seen are -infinity: NaN
     for (int64_t i = 0; i < task.num_partials; ++i) weight[i] *= inverse;
 
-    const int64_t filled = rows - row < kLanes ? rows - row : kLanes;
     T* to[kLanes];
     for (int64_t r = 0; r < filled; ++r) {
       const int64_t query = task.first_query + (row + r) / task.group;
       const int64_t head = task.first_head + (row + r) % task.group;
-      to[r] = reinterpret_cast<T*>(task.out.data) + (query * heads + head) * head_dim;
+      to[r] = reinterpret_cast<T*>(task.out.data) + (query * heads + head) * v_dim;
       task.lse[query * heads + head] =
-          maximum[r] * 0.69314718055994531f + __builtin_logf(sum[r]);  // log 0 is -infinity
+          largest[r] * 0.69314718055994531f + __builtin_logf(sum[r]);  // log 0 is -infinity
     }
-    const int64_t column = row / kLanes * column_size(head_dim);
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const int64_t column = row / kLanes * column_size(v_dim);
+    for (int64_t d = 0; d < v_dim; d += kLanes) {
       Vec block[kLanes] = {};
-      const int64_t wide = head_dim - d < kLanes ? head_dim - d : kLanes;
+      const int64_t wide = v_dim - d < kLanes ? v_dim - d : kLanes;
       for (int64_t i = 0; i < task.num_partials; ++i) {
         if (bits(load(part(i).maximum + row) > lowest) == 0) continue;
         const float* out = part(i).out + column + d * kLanes;
         for (int64_t j = 0; j < wide; ++j) block[j] += load(out + j * kLanes) * weight[i];
       }
+      for (int64_t j = 0; j < wide; ++j) block[j] = seen ? block[j] : Vec{};
       transpose<1>(block);
       for (int64_t r = 0; r < filled; ++r) {
         if (wide == kLanes) {

@@ -25,6 +25,8 @@ struct TileRegisters {
       config[16 + 2 * i] = 64;
       config[48 + i] = 16;
     }
+    // GCC's intrinsic says that it reads 8 bytes: without this, stores to the others are dropped.
+    __asm__ volatile("" : : "r"(config) : "memory");
     _tile_loadconfig(config);
   }
   ~TileRegisters() { _tile_release(); }
@@ -118,37 +120,46 @@ struct AmxMath {
   static constexpr int64_t kTileTokens = 128;
   static constexpr int64_t kPadding = 32;  // tokens of a tile of V
 
-  int64_t head_dim, size;  // head_dim, and rounded up to tiles
-  uint32_t* q;             // [column, size / 32] tiles of 16 pairs x 16 lanes
-  uint16_t *k, *v;         // tiles: [token / 16, size / 32] and [size / 16, token / 32]
-  float* scores;           // [2, token, lane]
-  uint32_t* weights;       // [2, token / 32] tiles of 16 pairs x 16 lanes
-  uint16_t* staged;        // 32 rows of `size`
+  int64_t head_dim, v_dim, size, v_size;  // of rows of K and V, and rounded up to tiles
+  uint32_t* q;                            // [column, size / 32] tiles of 16 pairs x 16 lanes
+  uint16_t *k, *v;    // tiles: [token / 16, size / 32] and [v_size / 16, token / 32]
+  float* scores;      // [2, token, lane]
+  uint32_t* weights;  // [2, token / 32] tiles of 16 pairs x 16 lanes
+  uint16_t* staged;   // 32 rows of `size` or `v_size`
   Left keys{};
   int64_t lines_per_step = 0;
 
-  AmxMath(Carver& carver, int64_t columns, int64_t head_dim)
+  AmxMath(Carver& carver, int64_t columns, int64_t head_dim, int64_t v_dim)
       : head_dim(head_dim),
+        v_dim(v_dim),
         size(round_up(head_dim, 32)),
+        v_size(round_up(v_dim, 32)),
         q(carver.take<uint32_t>(columns * size / 2 * kLanes)),
         k(carver.take<uint16_t>(kTileTokens * size)),
-        v(carver.take<uint16_t>(kTileTokens * size)),
+        v(carver.take<uint16_t>(kTileTokens * v_size)),
         scores(carver.take<float>(2 * kTileTokens * kLanes)),
         weights(carver.take<uint32_t>(2 * kTileTokens / 2 * kLanes)),
-        staged(carver.take<uint16_t>(32 * size)) {}
+        staged(carver.take<uint16_t>(32 * (size > v_size ? size : v_size))) {}
 
   void set_queries(int64_t column, const uint16_t* const* row, int64_t count, float sign) {
     const __m512i flip = _mm512_set1_epi16(sign < 0 ? INT16_MIN : 0);
-    const __m512i keep = _mm512_set1_epi16(sign == 0 ? 0 : -1);
+    const __m512i exponent = _mm512_set1_epi16(0x7f80), nan = _mm512_set1_epi16(0x7fc0);
+    const auto signed_pairs = [&](__m512i x) {
+      if (sign != 0) return x ^ flip;
+      // Times 0: NaN where it is not finite.
+      return _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(x & exponent, exponent), nan);
+    };
     if (count < 16 || size != head_dim) {
       std::memset(staged, 0, static_cast<size_t>(16 * size * 2));
     }
-    for (int64_t r = 0; r < count; ++r) copy_row(row[r], staged + r * size, 32);
+    for (int64_t r = 0; r < count; ++r) copy_row(row[r], head_dim, staged + r * size, 32);
     uint32_t* to = q + column * size / 2 * kLanes;
     for (int64_t d = 0; d < size; d += 32) {
       __m512i pairs[16];
       transpose_dwords(staged + d, size, pairs);
-      for (int i = 0; i < 16; ++i, to += kLanes) _mm512_storeu_si512(to, (pairs[i] & keep) ^ flip);
+      for (int i = 0; i < 16; ++i, to += kLanes) {
+        _mm512_storeu_si512(to, signed_pairs(pairs[i]));
+      }
     }
   }
 
@@ -164,14 +175,14 @@ struct AmxMath {
     for (int64_t t = 0; t < 32 * steps; t += 32) {
       const int64_t count = tile.count - t < 32 ? tile.count - t : 32;
       for (int64_t i = 0; i < count && !direct; ++i) {
-        copy_row(k_rows + slot[t + i] * task.k_stride, k + (t + i / 16 * 16) * size + i % 16 * 32,
-                 kHalves);
+        copy_row(k_rows + slot[t + i] * task.k_stride, head_dim,
+                 k + (t + i / 16 * 16) * size + i % 16 * 32, kHalves);
       }
       for (int64_t i = 0; i < count; ++i) {
-        copy_row(v_rows + slot[t + i] * task.v_stride, staged + i * size, 32);
+        copy_row(v_rows + slot[t + i] * task.v_stride, v_dim, staged + i * v_size, 32);
       }
-      std::memset(staged + count * size, 0, static_cast<size_t>((32 - count) * size * 2));
-      for (int64_t d = 0; d < size; d += 32) {
+      std::memset(staged + count * v_size, 0, static_cast<size_t>((32 - count) * v_size * 2));
+      for (int64_t d = 0; d < v_size; d += 32) {
         transpose_values(staged + d, steps * kHalves, v + (d / 16 * steps + t / 32) * kHalves);
       }
     }
@@ -184,7 +195,8 @@ struct AmxMath {
 
   /// Spreads the lines of the next tile over the steps of the products.
   void pace(const Prefetch& ahead, int64_t count, int64_t pairs) {
-    lines_per_step = ceil_div(ahead.lines(), 2 * ceil_div(count, 32) * (size / 32) * pairs);
+    const int64_t steps = ceil_div(count, 32) * ((size + v_size) / 32);
+    lines_per_step = ceil_div(ahead.lines(), steps * pairs);
   }
 
   /// Weights of tokens t and t + 16 of 32 form a pair, and V is transposed to the same order.
@@ -198,7 +210,8 @@ struct AmxMath {
         const Vec b = exp2_short(load(from + (t + 16) * kLanes) * scale - shift);
         total += a;
         rest += b;
-        // Rounded to bf16, to nearest. They are finite, and ties are too rare to be told apart.
+        // Rounded to bf16, to nearest. Ties are too rare to be told apart; NaN stays NaN, as the
+        // low half of one that bf16 numbers and instructions make is 0.
         const __m512i low = (__m512i)(((VecU)a + 0x8000) >> 16), high = (__m512i)((VecU)b + 0x8000);
         _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaa, low, high));
         to += kLanes;
@@ -206,13 +219,19 @@ struct AmxMath {
     }
     return total + rest;
   }
+  Vec weight(int64_t which, int64_t t) const {
+    const int64_t pair = which * kTileTokens / 2 + t / 32 * 16 + t % 16;
+    VecU both;
+    std::memcpy(&both, weights + pair * kLanes, sizeof both);
+    return (Vec)(t % 32 < 16 ? both << 16 : both & 0xffff0000u);
+  }
 
   void accumulate(float* to, int wide, int64_t count, bool fresh, Prefetch& ahead) {
     const int64_t steps = ceil_div(count, 32);
     const Left values{reinterpret_cast<const char*>(v), 64, 2 * kHalves, 2 * kHalves * steps};
     const auto run = [&](auto add) {
-      multiply_all<add>(size / 32, steps, values, weights, kTileTokens / 2 * kLanes, wide, to,
-                        column_size(head_dim), ahead);
+      multiply_all<add>(v_size / 32, steps, values, weights, kTileTokens / 2 * kLanes, wide, to,
+                        column_size(v_dim), ahead);
     };
     fresh ? run(std::false_type{}) : run(std::true_type{});
   }
@@ -226,10 +245,10 @@ struct AmxMath {
     return true;
   }
 
-  /// A row of the cache in pieces of 32 numbers, `step` apart; zeros beyond its end.
-  void copy_row(const void* row, uint16_t* to, int64_t step) const {
+  /// A row of `size` numbers in pieces of 32, `step` apart; zeros beyond its end.
+  static void copy_row(const void* row, int64_t size, uint16_t* to, int64_t step) {
     const auto* from = static_cast<const uint16_t*>(row);
-    const int64_t whole = head_dim / 32, rest = head_dim % 32;
+    const int64_t whole = size / 32, rest = size % 32;
     for (int64_t i = 0; i < whole; ++i) {
       _mm512_storeu_si512(to + i * step, _mm512_loadu_si512(from + i * 32));
     }
@@ -242,8 +261,8 @@ struct AmxMath {
   /// 32 columns of 32 staged rows: to two tiles, `next` halves apart.
   void transpose_values(const uint16_t* rows, int64_t next, uint16_t* to) const {
     __m512i even[16], odd[16];  // the pairs of columns of tokens 0 to 15 and 16 to 31
-    transpose_dwords(rows, size, even);
-    transpose_dwords(rows + 16 * size, size, odd);
+    transpose_dwords(rows, v_size, even);
+    transpose_dwords(rows + 16 * v_size, v_size, odd);
     for (int i = 0; i < 16; ++i) {
       const __m512i low =
           _mm512_mask_blend_epi16(0xaaaaaaaa, even[i], (__m512i)((VecU)odd[i] << 16));

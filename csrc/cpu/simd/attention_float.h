@@ -66,18 +66,19 @@ inline void multiply(int64_t rows, int64_t size, F&& left, Columns<const float> 
 }
 
 /// Both products in fp32, whatever the storage. kRow: floats from token to token in the copies of K
-/// and V, a constant that is at least head_dim.
+/// and V, a constant that is at least head_dim and v_dim.
 template <class T, int kRow>
 struct FloatMath {
   using Storage = T;
   static constexpr int64_t kTileTokens = 64;
   static constexpr int64_t kPadding = 1;
 
-  int64_t head_dim;
+  int64_t head_dim, v_dim;
   float *q, *k, *v, *scores;
 
-  FloatMath(Carver& carver, int64_t columns, int64_t head_dim)
+  FloatMath(Carver& carver, int64_t columns, int64_t head_dim, int64_t v_dim)
       : head_dim(head_dim),
+        v_dim(v_dim),
         q(carver.take<float>(columns * kRow * kLanes)),
         k(carver.take<float>(kTileTokens * kRow)),
         v(carver.take<float>(kTileTokens * kRow)),
@@ -109,7 +110,7 @@ struct FloatMath {
     keep = several;
     loaded = 0;
     if (!direct()) {
-      for (int64_t t = 0; t < tile.count; ++t) copy(v_rows.at(t), v + t * kRow);
+      for (int64_t t = 0; t < tile.count; ++t) copy(v_rows.at(t), v_dim, v + t * kRow);
     }
   }
 
@@ -118,7 +119,9 @@ struct FloatMath {
     const Columns<float> c{scores, kTileTokens * kLanes};
     const auto left = [&](int64_t i, int64_t rows) {
       float* to = keep ? k + i * kRow : k;
-      for (; loaded < i + rows; ++loaded) copy(k_rows.at(loaded), to + (loaded - i) * kRow);
+      for (; loaded < i + rows; ++loaded) {
+        copy(k_rows.at(loaded), head_dim, to + (loaded - i) * kRow);
+      }
       return CopiedKeys{to};
     };
     if (wide == 2) {
@@ -142,15 +145,18 @@ struct FloatMath {
     }
     return total;
   }
+  Vec weight(int64_t which, int64_t t) const {
+    return load(scores + (which * kTileTokens + t) * kLanes);
+  }
 
   void accumulate(float* out, int wide, int64_t count, bool fresh, Prefetch& ahead) {
     const Columns<const float> b{scores, kTileTokens * kLanes};
-    const Columns<float> c{out, column_size(head_dim)};
+    const Columns<float> c{out, column_size(v_dim)};
     const auto run = [&](auto add, auto&& left) {
       if (wide == 2) {
-        multiply<2, add>(head_dim, count, left, b, c, ahead);
+        multiply<2, add>(v_dim, count, left, b, c, ahead);
       } else {
-        multiply<1, add>(head_dim, count, left, b, c, ahead);
+        multiply<1, add>(v_dim, count, left, b, c, ahead);
       }
     };
     const auto run_any = [&](auto&& left) {
@@ -194,10 +200,10 @@ struct FloatMath {
   /// V is read where it lies.
   bool direct() const { return sizeof(T) == sizeof(float) && !keep; }
 
-  void copy(const T* from, float* to) const {
+  static void copy(const T* from, int64_t size, float* to) {
     int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) store(to + d, load(from + d));
-    for (; d < head_dim; ++d) to[d] = as_float(from[d]);
+    for (; d + kLanes <= size; d += kLanes) store(to + d, load(from + d));
+    for (; d < size; ++d) to[d] = as_float(from[d]);
   }
 };
 

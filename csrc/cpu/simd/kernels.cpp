@@ -14,20 +14,21 @@
 namespace saffron::cpu::SAFFRON_ISA {
 namespace {
 
-/// Calls f with a null pointer to the Math for a dtype and head size.
+/// Calls f with a null pointer to the Math for a dtype and the sizes of rows of K and V.
 template <class F>
-inline auto with_math(DType dtype, int64_t head_dim, F&& f) {
+inline auto with_math(DType dtype, int64_t head_dim, int64_t v_dim, F&& f) {
+  [[maybe_unused]] const int64_t size = head_dim > v_dim ? head_dim : v_dim;
 #ifdef __AMX_BF16__
   if (dtype == DType::kBFloat16) return f(static_cast<AmxMath*>(nullptr));
 #else
   if (dtype == DType::kBFloat16) {
-    if (head_dim <= 64) return f(static_cast<FloatMath<uint16_t, 64>*>(nullptr));
-    if (head_dim <= 128) return f(static_cast<FloatMath<uint16_t, 128>*>(nullptr));
+    if (size <= 64) return f(static_cast<FloatMath<uint16_t, 64>*>(nullptr));
+    if (size <= 128) return f(static_cast<FloatMath<uint16_t, 128>*>(nullptr));
     return f(static_cast<FloatMath<uint16_t, kMaxHeadDim>*>(nullptr));
   }
 #endif
-  if (head_dim <= 64) return f(static_cast<FloatMath<float, 64>*>(nullptr));
-  if (head_dim <= 128) return f(static_cast<FloatMath<float, 128>*>(nullptr));
+  if (size <= 64) return f(static_cast<FloatMath<float, 64>*>(nullptr));
+  if (size <= 128) return f(static_cast<FloatMath<float, 128>*>(nullptr));
   return f(static_cast<FloatMath<float, kMaxHeadDim>*>(nullptr));
 }
 
@@ -38,21 +39,21 @@ inline auto with_type(DType dtype, const char* data, F&& f) {
                                    : f(reinterpret_cast<const float*>(data));
 }
 
-int64_t tile_tokens(DType dtype, int64_t head_dim) {
-  return with_math(dtype, head_dim,
+int64_t tile_tokens(DType dtype, int64_t head_dim, int64_t v_dim) {
+  return with_math(dtype, head_dim, v_dim,
                    [](auto* math) { return std::remove_pointer_t<decltype(math)>::kTileTokens; });
 }
 
-int64_t attend_scratch(DType dtype, int64_t rows, int64_t heads, int64_t head_dim) {
-  return with_math(dtype, head_dim, [&](auto* math) {
+int64_t attend_scratch(DType dtype, int64_t rows, int64_t heads, int64_t head_dim, int64_t v_dim) {
+  return with_math(dtype, head_dim, v_dim, [&](auto* math) {
     Carver carver{nullptr};
-    std::remove_pointer_t<decltype(math)>(carver, ceil_div(rows, kLanes) * heads, head_dim);
+    std::remove_pointer_t<decltype(math)>(carver, ceil_div(rows, kLanes) * heads, head_dim, v_dim);
     return carver.used;
   });
 }
 
 void attend_any(const AttentionTask& task) {
-  with_math(task.q.dtype, task.q.shape[2], [&](auto* math) {
+  with_math(task.q.dtype, task.q.shape[2], task.v_dim, [&](auto* math) {
     using Math = std::remove_pointer_t<decltype(math)>;
     attend<Math, typename Math::Storage>(task);
   });

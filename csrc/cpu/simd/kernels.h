@@ -28,7 +28,9 @@ struct AttentionTask {
   int64_t num_tiles;
   int64_t first_query, queries, group;
   int64_t first_head, heads;  // of KV; several only if they lie side by side in a row of the cache
-  float scale;
+  int64_t v_dim;              // size of a row of V; of K: q's
+  float scale, softcap;
+  bool capped;             // else softcap says nothing
   float* partial;          // of the first head: Kernels::partial_size() floats, written
   int64_t partial_stride;  // floats from head to head
   char* scratch;           // Kernels::attend_scratch() bytes
@@ -41,7 +43,8 @@ constexpr int kMaxHeadDim = 512;
 struct FinishTask {
   const float* partials;
   int64_t num_partials;  // at most kMaxPartials
-  Tensor out;            // [queries, heads, head_dim], contiguous
+  Tensor out;            // [queries, heads, v_dim], contiguous
+  const float* sinks;    // [heads], or none
   float* lse;            // [queries, heads], contiguous
   int64_t first_query, queries, first_head, group;
 };
@@ -54,9 +57,9 @@ struct Kernels {
   const char* name;
   int64_t lanes;  // rows of a column
   /// Tokens a tile may hold.
-  int64_t (*tile_tokens)(DType, int64_t head_dim);
-  int64_t (*partial_size)(int64_t rows, int64_t head_dim);
-  int64_t (*attend_scratch)(DType, int64_t rows, int64_t heads, int64_t head_dim);
+  int64_t (*tile_tokens)(DType, int64_t head_dim, int64_t v_dim);
+  int64_t (*partial_size)(int64_t rows, int64_t v_dim);
+  int64_t (*attend_scratch)(DType, int64_t rows, int64_t heads, int64_t head_dim, int64_t v_dim);
   void (*attend)(const AttentionTask&);
   void (*finish)(const FinishTask&);
   /// to[i] = a[i] * weight_a + b[i] * weight_b, all of one dtype, contiguous.

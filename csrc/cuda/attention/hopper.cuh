@@ -1,27 +1,29 @@
 #pragma once
 
-// Part of tree_attention_hopper.cu: the configurations, and the warp that fetches K and V.
+// Part of tree_attention_hopper.cu: the configurations, and the warps that fetch K and V.
 
 #include "cuda/attention/tile.cuh"
+#include "cuda/attention/work.cuh"
 #include "cuda/ptx/hopper.cuh"
 
 namespace saffron::cuda {
 namespace {
 
-/// One configuration: `kWarpgroups` of four warps, 64 rows each, that compute; of one warpgroup
-/// more a warp fetches.
+/// One configuration: `kWarpgroups` of four warps, 64 rows each, that compute; one warpgroup more
+/// fetches.
 template <class T_, int kD_, int kWarpgroups_>
 struct Wide {
   using T = T_;
   static constexpr int kD = kD_, kWarpgroups = kWarpgroups_;
   static constexpr int kWarpsM = 4 * kWarpgroups, kWarpsN = 1;
   static constexpr int kThreads = 128 * kWarpgroups;  // that compute
-  static constexpr int kLaunched = kThreads + 128;
+  static constexpr int kFetching = 128, kLaunched = kThreads + kFetching;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kTokens = 64;
   static constexpr int kMinBlocks = kWarpgroups > 1 ? 1 : 2;
   // Of a multiprocessor's 65536 registers; what a block is launched with is shared out anew.
-  static constexpr int kFewRegisters = 56, kManyRegisters = kWarpgroups > 1 ? 224 : 200;
+  static constexpr int kFewRegisters = kWarpgroups > 1 ? 96 : 88;
+  static constexpr int kManyRegisters = kWarpgroups > 1 ? 200 : 168;
   static constexpr int kStages = kD > 64 ? (kWarpgroups > 1 ? 6 : 3) : 6;
   static constexpr int kSlice = 8;     // rows that are joined together
   static constexpr int kTogether = 8;  // partials that are read at once
@@ -35,12 +37,12 @@ struct Wide {
     union {
       // Of every stage K and V, each by 64 columns: [tokens, 64], as `copy_box` stores it.
       alignas(1024) uint16_t kv[kStages][2][kD / 64][kHalf];
-      // When all tiles are done: the result, then weights [kSlice, splits].
+      // When all tiles are done: the result, then weights [kSlice, parts].
       alignas(16) float out[kRows * kFloatStride];
     };
     int begin[kStages][kTokens], end[kStages][kTokens];
-    int listed[kStages];  // tokens of the tile; 0 after the last tile
-    int slot[kTokens];    // of the tile that is being listed
+    int listed[kStages];   // tokens of the tile, below 0 if gathered; 0 after the last tile
+    int slot[4][kTokens];  // of the tile that is being listed, by each warp that fetches
     alignas(8) uint64_t full[kStages], empty[kStages], stored;
     float largest[1][kRows], total[1][kRows];
     uint32_t message;  // from thread 0 to all
@@ -48,7 +50,9 @@ struct Wide {
   static_assert(128 * kFewRegisters + kThreads * kManyRegisters <=
                     65536 / (kMinBlocks * kLaunched) / 8 * 8 * kLaunched,
                 "more registers than a block is launched with");
-  static_assert(sizeof(Shared) <= 227 * 1024 / kMinBlocks - 1024, "more than an H200 has");
+  static_assert(sizeof(Shared) + (kWarpgroups > 1 ? sizeof(Schedule) : 0) <=
+                    227 * 1024 / kMinBlocks - 1024,
+                "more than an H200 has");
 
   static constexpr int kMaxSplits = kRows * kFloatStride / kSlice;
 
@@ -80,11 +84,6 @@ struct Token {
   int slot, begin, end;
 };
 
-__device__ __forceinline__ Token load_token(const Arguments& a, int token, int last) {
-  if (token >= last) return {-1, 0, 0};
-  return {a.slot[token], a.begin[token], a.end[token]};
-}
-
 /// Whether a query from `low` to `high` sees the token.
 __device__ __forceinline__ bool is_seen(const Arguments& a, const Token& t, int low, int high) {
   const bool exists = t.slot >= 0 && t.slot < a.num_slots;
@@ -95,49 +94,69 @@ __device__ __forceinline__ bool is_seen(const Arguments& a, const Token& t, int 
   return exists && t.begin < t.end && t.begin <= high && t.end > low;
 }
 
+/// Every warp that fetches lists all slots; the first one says who sees the tokens.
 template <class C>
-__device__ __forceinline__ void put(typename C::Shared& s, int stage, int place, const Token& t) {
-  s.slot[place] = t.slot;
-  s.begin[stage][place] = t.begin;
-  s.end[stage][place] = t.end;
+__device__ __forceinline__ void put(typename C::Shared& s, int warp, int stage, int place,
+                                    const Token& t) {
+  s.slot[warp][place] = t.slot;
+  if (warp == 0) {
+    s.begin[stage][place] = t.begin;
+    s.end[stage][place] = t.end;
+  }
 }
 
-/// Copies K and V of the listed tokens into a stage 16 bytes at a time; zeros where there is no
-/// token. The warp has to arrive at the barrier afterwards.
+/// Copies this warp's quarter of the K and V of the listed tokens into a stage, 16 bytes at a time;
+/// zeros where there is no token. The warp has to arrive at the barrier afterwards.
 template <class C>
-__device__ __forceinline__ void fetch_rows(const Arguments& a, typename C::Shared& s, int kv_head,
-                                           int stage) {
+__device__ __forceinline__ void fetch_rows(const Arguments& a, typename C::Shared& s, int warp,
+                                           int kv_head, int stage) {
   using T = typename C::T;
   constexpr int kChunks = C::kD / 8, kTogether = 32 / kChunks;  // rows of the warp at once
+  constexpr int kRows = C::kTokens / 4 / kTogether;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int chunk = lane % kChunks, half = chunk / 8;
+  const int first = warp * (C::kTokens / 4) + lane / kChunks;
   const T* k = static_cast<const T*>(a.k) + kv_head * a.k_stride_h + chunk * 8;
   const T* v = static_cast<const T*>(a.v) + kv_head * a.v_stride_h + chunk * 8;
-#pragma unroll 4
-  for (int row = lane / kChunks; row < C::kTokens; row += kTogether) {
-    const int64_t slot = s.slot[row];
-    const bool read = slot >= 0 && chunk * 8 < a.head_dim;
-    const int at = row * 64 + (chunk % 8 ^ row % 8) * 8;  // as copy_box would
-    ptx::copy16(&s.kv[stage][0][half][at], read ? k + slot * a.k_stride_s : a.k, read);
-    ptx::copy16(&s.kv[stage][1][half][at], read ? v + slot * a.v_stride_s : a.v, read);
+  constexpr int kAtOnce = 4;  // registers
+  static_assert(kRows % kAtOnce == 0);
+#pragma unroll 1
+  for (int batch = 0; batch < kRows; batch += kAtOnce) {
+    int slot[kAtOnce];  // all of them before the first address is needed
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) slot[i] = s.slot[warp][first + (batch + i) * kTogether];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first + (batch + i) * kTogether;
+      const bool read_k = slot[i] >= 0 && chunk * 8 < a.head_dim;
+      const bool read_v = slot[i] >= 0 && chunk * 8 < a.v_dim;
+      const int64_t from = slot[i];
+      const int at = row * 64 + (chunk % 8 ^ row % 8) * 8;  // as copy_box would
+      ptx::copy16(&s.kv[stage][0][half][at], read_k ? k + from * a.k_stride_s : a.k, read_k);
+      ptx::copy16(&s.kv[stage][1][half][at], read_v ? v + from * a.v_stride_s : a.v, read_v);
+    }
   }
   ptx::barrier_await_copies(&s.full[stage]);
 }
 
-/// Fills the stage with the tile that is listed, of which `listed` tokens exist.
+/// Fills the stage with the tile that is listed, of which `listed` tokens exist; by all warps that
+/// fetch, each of which has listed the same.
 template <class C>
 __device__ __forceinline__ void fetch(const Arguments& a, const Caches& caches,
-                                      typename C::Shared& s, int kv_head, int stage, int listed) {
+                                      typename C::Shared& s, int warp, int kv_head, int stage,
+                                      int listed) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   __syncwarp();  // the list is there
-  const int first = s.slot[0];
+  const int first = s.slot[warp][0];
   bool run = caches.described;
 #pragma unroll
-  for (int place = lane; place < C::kTokens; place += 32) run &= s.slot[place] == first + place;
+  for (int place = lane; place < C::kTokens; place += 32) {
+    run &= s.slot[warp][place] == first + place;
+  }
   run = __all_sync(0xffffffffu, run);
-  if (!run) fetch_rows<C>(a, s, kv_head, stage);
-  if (lane == 0) {
-    s.listed[stage] = listed;
+  if (!run) fetch_rows<C>(a, s, warp, kv_head, stage);
+  if (warp == 0 && lane == 0) {
+    s.listed[stage] = run ? listed : -listed;
     ptx::barrier_arrive_expecting(&s.full[stage], run ? C::kTileBytes : 0);
     if (run) {
 #pragma unroll
@@ -152,42 +171,47 @@ __device__ __forceinline__ void fetch(const Arguments& a, const Caches& caches,
   __syncwarp();  // the list may be written again
 }
 
-/// Lists those of the tokens `first .. last` that a query from `low` to `high` sees, in order, and
-/// fetches them by whole tiles; in the end says that there are no more.
+/// Lists those of `tokens` that a query from `low` to `high` sees, in order, and fetches them by
+/// whole tiles; in the end says that there are no more.
 template <class C>
 __device__ __forceinline__ void fetch_all(const Arguments& a, const Caches& caches,
-                                          typename C::Shared& s, Turn<C>& turn, int kv_head,
-                                          int low, int high, int first, int last) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+                                          typename C::Shared& s, Turn<C>& turn, int warp,
+                                          int kv_head, int low, int high, const Tokens& tokens) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, size = tokens.size;
+  const auto load = [&](int number) -> Token {
+    const int token = number < size ? tokens.at(number) : tokens.end;
+    if (token >= tokens.end) return {-1, 0, 0};
+    return {a.slot[token], a.begin[token], a.end[token]};
+  };
   Token next[4];  // read before they are needed
 #pragma unroll
-  for (int i = 0; i < 4; ++i) next[i] = load_token(a, first + i * 32 + lane, last);
-  int listed = 0;
+  for (int i = 0; i < 4; ++i) next[i] = load(i * 32 + lane);
+  int listed = 0, first = 0;
   ptx::barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
-  while (first < last || listed > 0) {
+  while (first < size || listed > 0) {
     const Token now = next[0];
 #pragma unroll
     for (int i = 0; i < 3; ++i) next[i] = next[i + 1];
-    next[3] = load_token(a, first + 4 * 32 + lane, last);
+    next[3] = load(first + 4 * 32 + lane);
     const bool seen = is_seen(a, now, low, high);
     const unsigned live = __ballot_sync(0xffffffffu, seen);
     const int place = listed + __popc(live & ((1u << lane) - 1));
-    if (seen && place < C::kTokens) put<C>(s, turn.stage, place, now);
+    if (seen && place < C::kTokens) put<C>(s, warp, turn.stage, place, now);
     listed += __popc(live);
     first += 32;
-    if (listed < C::kTokens && first < last) continue;
+    if (listed < C::kTokens && first < size) continue;
     if (listed == 0) break;
     const int whole = min(listed, C::kTokens);
     for (int i = whole + lane; i < C::kTokens; i += 32) {
-      put<C>(s, turn.stage, i, {-1, 0x7fffffff, -0x7fffffff});
+      put<C>(s, warp, turn.stage, i, {-1, 0x7fffffff, -0x7fffffff});
     }
-    fetch<C>(a, caches, s, kv_head, turn.stage, whole);
+    fetch<C>(a, caches, s, warp, kv_head, turn.stage, whole);
     turn.advance();
     ptx::barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
-    if (seen && place >= C::kTokens) put<C>(s, turn.stage, place - C::kTokens, now);
+    if (seen && place >= C::kTokens) put<C>(s, warp, turn.stage, place - C::kTokens, now);
     listed -= whole;
   }
-  if (lane == 0) s.listed[turn.stage] = 0;
+  if (warp == 0 && lane == 0) s.listed[turn.stage] = 0;
   ptx::barrier_arrive(&s.full[turn.stage]);
   turn.advance();
 }

@@ -29,9 +29,9 @@ struct Configuration {
   static constexpr int kRows = 16 * kWarpsM;
   static constexpr int kTokens = kWarpsN > 1 || (kWarpsM == 8 && kD <= 128) ? 64 : 32;
   static constexpr int kWarpTokens = kTokens / kWarpsN;
-  static constexpr int kStages = kConvert || (kD > 128 && kWarpsN > 1) ? 2 : 3;
+  static constexpr int kStages = kConvert || (kD > 128 && kWarpsM != 4) ? 2 : 3;
   // Tiles as they are multiplied: with two of them the next is converted while one is in use.
-  static constexpr int kTiles = !kConvert ? kStages : kD > 128 && kWarpsN > 1 ? 1 : 2;
+  static constexpr int kTiles = !kConvert ? kStages : kD > 128 && kWarpsM != 4 ? 1 : 2;
   static constexpr int kChunk = 16 / sizeof(Stored);  // elements that are copied together
   static constexpr int kListed = 4 * kThreads;        // tokens that are looked at together
   static constexpr int kSlice = kRows > 16 ? 8 : 4;   // rows that are joined together
@@ -46,7 +46,7 @@ struct Configuration {
     alignas(16) uint16_t q[kRows * kStride];
     union {
       alignas(16) uint16_t kv[kTiles][2][kTokens * kStride];
-      // When all tiles are done: the result of every warp, then weights [kSlice, splits].
+      // When all tiles are done: the result of every warp, then weights [kSlice, parts].
       alignas(16) float out[kWarpsM * kWarpsN * 16 * kFloatStride];
     };
     int slot[kListed], begin[kListed], end[kListed];
@@ -76,7 +76,7 @@ struct Warp {
   float largest[2], total[2];
   int query[2];                 // of its rows g and g + 8
   int first_query, last_query;  // of the warp; none if first > last
-  float scale_log2;             // of its scores, where it depends on the KV head
+  float scale;                  // of its scores, where it depends on the KV head
 };
 
 /// Copies K and V of the listed tokens `first ..` into a stage; rows of zeros where there is no
@@ -95,7 +95,8 @@ __device__ __forceinline__ void fetch_tile(const Arguments& a, typename C::Share
     const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
     const int row = place / kChunks, column = place % kChunks * C::kChunk;
     const int64_t slot = s.slot[first + row];
-    const bool read = slot >= 0 && column < a.head_dim;
+    const bool read_k = slot >= 0 && column < a.head_dim;
+    const bool read_v = slot >= 0 && column < a.v_dim;
     void *to_k, *to_v;
     if constexpr (C::kConvert) {
       to_k = &s.raw[(stage * 2 * C::kThreads * kCopies + place) * 16];
@@ -105,8 +106,8 @@ __device__ __forceinline__ void fetch_tile(const Arguments& a, typename C::Share
       to_k = &s.kv[stage][0][at];
       to_v = &s.kv[stage][1][at];
     }
-    ptx::copy16(to_k, k + (read ? slot * a.k_stride_s + column : 0), read);
-    ptx::copy16(to_v, v + (read ? slot * a.v_stride_s + column : 0), read);
+    ptx::copy16(to_k, k + (read_k ? slot * a.k_stride_s + column : 0), read_k);
+    ptx::copy16(to_v, v + (read_v ? slot * a.v_stride_s + column : 0), read_v);
   }
 }
 
@@ -114,7 +115,7 @@ __device__ __forceinline__ void fetch_tile(const Arguments& a, typename C::Share
 template <class C>
 __device__ __forceinline__ void convert_tile(typename C::Shared& s, int stage, int tile) {
   constexpr int kChunks = C::kD / 16, kCopies = C::kTokens * kChunks / C::kThreads;
-#pragma unroll
+#pragma unroll(C::kThreads < 128 ? 2 : 4)  // registers
   for (int i = 0; i < kCopies; ++i) {
     const int place = static_cast<int>(threadIdx.x) + i * C::kThreads;
     const int row = place / kChunks, chunk = place % kChunks;
@@ -156,19 +157,20 @@ __device__ __forceinline__ void fetch_q(const Arguments& a, typename C::Shared& 
   }
 }
 
-/// Lists those of the tokens `first .. last` that a query from `low` to `high` sees, in order, and
-/// fills the last tile up with tokens that nobody sees. At most kListed tokens. Returns how many
-/// are listed.
-template <class C>
-__device__ __forceinline__ int list_tokens(const Arguments& a, typename C::Shared& s, int first,
-                                           int last, int low, int high) {
+/// Lists those of `tokens`, from number `first` on, that a query from `low` to `high` sees, in
+/// order, and fills the last tile up with tokens that nobody sees. At most kListed tokens. Returns
+/// how many are listed.
+template <class C, class Tokens>
+__device__ __forceinline__ int list_tokens(const Arguments& a, typename C::Shared& s,
+                                           const Tokens& tokens, int first, int low, int high) {
   constexpr int kWarps = C::kWarpsM * C::kWarpsN;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int slot[4], begin[4], end[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int token = first + i * C::kThreads + thread;
-    const bool exists = token < last;
+    const int number = first + i * C::kThreads + thread;
+    const int token = number < tokens.size ? tokens.at(number) : tokens.end;
+    const bool exists = token < tokens.end;
     slot[i] = exists ? a.slot[token] : -1;
     begin[i] = exists ? a.begin[token] : 0;
     end[i] = exists ? a.end[token] : 0;
@@ -223,25 +225,48 @@ __device__ __forceinline__ void load_q(const typename C::Shared& s, uint32_t (&q
   ptx::load_matrices(q, &s.q[row * C::kStride + step * 16 + lane / 16 * 8]);
 }
 
+/// The largest score of a row is at least this once the row has seen a token, even if its scores
+/// are NaN or -infinity: -infinity is that of a row that has seen nothing, and of no other.
+constexpr float kLowestSeen = -3.402823466e38f;
+
+/// tanh(x), right to a few units in the last place: a polynomial near 0 (Cephes' tanhf), where the
+/// quotient of exponentials cancels.
+__device__ __forceinline__ float tanh_of(float x) {
+  const float e = ptx::exp2(fabsf(x) * -2.885390082f);
+  const float far = copysignf((1.f - e) * ptx::reciprocal(1.f + e), x);
+  const float z = x * x;
+  float y = -5.70498872745e-3f * z + 2.06390887954e-2f;
+  y = y * z - 5.37397155531e-2f;
+  y = y * z + 1.33314422036e-1f;
+  y = y * z - 3.33332819422e-1f;
+  return fabsf(x) < 0.625f ? y * z * x + x : far;
+}
+
 /// Leaves in `score` what the tokens of a tile weigh in the rows of this warp, having adapted the
 /// result so far to the largest score. `all`: every row sees every token, nothing is masked.
 template <class C, int kBlocks>
-__device__ __forceinline__ void weigh(Warp<C>& own, float (&score)[kBlocks][4], float scale_log2,
-                                      const int* begins, const int* ends, bool all) {
+__device__ __forceinline__ void weigh(const Arguments& a, Warp<C>& own, float (&score)[kBlocks][4],
+                                      float scale, const int* begins, const int* ends, bool all) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float largest[2] = {own.largest[0], own.largest[1]};
+  bool sees[2] = {all, all};
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) score[block][i] *= scale_log2;
+    for (int i = 0; i < 4; ++i) score[block][i] *= scale;
+    if (a.capped) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[block][i] = tanh_of(score[block][i]) * a.cap;
+    }
     if (!all) {
       const int token = block * 8 + lane % 4 * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int query = own.query[i / 2];
-        if (query < begins[token + i % 2] || query >= ends[token + i % 2]) {
-          score[block][i] = -INFINITY;
-        }
+        // Both are loaded and `|` decides: `||` would be a branch for every score.
+        const bool hidden = (query < begins[token + i % 2]) | (query >= ends[token + i % 2]);
+        score[block][i] = hidden ? -INFINITY : score[block][i];
+        sees[i / 2] |= !hidden;
       }
     }
 #pragma unroll
@@ -250,6 +275,7 @@ __device__ __forceinline__ void weigh(Warp<C>& own, float (&score)[kBlocks][4], 
   float decay[2], base[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    if (sees[r]) largest[r] = fmaxf(largest[r], kLowestSeen);
     largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 1));
     largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 2));
     base[r] = largest[r] == -INFINITY ? 0.f : largest[r];  // no -inf - -inf
@@ -269,6 +295,61 @@ __device__ __forceinline__ void weigh(Warp<C>& own, float (&score)[kBlocks][4], 
   for (int d = 0; d < C::kD / 8; ++d) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) own.acc[d][i] *= decay[i / 2];
+  }
+}
+
+/// Whether one of two 16-bit numbers is NaN or infinite.
+template <class T>
+__device__ __forceinline__ bool is_unfit(uint32_t pair) {
+  const uint32_t zero =
+      std::is_same_v<T, BFloat16> ? ptx::multiply_bf16(pair, 0u) : ptx::multiply_half(pair, 0u);
+  return (zero & 0x7fff7fffu) != 0;
+}
+
+/// Whether some V of a tile that not all rows see is not finite. It would spoil the rows that do
+/// not see it, as 0 times NaN is NaN. `eight(i)` are the numbers 8 i to 8 i + 7 of the tile. Called
+/// by a whole warp, whose lanes all get the answer.
+template <class T, class F>
+__device__ __forceinline__ bool is_unfit_tile(int numbers, F eight) {
+  bool unfit = false;
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < numbers / 8; i += 32) {
+    const uint4 x = *reinterpret_cast<const uint4*>(eight(i));
+    unfit |= is_unfit<T>(x.x) | is_unfit<T>(x.y) | is_unfit<T>(x.z) | is_unfit<T>(x.w);
+  }
+  return __any_sync(0xffffffffu, unfit);
+}
+
+/// Adds V of a tile token by token, each to those of the warp's rows that see it. `pair(token,
+/// column)` is where two numbers stand.
+template <class C, int kBlocks, class F>
+__device__ __forceinline__ void add_by_token(Warp<C>& own, const float (&weight)[kBlocks][4],
+                                             const int* begins, const int* ends, F pair) {
+  using T = typename C::T;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int token = 0; token < 8 * kBlocks; ++token) {
+    float w[2];
+    bool sees[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float held = 0.f;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const float x = token % 2 == 0 ? weight[block][2 * r] : weight[block][2 * r + 1];
+        held = block == token / 8 ? x : held;
+      }
+      w[r] = __shfl_sync(0xffffffffu, held, lane / 4 * 4 + token % 8 / 2);
+      sees[r] = own.query[r] >= begins[token] && own.query[r] < ends[token];
+    }
+#pragma unroll
+    for (int d = 0; d < C::kD / 8; ++d) {
+      const uint32_t both = *reinterpret_cast<const uint32_t*>(pair(token, 8 * d + lane % 4 * 2));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = to_float(T{static_cast<uint16_t>(i % 2 == 0 ? both : both >> 16)});
+        own.acc[d][i] = sees[i / 2] ? own.acc[d][i] + w[i / 2] * x : own.acc[d][i];
+      }
+    }
   }
 }
 
@@ -311,10 +392,20 @@ __device__ __forceinline__ void attend(const Arguments& a, const typename C::Sha
     }
   }
 
-  const float scale_log2 = C::kConvert ? own.scale_log2 : a.scale_log2;
-  weigh(own, score, scale_log2, s.begin + first, s.end + first, all);
+  const float scale = C::kConvert ? own.scale : a.scale;
+  weigh(a, own, score, scale, s.begin + first, s.end + first, all);
 
   const uint16_t* v = s.kv[tile][1];
+  if (!all) {
+    const uint16_t* rows = v + warp_n * C::kWarpTokens * C::kStride;
+    const auto eight = [&](int i) {
+      return rows + i / (C::kD / 8) * C::kStride + i % (C::kD / 8) * 8;
+    };
+    if (is_unfit_tile<T>(C::kWarpTokens * C::kD, eight)) {
+      const auto pair = [&](int token, int column) { return rows + token * C::kStride + column; };
+      return add_by_token(own, score, s.begin + first, s.end + first, pair);
+    }
+  }
   const int v_row = warp_n * C::kWarpTokens + lane % 16, v_column = lane / 16 * 8;
 #pragma unroll
   for (int step = 0; step < kBlocks / 2; ++step) {

@@ -1,9 +1,10 @@
 // Attention over a flattened trie on Hopper, for many rows: the same work as in tree_attention.cu,
 // cut and joined in the same way, with `wgmma` on tiles that mostly arrive as boxes of a tensor.
 //
-// One warp lists the tokens that any query of the block sees, 64 to a tile, and fetches K and V of
-// them: as boxes where their slots follow each other (a prompt), else row by row. It runs ahead of
-// four or eight warps that compute, as far as there are stages. These hold Q in registers as A of
+// Four warps list the tokens that any query of the block sees, 64 to a tile, and fetch K and V of
+// them: as boxes where their slots follow each other (a prompt), else row by row, a quarter each.
+// They run ahead of four or eight warps that compute, as far as there are stages. Those hold Q in
+// registers as A of
 // S = Q K^T, B being K as it lies in memory; exp(S) is A of S V, B being V transposed.
 //
 // Why, and when (`hopper_takes`): a token costs a KV head 4 head_dim bytes and, for R rows, 4 R
@@ -78,7 +79,17 @@ __device__ __forceinline__ void attend_tile(const Arguments& a, const typename C
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>(score);
 
-  weigh(own, score, a.scale_log2, s.begin[stage], s.end[stage], all);
+  weigh(a, own, score, a.scale, s.begin[stage], s.end[stage], all);
+  if (!all) {  // for all warps of the warpgroup alike, and so is what they find in V
+    const uint16_t* numbers = s.kv[stage][1][0];
+    if (is_unfit_tile<T>(C::kTokens * C::kD, [&](int i) { return numbers + 8 * i; })) {
+      const auto pair = [&](int token, int column) {  // as copy_box stored them
+        const int chunk = column / 8 % 8 ^ token % 8;
+        return &s.kv[stage][1][column / 64][token * 64 + chunk * 8 + column % 8];
+      };
+      return add_by_token(own, score, s.begin[stage], s.end[stage], pair);
+    }
+  }
 
   uint32_t p[C::kTokens / 16][4];
 #pragma unroll
@@ -123,8 +134,9 @@ __device__ __forceinline__ void attend_all(const Arguments& a, typename C::Share
   const int high = first_row < rows ? (min(first_row + 64, rows) - 1) / a.group : -1;
   while (true) {
     ptx::barrier_wait(&s.full[turn.stage], turn.parity);
-    ptx::fence_async();  // the rows may have been copied 16 bytes at a time
-    const bool more = s.listed[turn.stage] > 0;
+    const int listed = s.listed[turn.stage];
+    const bool more = listed != 0;
+    if (listed < 0) ptx::fence_async();  // the rows were copied 16 bytes at a time
     bool any = false, all = true;
 #pragma unroll
     for (int token = lane; token < C::kTokens; token += 32) {
@@ -142,23 +154,32 @@ __device__ __forceinline__ void attend_all(const Arguments& a, typename C::Share
   }
 }
 
-/// What the warp that fetches does: the tiles of all units of this block.
+/// What the warps that fetch do: the tiles of all segments of this block.
 template <class C>
 __device__ __forceinline__ void feed(const Arguments& a, const Caches& caches,
-                                     typename C::Shared& s) {
+                                     typename C::Shared& s, int warp) {
   const int rows = a.queries * a.group;
-  const uint32_t units = static_cast<uint32_t>(a.kv_heads * a.query_blocks * a.splits);
+  auto& plan = schedule_of<C>(s);
+  Shares shares(a, plan, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   Turn<C> turn;
   uint32_t parity = 0;
-  for (uint32_t number = blockIdx.x; number < units; number += gridDim.x) {
-    if (number != blockIdx.x) {
+  for (int at = shares.first; at < shares.last;) {
+    if (at != shares.first) {
       ptx::barrier_wait(&s.stored, parity);  // the result stood where the stages are
       parity ^= 1;
     }
-    const Unit unit = unit_at<C>(a, number);
-    const int low = unit.first_row / a.group;
-    const int high = (min(unit.first_row + C::kRows, rows) - 1) / a.group;
-    fetch_all<C>(a, caches, s, turn, unit.kv_head, low, high, unit.first, unit.last);
+    const Segment g = shares.segment(a, plan, at);
+    if (a.query_blocks > 1) {
+      ptx::sync_some<2, C::kFetching>();  // nobody reads the chunks of the segment before
+      if (warp == 0) Tokens::list(a, plan, g);
+      ptx::sync_some<2, C::kFetching>();
+    }
+    const Tokens tokens(a, plan, g);
+    const int first_row = g.query_block * C::kRows;
+    const int low = first_row / a.group;
+    const int high = (min(first_row + C::kRows, rows) - 1) / a.group;
+    fetch_all<C>(a, caches, s, turn, warp, g.kv_head, low, high, tokens);
+    at += g.count;
   }
 }
 
@@ -170,30 +191,32 @@ __global__ void __launch_bounds__(SAFFRON_HOPPER ? C::kLaunched : 32, C::kMinBlo
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
-      ptx::barrier_init(&s.full[stage], 32);
+      ptx::barrier_init(&s.full[stage], C::kFetching);
       ptx::barrier_init(&s.empty[stage], C::kWarpsM);
     }
     ptx::barrier_init(&s.stored, C::kThreads);
     ptx::fence_async();
+    if (caches.described) ptx::prefetch(caches.k), ptx::prefetch(caches.v);
   }
+  if (a.query_blocks > 1) make_schedule<C, C::kLaunched>(a, schedule_of<C>(s));
   __syncthreads();
   if (warp >= C::kWarpsM) {
     ptx::give_up_registers<C::kFewRegisters>();
-    if (warp == C::kWarpsM) feed<C>(a, caches, s);
+    feed<C>(a, caches, s, warp - C::kWarpsM);
   } else {
     ptx::take_registers<C::kManyRegisters>();
     Turn<C> turn;
-    const auto attend = [&](const Unit& unit) {
+    const auto attend = [&](const Segment& segment) {
       Warp<C> own;
-      attend_all<C>(a, s, turn, own, unit.kv_head, unit.first_row + warp * 16);
+      const int first_row = segment.query_block * C::kRows;
+      attend_all<C>(a, s, turn, own, segment.kv_head, first_row + warp * 16);
       C::sync();  // nobody needs a tile any more
       lay_down<C>(s, own, warp, 0);
       C::sync();
     };
-    const auto next = [&](uint32_t number) {
+    const auto next = [&] {
       ptx::fence_async();  // boxes may now be written over the result
       ptx::barrier_arrive(&s.stored);
-      return number + gridDim.x;
     };
     work_through<C>(a, s, attend, next);
   }
@@ -201,17 +224,17 @@ __global__ void __launch_bounds__(SAFFRON_HOPPER ? C::kLaunched : 32, C::kMinBlo
 }
 
 /// Describes a cache for boxes of 64 columns of one KV head in successive slots. False where its
-/// layout is not one of slots, each of KV heads; strides count elements.
+/// layout is not one of slots, each of KV heads with `size` numbers; strides count elements.
 template <class C>
-bool describe(TensorMap& map, const Arguments& a, const void* cache, int64_t stride_h,
+bool describe(TensorMap& map, const Arguments& a, const void* cache, int size, int64_t stride_h,
               int64_t stride_s) {
-  if (a.kv_heads == 1) stride_h = a.head_dim;
+  if (a.kv_heads == 1) stride_h = size;
   // Each stride has to be a multiple of the one before.
-  if (a.num_slots == 0 || stride_h < a.head_dim || stride_s < stride_h * a.kv_heads ||
+  if (a.num_slots == 0 || stride_h < size || stride_s < stride_h * a.kv_heads ||
       stride_s % stride_h != 0) {
     return false;
   }
-  return encode(map, cache, {a.head_dim, a.kv_heads, a.num_slots}, {2 * stride_h, 2 * stride_s},
+  return encode(map, cache, {size, a.kv_heads, a.num_slots}, {2 * stride_h, 2 * stride_s},
                 {64, 1, C::kTokens});
 }
 
@@ -256,17 +279,19 @@ void launch_hopper(Arguments a, DType dtype, Stream stream) {
   const auto run = [&](auto wide) {
     using C = decltype(wide);
     const Cut cut = cut_work<C>(a, chip());
+    if (a.looked_through != nullptr) launch_look(a, cut.chunks, stream);
     Caches caches = {};
-    caches.described = describe<C>(caches.k, a, a.k, a.k_stride_h, a.k_stride_s) &&
-                       describe<C>(caches.v, a, a.v, a.v_stride_h, a.v_stride_s);
-    launch<wide_attention_kernel<C>>(dim3(cut.blocks), C::kLaunched, sizeof(typename C::Shared),
-                                     stream, a, caches);
+    caches.described = describe<C>(caches.k, a, a.k, a.head_dim, a.k_stride_h, a.k_stride_s) &&
+                       describe<C>(caches.v, a, a.v, a.v_dim, a.v_stride_h, a.v_stride_s);
+    launch<wide_attention_kernel<C>>(dim3(cut.blocks), C::kLaunched,
+                                     sizeof(typename C::Shared) + cut.schedule_bytes(), stream, a,
+                                     caches);
   };
   const int64_t rows = static_cast<int64_t>(a.queries) * a.group;
   if (dtype == DType::kBFloat16) {
-    with_wide<BFloat16>(a.head_dim, rows, run);
+    with_wide<BFloat16>(a.wide(), rows, run);
   } else {
-    with_wide<Float16>(a.head_dim, rows, run);
+    with_wide<Float16>(a.wide(), rows, run);
   }
 }
 

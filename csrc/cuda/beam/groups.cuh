@@ -19,6 +19,7 @@ namespace saffron::cuda {
 /// Arguments. Rows are in groups that ascend; those of group `num_groups` are in none.
 struct Beams {
   const int32_t* groups;
+  const int32_t* widths;  // `[num_groups]`, each at most `width`; or null: `width` for all
   Numbers carried_scores;
   const int32_t* carried_groups;
   Key* segments;       // `[blocks + num_groups, width]`
@@ -33,6 +34,10 @@ struct Beams {
   int32_t* fault;
   int rows, num_groups, width, carried;
   int capacity;  // keys that a block holds: no fewer than `width` and two for every thread
+
+  __device__ __forceinline__ int width_of(int group) const {
+    return widths == nullptr ? width : min(max(widths[group], 1), width);
+  }
 };
 
 /// The workspace that `Beams` points to, at 16 bytes.
@@ -68,11 +73,12 @@ inline int64_t beam_shared(int64_t rows, int64_t width) {
 }
 
 /// What both ops are given alike; without a workspace, carried nodes and blindness.
-inline Beams beams(const View& groups, int64_t rows, int64_t num_groups, int64_t width,
-                   const View& counters, const View& parent, const View& token, const View& reward,
-                   DType dtype, const View& fault) {
+inline Beams beams(const View& groups, const View& widths, int64_t rows, int64_t num_groups,
+                   int64_t width, const View& counters, const View& parent, const View& token,
+                   const View& reward, DType dtype, const View& fault) {
   Beams a = {};
   a.groups = groups.as<int32_t>();
+  a.widths = widths.as<int32_t>();
   a.arrived = counters.as<uint32_t>();
   a.parent = parent.as<int32_t>();
   a.token = token.as<int32_t>();
@@ -138,6 +144,7 @@ struct Selector {
   Key* keys;
   RowTable table;
   int range;  // candidates of a block
+  int width;  // of the group that the block is at
 
   __device__ __forceinline__ void run() {
     const int total = load_rows();
@@ -156,6 +163,7 @@ struct Selector {
         group = table.group[table.row_of(first)];
         const int begin = table.begin_of(group), end = table.begin_of(group + 1);
         const int stop = min(last, end);
+        width = a.width_of(group);
         size = collect(begin, end, first, stop);
         blind = source.is_blind();
         first = stop;
@@ -166,6 +174,7 @@ struct Selector {
         if (group >= a.num_groups) break;
         empty += blocks;
         if (table.begin_of(group) != table.begin_of(group + 1)) continue;
+        width = a.width_of(group);
       }
       is_done = finish(group, blind, size);
     }
@@ -199,6 +208,10 @@ struct Selector {
         const int group = a.carried_groups[i];
         if (group < 0 || group > a.num_groups) atomicOr(a.fault, kGroupFault);
       }
+#pragma unroll 1
+      for (int i = thread(); a.widths != nullptr && i < a.num_groups; i += kBeamThreads) {
+        if (a.widths[i] < 1 || a.widths[i] > a.width) atomicOr(a.fault, kWidthFault);
+      }
     }
     if (bad) atomicOr(a.fault, bad);
     if (__syncthreads_or(bad != 0)) {
@@ -217,12 +230,12 @@ struct Selector {
     int size = 0;
 #pragma unroll 1
     for (; first < last; first += kBeamThreads) {
-      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, a.width);
+      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, width);
       const int n = min(last - first, kBeamThreads);
       source.collect(first, n, keys + size);
       size += n;
     }
-    return keep_best(desk, keys, size, a.width);
+    return keep_best(desk, keys, size, width);
   }
 
   /// Leaves the keys of a segment for the last block of its group. If that is this block, it gets
@@ -247,11 +260,7 @@ struct Selector {
   /// Whether this block is the last of so many to arrive; it then sees what the others wrote.
   __device__ __forceinline__ bool is_last(uint32_t* counter, int of_all) {
     __syncthreads();
-    if (thread() == 0) {
-      __threadfence();  // for all of the block: the barriers on both sides carry it on
-      desk.before = atomicAdd(counter, 1u);
-      __threadfence();
-    }
+    if (thread() == 0) desk.before = ptx::arrive(counter);
     __syncthreads();
     return desk.before + 1 == static_cast<uint32_t>(of_all);
   }
@@ -259,15 +268,15 @@ struct Selector {
   /// The keys of all segments of a group, of which blocks `first` to `last` have one each.
   __device__ __forceinline__ int gather(int group, int begin, int end, int first, int last) {
     const int64_t second = static_cast<int64_t>(first + 1) * range;
-    const int of_first = min(static_cast<int>(second - begin), a.width);
-    const int of_others = min(range, a.width);
+    const int of_first = min(static_cast<int>(second - begin), width);
+    const int of_others = min(range, width);
     const int64_t of_last =
-        min(end - static_cast<int64_t>(last) * range, static_cast<int64_t>(a.width));
+        min(end - static_cast<int64_t>(last) * range, static_cast<int64_t>(width));
     const int all = of_first + (last - first - 1) * of_others + static_cast<int>(of_last);
     int size = 0;
 #pragma unroll 1
     for (int done = 0; done < all; done += kBeamThreads) {
-      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, a.width);
+      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, width);
       const int i = done + thread(), after_first = i - of_first;
       if (i < all) {
         const Key* from = after_first < 0 ? segment(first, group) + i
@@ -284,7 +293,7 @@ struct Selector {
   /// it was the last of all groups.
   __device__ __forceinline__ bool finish(int group, bool blind, int size) {
     size = add_carried(group, size);
-    size = keep_best(desk, keys, size, a.width);
+    size = keep_best(desk, keys, size, width);
     const int lane = thread() % 32;
     Key* best = a.best + static_cast<int64_t>(group) * a.width;
 #pragma unroll 1
@@ -317,7 +326,7 @@ struct Selector {
   __device__ __forceinline__ int add_carried(int group, int size) {
 #pragma unroll 1
     for (int first = 0; first < a.carried; first += kBeamThreads) {
-      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, a.width);
+      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, width);
       const int i = first + thread();
       const bool own = i < a.carried && a.carried_groups[i] == group;
       int all;
@@ -390,7 +399,7 @@ __device__ __forceinline__ RowTable rows_of(Desk& desk, const Beams& a) {
 /// The calling block's part of the launch.
 template <class Source>
 __device__ __forceinline__ void select_beams(const Beams& a, Source& source, Desk& desk) {
-  Selector<Source>{a, source, desk, keys_of(desk), rows_of(desk, a), 0}.run();
+  Selector<Source>{a, source, desk, keys_of(desk), rows_of(desk, a), 0, 0}.run();
 }
 
 }  // namespace saffron::cuda

@@ -29,7 +29,8 @@ struct Step {
   const uint8_t* unseen;
   int64_t unseen_stride, vocab;
   float unseen_reward;
-  const int32_t* end_tokens;
+  const int32_t* end_tokens;  // `[rows, num_end_tokens]`
+  int64_t stride_end_row, stride_end;
   int num_end_tokens;
 };
 
@@ -63,10 +64,11 @@ struct Members {
     return m;
   }
 
-  __device__ __forceinline__ bool is_end(int token) const {
+  __device__ __forceinline__ bool is_end(const Member& m) const {
+    const int32_t* ends = a.end_tokens + m.row * a.stride_end_row;
     bool found = false;
 #pragma unroll 1
-    for (int i = 0; i < a.num_end_tokens; ++i) found |= a.end_tokens[i] == token;
+    for (int i = 0; i < a.num_end_tokens; ++i) found |= ends[i * a.stride_end] == m.token;
     return found;
   }
 
@@ -87,7 +89,7 @@ struct Members {
     for (int first = begin; first < end; first += kBeamThreads) {
       const int i = first + thread();
       if (first > begin && i < end) looked_at = member(i);
-      const bool counts = i < end && !is_end(looked_at.token);
+      const bool counts = i < end && !is_end(looked_at);
       if (__syncthreads_or(counts && !looked_at.unseen)) return;
       any_unseen |= __syncthreads_or(counts && looked_at.unseen) != 0;
     }
@@ -99,7 +101,7 @@ struct Members {
     bool inherits = false;
     if (thread() < n) {
       m = member(first + thread());
-      inherits = a.scores.given() && is_end(m.token);
+      inherits = a.scores.given() && is_end(m);
       // With more candidates than warps it pays to know first whose row need not be read.
       const bool needless = n > kBeamWarps && (m.unseen || inherits);
       desk.row[thread()] = m.row;
@@ -161,25 +163,25 @@ int64_t multifurcate_workspace(int64_t rows, int64_t vocab, int64_t num_groups, 
 
 void multifurcate(const View& logits, DType logits_dtype, const View& hidden, const View& weight,
                   DType dtype, const View& bias, DType bias_dtype, const View& unseen,
-                  double unseen_reward, const View& groups, double top_p, const View& banned,
-                  const View& scores, DType scores_dtype, const View& end_tokens,
-                  const View& carried_scores, DType carried_dtype, const View& carried_groups,
-                  const View& parent, const View& token, const View& reward, const View& counts,
-                  const View& blind, const View& workspace, const View& counters, int64_t rows,
-                  int64_t vocab, int64_t size, int64_t num_groups, int64_t width,
-                  int64_t num_banned, int64_t num_end_tokens, int64_t carried, const View& fault,
-                  Stream stream) {
+                  double unseen_reward, const View& groups, const View& widths,
+                  const Limits& limits, const View& scores, DType scores_dtype,
+                  const View& end_tokens, const View& carried_scores, DType carried_dtype,
+                  const View& carried_groups, const View& parent, const View& token,
+                  const View& reward, const View& counts, const View& blind, const View& workspace,
+                  const View& counters, int64_t rows, int64_t vocab, int64_t size,
+                  int64_t num_groups, int64_t width, int64_t num_end_tokens, int64_t carried,
+                  const View& fault, Stream stream) {
   const Workspace places(rows, vocab, num_groups, width, carried);
   char* at = workspace.as<char>();
   const Candidates candidates{reinterpret_cast<int32_t*>(at + places.token),
                               reinterpret_cast<float*>(at + places.logit), counts.as<int32_t>()};
-  find_nuclei(logits, top_p, banned, num_banned, groups, num_groups, candidates, View{}, workspace,
-              counters, rows, vocab, logits_dtype, fault, stream);
+  find_nuclei(logits, limits, groups, num_groups, candidates, View{}, workspace, counters, rows,
+              vocab, logits_dtype, fault, stream);
   if (num_groups == 0) return;
   const int64_t blocks = chip().processors;
   with_head_rows(hidden, weight, size, dtype, [&](auto head) {
     Step<decltype(head)> a = {};
-    a.beams = beams(groups, rows, num_groups, width, counters, parent, token, reward,
+    a.beams = beams(groups, widths, rows, num_groups, width, counters, parent, token, reward,
                     DType::kFloat32, fault);
     a.beams.blind = blind.as<bool>();
     a.beams.carried = static_cast<int>(carried);
@@ -195,6 +197,8 @@ void multifurcate(const View& logits, DType logits_dtype, const View& hidden, co
     a.vocab = vocab;
     a.unseen_reward = static_cast<float>(unseen_reward);
     a.end_tokens = end_tokens.as<int32_t>();
+    a.stride_end_row = end_tokens.stride[0];
+    a.stride_end = end_tokens.stride[1];
     a.num_end_tokens = static_cast<int>(num_end_tokens);
     launch<multifurcate_kernel<decltype(head)>>(dim3(static_cast<unsigned>(blocks)), kBeamThreads,
                                                 beam_shared(rows, width), stream, a);

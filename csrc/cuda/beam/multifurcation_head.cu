@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       token = -1;
     }
     const bool unknown = unseen != nullptr && token >= 0 && unseen[token * unseen_stride] != 0;
-    float reward = bias.given() && token >= 0 ? bias.at(token) : 0.f;
+    float reward = token < 0 ? NAN : bias.given() ? bias.at(token) : 0.f;
     for (int i = 0; i < here; ++i) {
       while (row + 1 < rows && offsets[row + 1] <= first + i) ++row;
       const int named = __shfl_sync(0xffffffffu, token, i);

@@ -58,18 +58,23 @@ int64_t blocks_of(int64_t candidates) {
 
 }  // namespace
 
+bool beam_fits(int64_t rows, int64_t width) {
+  return beam_shared(rows, width) <= chip().block_bytes;
+}
+
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width) {
   return BeamWorkspace(blocks_of(candidates), num_groups, width, 0).bytes;
 }
 
 void select_beam(const View& rewards, const View& tokens, const View& offsets, const View& groups,
-                 const View& parent, const View& token, const View& reward, const View& workspace,
-                 const View& counters, int64_t rows, int64_t candidates, int64_t num_groups,
-                 int64_t width, DType dtype, const View& fault, Stream stream) {
+                 const View& widths, const View& parent, const View& token, const View& reward,
+                 const View& workspace, const View& counters, int64_t rows, int64_t candidates,
+                 int64_t num_groups, int64_t width, DType dtype, const View& fault, Stream stream) {
   if (num_groups == 0) return;
   const int64_t blocks = blocks_of(candidates);
   Given a = {};
-  a.beams = beams(groups, rows, num_groups, width, counters, parent, token, reward, dtype, fault);
+  a.beams =
+      beams(groups, widths, rows, num_groups, width, counters, parent, token, reward, dtype, fault);
   BeamWorkspace(blocks, num_groups, width, 0).lay_out(workspace.as<char>(), a.beams);
   a.rewards = numbers(rewards, dtype);
   a.tokens = tokens.as<int32_t>();

@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -21,6 +23,8 @@ __device__ __forceinline__ T& shared() {
   return *reinterpret_cast<T*>(saffron_shared_memory);
 }
 
+constexpr int kMostDevices = 64;
+
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
@@ -33,6 +37,18 @@ cudaError_t start(void (*kernel)(Parameters...), const cudaLaunchConfig_t& confi
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+/// Lets the kernel have so much shared memory on the current device, where it may not yet.
+template <auto kKernel>
+void allow_shared(size_t bytes) {
+  static std::atomic<size_t> allowed[kMostDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  if (device < kMostDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return;
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  check(cudaFuncSetAttribute(kKernel, attribute, static_cast<int>(bytes)), "shared memory");
+  if (device < kMostDevices) allowed[device].store(bytes, std::memory_order_relaxed);
+}
+
 /// `kKernel<<<grid, threads, shared_bytes, stream>>>(arguments...)`; nothing where the grid is
 /// empty. Every argument is converted to the kernel's parameter.
 ///
@@ -40,10 +56,7 @@ cudaError_t start(void (*kernel)(Parameters...), const cudaLaunchConfig_t& confi
 template <auto kKernel, class... Arguments>
 void launch(dim3 grid, int threads, size_t shared_bytes, Stream stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) {
-    const auto bytes = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    check(cudaFuncSetAttribute(kKernel, bytes, static_cast<int>(shared_bytes)), "shared memory");
-  }
+  if (shared_bytes > 48 * 1024) allow_shared<kKernel>(shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -62,20 +75,32 @@ bool admits(int threads) {
 
 /// What the cutting of work depends on.
 struct Chip {
-  int64_t processors, shared_bytes;  // multiprocessors, and the shared memory of each
-  int capability;                    // 90 for 9.0
+  int64_t processors;    // multiprocessors
+  int64_t shared_bytes;  // shared memory of each
+  int64_t block_bytes;   // of which a block may have so much
+  int capability;        // 90 for 9.0
 };
 
-/// The current device.
-inline Chip chip() {
-  int device = 0, processors = 0, shared_bytes = 0, major = 0, minor = 0;
+/// The current device; asked once.
+inline const Chip& chip() {
+  static Chip known[kMostDevices];
+  static std::once_flag asked[kMostDevices];
+  int device = 0;
   check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
-  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
-  return {processors, shared_bytes, 10 * major + minor};
+  if (device >= kMostDevices) throw std::runtime_error("more devices than are supported");
+  std::call_once(asked[device], [device] {
+    const auto attribute = [device](cudaDeviceAttr name) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, name, device), "device");
+      return value;
+    };
+    known[device] = {attribute(cudaDevAttrMultiProcessorCount),
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                     10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                         attribute(cudaDevAttrComputeCapabilityMinor)};
+  });
+  return known[device];
 }
 
 /// Identifies the graph that `stream` is being captured into; 0 if it is not being captured.

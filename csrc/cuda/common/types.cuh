@@ -56,7 +56,7 @@ __device__ __forceinline__ Float8 from_float<Float8>(float x) {
   return {static_cast<uint8_t>((bits >> 24 & 0x80u) | code)};
 }
 
-/// Four e4m3 numbers as two registers of a 16-bit type, exactly. (Codes of NaN become 480.)
+/// Four e4m3 numbers as two registers of a 16-bit type, exactly.
 template <class T>
 __device__ __forceinline__ void widen(uint32_t four, uint32_t (&pairs)[2]) {
   constexpr bool kHalf = std::is_same_v<T, Float16>;
@@ -69,6 +69,15 @@ __device__ __forceinline__ void widen(uint32_t four, uint32_t (&pairs)[2]) {
     // Now only the exponents are biased otherwise: by 15 - 7 and 127 - 7.
     pairs[i] = kHalf ? ptx::multiply_half(bits, 0x5c005c00u)   // 2^8
                      : ptx::multiply_bf16(bits, 0x7b807b80u);  // 2^120
+  }
+  // NaN has the code of the number after the largest: all bits but the sign.
+  const uint32_t nans = ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+  if (nans != 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t two = nans >> (16 * i);
+      pairs[i] |= ((two & 0x80u) != 0 ? 0x7fffu : 0u) | ((two & 0x8000u) != 0 ? 0x7fff0000u : 0u);
+    }
   }
 }
 

@@ -44,7 +44,7 @@ struct Arguments {
   const int32_t* slots;
   int64_t slots_stride;
   const float *k_scale, *v_scale;
-  int kv_heads, head_dim, rotated;
+  int kv_heads, head_dim, v_dim, rotated;
   int64_t num_slots;
   int32_t* fault;
 };
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Arguments<From, 
     return;
   }
   const int half = a.rotated / 2, pairs = half / kN, dims = a.head_dim / kN;
-  const int units = 2 * dims - pairs;  // of a head: of K what is turned, then the rest, then V
+  const int units =
+      dims - pairs + a.v_dim / kN;  // of a head: of K what is turned, then the rest, then V
   for (int i = static_cast<int>(threadIdx.x); i < a.kv_heads * units; i += kThreads) {
     const int head = i / units, unit = i % units;
     if (unit < pairs) {
@@ -120,14 +121,15 @@ void with_type(DType dtype, Run run) {
 void append_kv(const View& k, const View& v, const View& slots, const View& k_cache,
                const View& v_cache, const View& cos, const View& sin, const View& k_scale,
                const View& v_scale, int64_t tokens, int64_t kv_heads, int64_t head_dim,
-               int64_t rotated, int64_t num_slots, DType dtype, DType stored, DType turn,
-               const View& fault, Stream stream) {
+               int64_t v_dim, int64_t rotated, int64_t num_slots, DType dtype, DType stored,
+               DType turn, const View& fault, Stream stream) {
   const int64_t wide = 16 / item_size(dtype);
   const View turns[2] = {{cos.data, {cos.stride[0], 0, cos.stride[1]}},
                          {sin.data, {sin.stride[0], 0, sin.stride[1]}}};
-  const bool vectors = in_units(wide, dtype, head_dim, {&k, &v}) &&
-                       in_units(wide, stored, head_dim, {&k_cache, &v_cache}) &&
-                       (rotated == 0 || in_units(wide, turn, rotated / 2, {&turns[0], &turns[1]}));
+  const bool vectors =
+      in_units(wide, dtype, head_dim, {&k}) && in_units(wide, dtype, v_dim, {&v}) &&
+      in_units(wide, stored, head_dim, {&k_cache}) && in_units(wide, stored, v_dim, {&v_cache}) &&
+      (rotated == 0 || in_units(wide, turn, rotated / 2, {&turns[0], &turns[1]}));
   const auto run = [&](auto from, auto to, auto size) {
     using From = decltype(from);
     using To = decltype(to);
@@ -145,6 +147,7 @@ void append_kv(const View& k, const View& v, const View& slots, const View& k_ca
     a.v_scale = v_scale.as<float>();
     a.kv_heads = static_cast<int>(kv_heads);
     a.head_dim = static_cast<int>(head_dim);
+    a.v_dim = static_cast<int>(v_dim);
     a.rotated = static_cast<int>(rotated);
     a.num_slots = num_slots;
     a.fault = fault.as<int32_t>();

@@ -122,13 +122,6 @@ Workspace divided(const View& workspace, int64_t rows, int64_t vocab) {
   return {part, bins, reinterpret_cast<Entry*>(bins + all)};
 }
 
-/// Half of the bound on a token outside every nucleus, and nothing near top_p = 1: rounding must
-/// not decide. Tokens below it weigh less than 1 - top_p together.
-float log_least(double top_p, int64_t vocab) {
-  const double least = 0.5 * (1 - top_p - 1e-4) / static_cast<double>(vocab);
-  return least > 0 ? static_cast<float>(std::log(least)) : -INFINITY;
-}
-
 /// The largest power of two for which a whole vocabulary's mass fits 63 bits.
 float mass_unit(int64_t vocab) {
   int bits = 0;
@@ -149,22 +142,25 @@ int64_t nucleus_workspace(int64_t rows, int64_t vocab) {
   return rows * (parts<float>(vocab) * kPartWords + vocab);
 }
 
-void find_nuclei(const View& logits, double top_p, const View& banned, int64_t num_banned,
-                 const View& groups, int64_t num_groups, const Candidates& found, const View& stats,
-                 const View& workspace, const View& counters, int64_t rows, int64_t vocab,
-                 DType dtype, const View& fault, Stream stream) {
+void find_nuclei(const View& logits, const Limits& limits, const View& groups, int64_t num_groups,
+                 const Candidates& found, const View& stats, const View& workspace,
+                 const View& counters, int64_t rows, int64_t vocab, DType dtype, const View& fault,
+                 Stream stream) {
   const Workspace all = divided(workspace, rows, vocab);
   Arguments a = {};
   a.stride_row = logits.stride[0];
   a.stride_token = logits.stride[1];
-  a.banned = banned.as<int32_t>();
-  a.stride_banned = banned.stride[0];
-  a.num_banned = static_cast<int>(num_banned);
+  a.top_p = limits.top_p;
+  a.top_ps = limits.top_ps.data;
+  a.stride_top_p = limits.top_ps.stride[0];
+  a.wide = limits.wide;
+  a.banned = limits.banned.as<int32_t>();
+  a.stride_banned_row = limits.banned.stride[0];
+  a.stride_banned = limits.banned.stride[1];
+  a.num_banned = static_cast<int>(limits.num_banned);
   a.stride_groups = groups.stride[0];
   a.num_groups = static_cast<int>(num_groups);
   a.vocab = static_cast<int>(vocab);
-  a.top_p = top_p;
-  a.log_least = log_least(top_p, vocab);
   a.mass_unit = mass_unit(vocab);
   a.counter = counters.as<uint32_t>();
   a.fault = fault.as<int32_t>();
@@ -184,13 +180,12 @@ void find_nuclei(const View& logits, double top_p, const View& banned, int64_t n
   }
 }
 
-void nucleus(const View& logits, double top_p, const View& banned, int64_t num_banned,
-             const View& tokens, const View& values, const View& counts, const View& stats,
-             const View& workspace, const View& counters, int64_t rows, int64_t vocab, DType dtype,
-             const View& fault, Stream stream) {
+void nucleus(const View& logits, const Limits& limits, const View& tokens, const View& values,
+             const View& counts, const View& stats, const View& workspace, const View& counters,
+             int64_t rows, int64_t vocab, DType dtype, const View& fault, Stream stream) {
   const Candidates found{tokens.as<int32_t>(), values.as<float>(), counts.as<int32_t>()};
-  find_nuclei(logits, top_p, banned, num_banned, View{}, 0, found, stats, workspace, counters, rows,
-              vocab, dtype, fault, stream);
+  find_nuclei(logits, limits, View{}, 0, found, stats, workspace, counters, rows, vocab, dtype,
+              fault, stream);
 }
 
 void sort_nuclei(const View& tokens, const View& values, const View& counts, const View& stats,

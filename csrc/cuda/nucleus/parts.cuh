@@ -59,15 +59,17 @@ struct Bins {
 struct Arguments {
   const void* logits;
   int64_t stride_row, stride_token;
-  const int32_t* banned;
-  int64_t stride_banned;
+  double top_p;
+  const void* top_ps;  // [rows], or null: top_p for all
+  int64_t stride_top_p;
+  bool wide;              // top_ps in fp64
+  const int32_t* banned;  // [rows, num_banned], -1 pads
+  int64_t stride_banned_row, stride_banned;
   int num_banned;
   const int32_t* groups;  // null: every row takes part
   int64_t stride_groups;
   int num_groups;
   int vocab, parts;
-  double top_p;
-  float log_least;    // ln of a probability below which no token is in a nucleus; -inf: none such
   float mass_unit;    // mass in integers, per e^(logit - largest)
   Part* part;         // [rows, parts]
   Bins* bins;         // [rows, parts]
@@ -77,6 +79,20 @@ struct Arguments {
   float2* stats;  // [rows] largest logit, sum of e^(logit - largest); or null
   int32_t* fault;
 };
+
+__device__ __forceinline__ double top_p_of(const Arguments& a, int64_t row) {
+  const int64_t at = row * a.stride_top_p;
+  if (a.top_ps == nullptr) return a.top_p;
+  return a.wide ? static_cast<const double*>(a.top_ps)[at]
+                : static_cast<double>(static_cast<const float*>(a.top_ps)[at]);
+}
+
+/// The logarithm to base 2 of half of the bound on a token outside the nucleus, and nothing near
+/// top_p = 1 (-inf): rounding must not decide. Tokens below it weigh less than 1 - top_p together.
+__device__ __forceinline__ float log2_least(const Arguments& a, int64_t row) {
+  const auto least = static_cast<float>(0.5 * (1 - top_p_of(a, row) - 1e-4) / a.vocab);
+  return least > 0.f ? log2f(least) : -INFINITY;
+}
 
 /// Pieces of the lists of all parts of a row, put together.
 struct Pieces {
@@ -141,8 +157,8 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& s, int64_t row
   if (a.num_banned == 0) return;
 #pragma unroll 1
   for (int i = thread; i < a.num_banned; i += kThreads) {
-    const int token = a.banned[i * a.stride_banned];
-    if (token < 0 || token >= a.vocab) {
+    const int token = a.banned[row_index * a.stride_banned_row + i * a.stride_banned];
+    if (token < -1 || token >= a.vocab) {
       atomicOr(a.fault, kBannedFault);
     } else if (token >= first && token - first < there) {
       part[token - first] = no_logit<T>();
@@ -249,7 +265,8 @@ __device__ __forceinline__ void fill_bins(const Arguments& a, Shared& s, int64_t
   constexpr int kSize = Vector<T>::kSize;
   const int thread = static_cast<int>(threadIdx.x);
   // No token farther from the largest than this is in the nucleus. Bins are equal shares of it.
-  const float span = fminf(-a.log_least - log2f(static_cast<float>(s.sum)) / kLog2e, kFarthest);
+  const float log2_lost = -log2_least(a, row) - log2f(static_cast<float>(s.sum));
+  const float span = fminf(log2_lost / kLog2e, kFarthest);
   const float scale = kBins / span;
   const T* part = reinterpret_cast<const T*>(s.space);
   uint32_t near = 0;  // a bit for each of this thread's tokens

@@ -185,8 +185,9 @@ template <class T>
 __device__ __forceinline__ void select(const Arguments& a, Shared& s, int64_t row) {
   const int thread = static_cast<int>(threadIdx.x);
   // A member iff the mass before it is less than this. Rounded up, as mass is a whole number.
+  const double top_p = top_p_of(a, row);
   const uint64_t limit =
-      a.top_p >= 1 ? ~uint64_t{0} : static_cast<uint64_t>(ceil(a.top_p * (s.sum * a.mass_unit)));
+      top_p >= 1 ? ~uint64_t{0} : static_cast<uint64_t>(ceil(top_p * (s.sum * a.mass_unit)));
   if (thread < kBins) {
     uint64_t mass = 0;
 #pragma unroll 4
@@ -217,6 +218,14 @@ __device__ __forceinline__ void find_nucleus(const Arguments& a, int64_t row, in
       return;
     }
   }
+  const double top_p = top_p_of(a, row);
+  if (!(top_p > 0 && top_p <= 1)) {
+    if (leads && index == 0) {
+      atomicOr(a.fault, kTopPFault);
+      a.found.count[row] = 0;
+    }
+    return;
+  }
   const auto parts = static_cast<uint32_t>(a.parts);
   uint32_t* counter = a.counter + row;
   Part* part = a.part + row * a.parts;
@@ -224,11 +233,9 @@ __device__ __forceinline__ void find_nucleus(const Arguments& a, int64_t row, in
   const Part own = measure<T>(s);
   if (leads) {
     part[index] = own;
-    __threadfence();
-    uint32_t seen = atomicAdd(counter, kRead) + kRead;
+    uint32_t seen = ptx::arrive(counter, kRead) + kRead;
 #pragma unroll 1
     for (int i = 0; i < kPolls && seen % kField != parts; ++i) seen = ptx::load_acquire(counter);
-    __threadfence();
     s.seen = seen;
   }
   __syncthreads();
@@ -241,9 +248,7 @@ __device__ __forceinline__ void find_nucleus(const Arguments& a, int64_t row, in
   if (leads) {
     const uint32_t step = kDone + (binned ? kBinned : 0);
     part[index].binned = binned;
-    __threadfence();
-    s.seen = atomicAdd(counter, step) + step;
-    __threadfence();
+    s.seen = ptx::arrive(counter, step) + step;
   }
   __syncthreads();
   if (s.seen / kDone != parts) return;

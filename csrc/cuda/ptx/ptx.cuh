@@ -19,6 +19,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+/// 1 / x, to 1 unit in the last place; subnormal numbers count as 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Both rounded to nearest even; `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t both;
@@ -52,6 +59,20 @@ __device__ __forceinline__ uint32_t multiply_half(uint32_t a, uint32_t b) {
 }
 
 // --- memory between blocks ---
+
+/// With an atomic operation of this thread behind it, a release; with one before it, an acquire.
+/// For all of the block: a barrier before a release, and one after an acquire.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+/// Adds to a counter that blocks share, by one thread between two barriers of the block: what the
+/// block wrote before is seen by whoever comes to the counter later, and it sees what those wrote
+/// who came before. Returns the counter as it was.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter, uint32_t value = 1) {
+  fence();
+  const uint32_t before = atomicAdd(counter, value);
+  fence();
+  return before;
+}
 
 /// What other blocks wrote before they released the value is seen after this.
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {

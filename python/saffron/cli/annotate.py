@@ -5,11 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saffron.cli.options import Commands, add_worker_options, positive, workers
+from saffron.cli.options import (
+    DEVICE_HELP,
+    Commands,
+    add_worker_options,
+    check_models,
+    name,
+    path,
+    positive,
+    words,
+    workers,
+)
 from saffron.cli.progress import progress
+from saffron.storage.paths import check_output_folder
 
 if TYPE_CHECKING:
     from saffron.training.annotate import AnnotateConfig
@@ -24,13 +34,21 @@ def add(commands: Commands) -> None:
     )
     annotate.add_argument(
         "corpus",
+        type=name,
         help='JSON lines with "prompt" and "response" or with "messages"; or a data set: a folder or a hub name',
     )
-    annotate.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    annotate.add_argument("--prm", help="checkpoint of the guard (default: the bundled one)")
-    annotate.add_argument("--split", default="train", help="of a data set (default %(default)s)")
+    annotate.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write")
     annotate.add_argument(
-        "--fields", nargs="+", default=["chosen"], help="columns of a data set that hold transcripts (%(default)s)"
+        "--prm", type=name, metavar="CHECKPOINT", help="checkpoint of the guard (default: the bundled one)"
+    )
+    annotate.add_argument("--split", type=words, default="train", metavar="NAME", help="split of a data set")
+    annotate.add_argument(
+        "--fields",
+        nargs="+",
+        type=words,
+        default=["chosen"],
+        metavar="NAME",
+        help="columns of a data set that hold transcripts",
     )
     annotate.add_argument("--limit", type=positive, metavar="N", help="only the first N conversations")
     annotate.add_argument(
@@ -41,14 +59,16 @@ def add(commands: Commands) -> None:
         "a response, all a search asks for (default %(default)s)",
     )
     annotate.add_argument(
-        "--max-tokens", type=positive, default=128, help="conversations are cut to so many (default %(default)s)"
+        "--max-tokens", type=positive, default=128, metavar="N", help="conversations are cut to so many tokens"
     )
+    annotate.add_argument("--batch", type=positive, default=8, metavar="N", help="conversations per forward pass")
+    annotate.add_argument("--shard-size", type=positive, default=256, metavar="N", help="conversations per file")
     annotate.add_argument(
-        "--batch", type=positive, default=8, help="conversations a forward pass (default %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the guard (default: float32 on a CPU, else the checkpoint's own)",
     )
-    annotate.add_argument("--shard-size", type=positive, default=256, help="conversations a file (default %(default)s)")
-    annotate.add_argument("--dtype", help="of the guard: float32, bfloat16 or float16 (default: float32 on a CPU)")
-    annotate.add_argument("--device", help="e.g. cpu or cuda (default: the GPU if there is one)")
+    annotate.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
     annotate.add_argument("--json", action="store_true", help="print what was done as JSON")
     add_worker_options(annotate)
     annotate.set_defaults(run=run)
@@ -60,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
     from saffron.training.conversations import read_corpus
 
     config, places = annotate_config(options), workers(options)
+    check_models(options)
+    check_output_folder("--output", options.output)
     conversations = read_corpus(options.corpus, split=options.split, fields=options.fields, limit=options.limit)
     began, done = time.monotonic(), {"conversations": len(conversations), "seen": 0, "found": 0, "rewards": 0}
     with progress("annotating") as show:

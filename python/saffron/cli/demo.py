@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from saffron.cli.options import Commands, add_search_options, positive, search_config
+from saffron.cli.options import Commands, add_search_options, path, positive, search_config, seed
+from saffron.storage.paths import check_output_file
 
 
 def add(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="attack the bundled model with and without the defence, and draw a search")
-    demo.add_argument("--count", type=positive, default=8, help="attacked prompts (default %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="which held-out prompts (default %(default)s)")
-    demo.add_argument("--html", type=Path, default=Path("saffron-demo.html"), help="page to write (%(default)s)")
+    demo.add_argument("--count", type=positive, default=8, metavar="N", help="attacked prompts")
+    demo.add_argument("--seed", type=seed, default=0, metavar="N", help="which held-out prompts")
+    demo.add_argument("--html", type=path, default="saffron-demo.html", metavar="FILE", help="page to write")
     demo.add_argument("--json", action="store_true", help="print JSON instead of the table")
     add_search_options(demo)
     demo.set_defaults(run=run)
@@ -20,6 +20,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = search_config(options)
+    check_output_file("--html", options.html)
     from saffron.world.demo import run_demo
 
     return run_demo(config, options.count, options.seed, options.html, options.json)

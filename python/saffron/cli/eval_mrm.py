@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saffron.cli.options import Commands, positive
+from saffron.cli.options import Commands, add_model_options, check_models, name, number, path, positive
 from saffron.cli.progress import progress
+from saffron.storage.paths import check_output_file
 
 if TYPE_CHECKING:
     from saffron.training.agreement import Agreement
@@ -23,48 +23,40 @@ def add(commands: Commands) -> None:
         description="Predicted against true rewards on what `saffron annotate` wrote: share within 1, correlation, "
         "errors by depth in the turn, and what the unseen mask excludes.",
     )
-    evaluation.add_argument("data", type=Path, help="folder of `saffron annotate`")
-    evaluation.add_argument("--mrm", help="folder of the reward model, published format (default: the bundled one)")
-    evaluation.add_argument("--base", help="checkpoint the MRM's adapter belongs to (default: the one it names)")
-    evaluation.add_argument(
-        "--turns",
-        default="responses",
-        choices=("responses", "all"),
-        help="whose words: those of responses, all a search asks for, or users' too (default %(default)s)",
-    )
-    evaluation.add_argument("--limit", type=positive, metavar="N", help="only the first N conversations")
-    evaluation.add_argument(
-        "--policy",
-        nargs="?",
-        const="",
-        metavar="CHECKPOINT",
+    add = evaluation.add_argument
+    add("data", type=path, metavar="DIR", help="folder of `saffron annotate`")
+    add(
+        "--turns", default="responses", choices=("responses", "all"),
+        help="whose words: those of responses, all a search asks for, or users' too",
+    )  # fmt: skip
+    add("--limit", type=positive, metavar="N", help="only the first N conversations")
+    add(
+        "--policy", type=name, nargs="?", const=True, metavar="CHECKPOINT",
         help="also how much of this policy's nucleus is unseen (without a value: of the bundled policy)",
-    )
-    evaluation.add_argument("--top-p", type=float, default=0.8, help="mass of the nucleus (default %(default)s)")
-    evaluation.add_argument("--device", help="e.g. cpu or cuda (default: the GPU if there is one)")
-    evaluation.add_argument("--plot", type=Path, metavar="FILE", help="picture of predicted against true rewards")
-    evaluation.add_argument(
-        "--plot-depth", type=Path, metavar="FILE", help="picture of the errors by depth in the turn"
-    )
-    evaluation.add_argument("--json", action="store_true", help="print the figures as JSON")
+    )  # fmt: skip
+    add("--top-p", type=number, default=0.8, metavar="P", help="probability mass of the nucleus")
+    add("--plot", type=path, metavar="FILE", help="picture of predicted against true rewards")
+    add("--plot-depth", type=path, metavar="FILE", help="picture of the errors by depth in the turn")
+    add("--json", action="store_true", help="print the figures as JSON")
+    add_model_options(evaluation, "mrm", "base")
     evaluation.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from saffron.models.bundled import FOLDER
-    from saffron.models.policy import Policy
-    from saffron.models.reward_models import MultifurcationRewardModel
+    from saffron.models.files import ModelFiles
     from saffron.training import plots
     from saffron.training.evaluate import evaluate, nucleus_on_unseen, predict
     from saffron.training.shards import read_rewards
 
+    check_models(options)
+    for option in ("plot", "plot_depth"):
+        if file := getattr(options, option):
+            check_output_file(f"--{option.replace('_', '-')}", file)
     rows = read_rewards(options.data).rows[: options.limit]
-    mrm = MultifurcationRewardModel.from_pretrained(
-        options.mrm or FOLDER / "mrm", base=options.base, device=options.device
-    )
-    policy = None
-    if options.policy is not None:
-        policy = Policy.from_pretrained(options.policy or FOLDER / "policy", device=options.device)
+    named = None if options.policy is True else options.policy
+    models = ModelFiles(named, options.mrm, options.base, device=options.device)
+    mrm = models.load_mrm()
+    policy = None if options.policy is None else models.load_policy()
     with progress("evaluating") as show:
         passes = itertools.count(1)
         total = len(rows) * (1 if policy is None else 2)

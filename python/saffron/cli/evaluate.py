@@ -4,72 +4,85 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saffron.cli.options import Commands, add_worker_options, positive, workers
+from saffron.cli.options import (
+    Commands,
+    add_model_options,
+    add_worker_options,
+    check_models,
+    name,
+    path,
+    positive,
+    seed,
+    words,
+    workers,
+)
 from saffron.cli.progress import progress
 
 if TYPE_CHECKING:
     from saffron.evaluation.metrics import Group
+    from saffron.evaluation.run import Plan
+    from saffron.evaluation.store import Record
 
 DESCRIPTION = """Attacks a policy that methods defend, and judges what it says: every method against every attack on
-every data set, one JSON line a prompt. Run it again after an interruption: what is there is kept. A method is written
+every data set, one JSON line per prompt. Run it again after an interruption: what is there is kept. A method is written
 as `saffron:width=16,top_p=0.9` or `best-of-n:n=32`; `best-of-n:n=8/16/32` stands for three. `saffron report` makes
 tables and figures of the results."""
+
+
+VARIANTS = ("", "no unseen mask", "no trie cache")
 
 
 def add(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "eval", help="attack a defended policy and judge what it says", description=DESCRIPTION
     )
-    evaluate.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to add results to")
-    evaluate.add_argument(
-        "--data", nargs="+", default=["world"], metavar="DATA",
+    add = evaluate.add_argument
+    add("--output", type=path, required=True, metavar="FILE", help="JSON lines to add results to")
+    add(
+        "--data", type=name, nargs="+", default=["world"], metavar="DATA",
         help="world, world-allowed (its allowed requests), harmful-hex-phi, ai2-refusals (from the hub, or NAME=FILE), "
-        'or a file of JSON lines with "prompt" and "target" (default: world)',
+        'or a file of JSON lines with "prompt" and "target"',
     )  # fmt: skip
-    evaluate.add_argument(
-        "--attack", nargs="+", default=["prefill:10"], metavar="ATTACK",
+    add(
+        "--attack", type=words, nargs="+", default=["prefill:10"], metavar="ATTACK",
         help="none, prefill:TOKENS, role-play, suffix, 'wrap:TEXT with {prompt}', or several joined by + "
         "(default: prefill:10; prefill:0/4/10 are three)",
     )  # fmt: skip
-    evaluate.add_argument(
-        "--method", nargs="+", default=["greedy", "saffron:width=4/16"], metavar="METHOD",
-        help="see above (default: greedy saffron:width=4/16)",
+    add("--method", type=words, nargs="+", default=["greedy", "saffron:width=4/16"], metavar="METHOD", help="see above")
+    add(
+        "--judge", type=name, nargs="+", default=["oracle", "prm"], metavar="JUDGE",
+        help="oracle (of the bundled world), prm (the guard), model:CHECKPOINT (another guard)",
     )  # fmt: skip
-    evaluate.add_argument(
-        "--judge", nargs="+", default=["oracle", "prm"], metavar="JUDGE",
-        help="oracle (of the bundled world), prm (the guard), model:CHECKPOINT (another guard) (default: oracle prm)",
-    )  # fmt: skip
-    evaluate.add_argument(
-        "--count", type=positive, metavar="N", help="prompts of each set (default: world 200, else all)"
-    )
-    evaluate.add_argument("--seed", type=int, default=0, help="which requests of the world (default %(default)s)")
-    evaluate.add_argument("--batch", type=positive, default=16, help="prompts decoded together (default %(default)s)")
+    add("--count", type=positive, metavar="N", help="prompts of each set (default: world 200, else all)")
+    add("--seed", type=seed, default=0, metavar="N", help="which requests of the world")
+    add("--batch", type=positive, default=16, metavar="N", help="prompts decoded together")
     models = evaluate.add_argument_group("models")
-    models.add_argument("--policy", help="checkpoint to defend (default: the bundled policy)")
-    models.add_argument("--mrm", help="folder of the reward model, published format (default: the bundled one)")
-    models.add_argument("--base", help="checkpoint the MRM's adapter belongs to (default: the one it names)")
-    models.add_argument("--prm", help="checkpoint of the guard (default: the bundled one)")
-    models.add_argument("--device", help="e.g. cpu or cuda (default: the GPU if there is one)")
+    add_model_options(models, "policy", "mrm", "base", "prm")
     models.add_argument(
-        "--variant", default="", help="for ablations: 'no unseen mask' or 'no trie cache' (default: neither)"
-    )
+        "--variant", choices=VARIANTS, default="", metavar="VARIANT",
+        help="for ablations: 'no unseen mask' or 'no trie cache' (default: neither)",
+    )  # fmt: skip
     evaluate.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_worker_options(evaluate)
     evaluate.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    from saffron.evaluation.attacks import expand_attack
+    from saffron.evaluation.choices import expand
     from saffron.evaluation.metrics import group
-    from saffron.evaluation.run import ModelFiles, Plan, expand, run_plans
+    from saffron.evaluation.run import Plan, run_plans
     from saffron.evaluation.tables import summary
+    from saffron.models.files import ModelFiles
 
+    check_models(options)
     plan = Plan(
         data=tuple(options.data),
-        attacks=tuple(attack for text in options.attack for attack in expand(text)),
+        attacks=tuple(attack for text in options.attack for attack in expand_attack(text)),
         methods=tuple(method for text in options.method for method in expand(text)),
         judges=tuple(options.judge),
         count=options.count,
@@ -79,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with progress("attacking") as show:
         records = run_plans([plan], options.output, workers(options), progress=show)
+    _say_skipped(records, plan)
     asked = [
         one
         for one in group(records, variant=plan.models.variant)
@@ -90,6 +104,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(asked)
     return 0
+
+
+def _say_skipped(records: Sequence[Record], plan: Plan) -> None:
+    """On stderr: prompts that were too long."""
+    for one in records:
+        if "error" in one and one["data"] in plan.data and one["attack"] in plan.attacks:
+            prompt = one["prompt"][:40] + "…" * (len(one["prompt"]) > 40)
+            print(f"saffron: {one['data']}, {one['method']}: {prompt!r}: skipped ({one['error']})", file=sys.stderr)
 
 
 def _print(groups: Sequence[Group]) -> None:

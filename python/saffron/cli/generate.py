@@ -3,31 +3,70 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saffron.cli.options import Commands, add_search_options, json_lines, positive, search_config
+from saffron.cli.options import (
+    Commands,
+    add_model_options,
+    add_search_options,
+    check_models,
+    check_prompt,
+    path,
+    positive,
+    search_config,
+    words,
+)
 from saffron.cli.progress import progress
-from saffron.errors import ConfigError
+from saffron.cli.timing import Clock
+from saffron.errors import ConfigError, PromptTooLongError, outside
+from saffron.storage.paths import check_output_file
+from saffron.storage.results import ResultFile, Schema, open_results
+from saffron.storage.text import read_json_lines
+
+if TYPE_CHECKING:
+    from saffron.models.files import ModelFiles
+    from saffron.search import SaffronSearch
+
+SCHEMA = Schema("generate", ("id",), lambda record: isinstance(record.get("text", record.get("error")), str))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One prompt.
+
+    Attributes:
+        id: a hash of prompt and prefill, the same wherever they stand; a number behind it tells repetitions apart.
+        where: what a message calls it.
+    """
+
+    id: str
+    where: str
+    prompt: str
+    prefill: str
 
 
 def add(commands: Commands) -> None:
     generate = commands.add_parser("generate", help="answer prompts with Saffron search")
-    generate.add_argument("--policy", help="checkpoint to defend (default: the bundled policy)")
-    generate.add_argument("--mrm", help="folder of the reward model, published format (default: the bundled one)")
-    generate.add_argument("--base", help="checkpoint the MRM's adapter belongs to (default: the one it names)")
     what = generate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="one prompt")
-    what.add_argument("--prompts", type=Path, help='JSON lines with "prompt" and, if wanted, "prefill"')
-    generate.add_argument("--prefill", default="", help="text every answer is forced to begin with")
-    generate.add_argument("--json", action="store_true", help="print results as JSON lines")
-    generate.add_argument("--output", type=Path, help="append results to this file; prompts it holds are not run again")
-    generate.add_argument("--trace", type=Path, help="write the whole search as JSON lines (with --prompt)")
-    generate.add_argument("--stream", action="store_true", help="print text once it is final (with --prompt)")
-    generate.add_argument("--batch", type=positive, default=8, help="prompts searched together (default %(default)s)")
-    generate.add_argument("--device", help="e.g. cpu or cuda:0 (default: the GPU if there is one)")
-    generate.add_argument("--capture", action="store_true", help="replay the steps as a CUDA graph (needs a GPU)")
+    what.add_argument("--prompt", type=words, metavar="TEXT", help="one prompt")
+    what.add_argument("--prompts", type=path, metavar="FILE", help='JSON lines with "prompt" and, if wanted, "prefill"')
+    add = generate.add_argument
+    add("--prefill", type=words, default="", metavar="TEXT", help="text every answer is forced to begin with")
+    add("--json", action="store_true", help="print results as JSON lines")
+    add("--output", type=path, metavar="FILE", help="add results to this file; prompts it holds are not run again")
+    add("--trace", type=path, metavar="FILE", help="write the whole search as JSON lines (with --prompt)")
+    add("--stream", action="store_true", help="print text once it is final (with --prompt)")
+    add("--batch", type=positive, default=8, metavar="N", help="prompts searched together")
+    add("--capture", action="store_true", help="replay the steps as a CUDA graph (needs a GPU)")
+    add_model_options(generate.add_argument_group("models"), "policy", "mrm", "base")
     add_search_options(generate)
     generate.set_defaults(run=run)
 
@@ -39,71 +78,156 @@ def run(options: argparse.Namespace) -> int:
     if options.stream and (options.trace or options.json or options.output):
         raise ConfigError("--stream: cannot be combined with --trace, --json or --output")
     work = _read_prompts(options)
-    from saffron.search import SaffronSearch
-
-    search = SaffronSearch(*load(options), config, capture=options.capture)
-    if options.stream:
-        for piece in search.stream(options.prompt, options.prefill):
-            print(piece, end="", flush=True)
-        print()
-        return 0
-    with progress("searching", shown=len(work) > 1) as show:
-        for start in range(0, len(work), options.batch):
-            batch = work[start : start + options.batch]
-            prompts, prefills = [p for _, p, _ in batch], [f for _, _, f in batch]
-            results = search.generate(prompts, prefills, trace=options.trace is not None)
-            for (number, _, _), result in zip(batch, results, strict=True):
-                _emit({"id": number, **result.to_json()}, options)
-            show(start + len(batch), len(work))
+    check_models(options)
     if options.trace:
-        results[0].write_trace(options.trace)
+        check_output_file("--trace", options.trace, [options.output])
+    with _results(options) as results:
+        left = list(batches(work, options.batch, results.done if results else set()))
+        if results is not None and not left:
+            for record in results.records if options.prompts is None else ():
+                if record["id"] == work[0].id:
+                    _print(record, options)
+            print(f"{options.output}: holds every answer already", file=sys.stderr)
+            return 0
+        from saffron.search import SaffronSearch
+
+        models = _models(options)
+        search = SaffronSearch(models.load_policy(), models.load_mrm(), config, capture=options.capture)
+        with Clock(search.policy, search.mrm) as clock:
+            if options.stream:
+                clock.tokens = _stream(search, options)
+            else:
+                clock.tokens = _search(search, left, options, results)
+        clock.report(config.width)
     return 0
 
 
-def _emit(record: dict[str, Any], options: argparse.Namespace) -> None:
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+def batches(work: Sequence[Work], size: int, done: set[tuple[str, ...]]) -> Iterator[tuple[list[Work], set[str]]]:
+    """Prompts that are searched together, and which of them are wanted.
+
+    Batches are the same whatever is done already: numbers are rounded as in a run without interruption.
+    """
+    for start in range(0, len(work), size):
+        batch = list(work[start : start + size])
+        wanted = {one.id for one in batch if (one.id,) not in done}
+        if wanted:
+            yield batch, wanted
+
+
+def _search(
+    search: SaffronSearch,
+    left: list[tuple[list[Work], set[str]]],
+    options: argparse.Namespace,
+    results: ResultFile | None,
+) -> int:
+    """Returns the number of new tokens, those of repeated answers included."""
+    total, done, tokens = sum(len(wanted) for _, wanted in left), 0, 0
+    with progress("searching", shown=total > 1) as show:
+        for batch, wanted in left:
+            records = answer(search, batch, skip=options.prompts is not None, trace=options.trace)
+            new = [record for record in records if record["id"] in wanted]
+            if results is not None:
+                results.append(new)
+            for record in new:
+                _print(record, options)
+            done += len(new)
+            tokens += sum(len(record.get("tokens", ())) for record in records)
+            show(done, total)
+    return tokens
+
+
+def answer(search: SaffronSearch, batch: Sequence[Work], *, skip: bool, trace: Path | None = None) -> list[Any]:
+    """Records of prompts that are searched together. What is too long has an "error" instead of an answer.
+
+    Args:
+        skip: otherwise such a prompt is an error.
+        trace: file for the whole search.
+
+    Raises:
+        PromptTooLongError: it names the prompt's line.
+    """
+    try:
+        found = search.generate([w.prompt for w in batch], [w.prefill for w in batch], trace=trace is not None)
+    except PromptTooLongError as error:
+        if len(batch) > 1:
+            return [record for one in batch for record in answer(search, [one], skip=skip)]
+        if not skip:
+            raise
+        print(f"saffron: {batch[0].where}: skipped ({error})", file=sys.stderr)
+        return [{"id": batch[0].id, "prompt": batch[0].prompt, "prefill": batch[0].prefill, "error": str(error)}]
+    if trace is not None:
+        with outside(f"{trace}: cannot be written"):
+            found[0].write_trace(trace)
+    return [{"id": one.id, **result.to_json()} for one, result in zip(batch, found, strict=True)]
+
+
+def _stream(search: SaffronSearch, options: argparse.Namespace) -> int:
+    """Returns the number of new tokens, as the text is encoded."""
+    text = ""
+    for piece in search.stream(options.prompt, options.prefill):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return len(search.policy.encode(text))
+
+
+def _print(record: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(record), flush=True)
     elif options.prompts is None:
         print(record["text"])
-    elif not options.output:
+    elif not options.output and "error" not in record:
         print(f"{record['id']}\t{record['text']!r}", flush=True)
 
 
-def _read_prompts(options: argparse.Namespace) -> list[tuple[int, str, str]]:
-    """(number, prompt, prefill) of what is to be run; what the output file holds already is left out."""
+@contextlib.contextmanager
+def _results(options: argparse.Namespace) -> Iterator[ResultFile | None]:
+    """The file of results, None if none is asked for."""
+    if options.output is None:
+        yield None
+        return
+    from saffron.models.devices import find_device
+
+    inputs = [options.prompts, options.trace]
+    check_output_file("--output", options.output, inputs)
+    settings = {
+        **asdict(search_config(options)),
+        "batch": options.batch,
+        "device": find_device(options.device).type,
+        "models": _models(options).fingerprint(guard=False),
+    }
+    with open_results(options.output, SCHEMA, settings, inputs) as results:
+        yield results
+
+
+def _models(options: argparse.Namespace) -> ModelFiles:
+    from saffron.models.files import ModelFiles
+
+    return ModelFiles(options.policy, options.mrm, options.base, device=options.device)
+
+
+def _read_prompts(options: argparse.Namespace) -> list[Work]:
+    number = _numbering()
     if options.prompts is None:
-        return [(0, options.prompt, options.prefill)]
+        prompt, prefill = check_prompt("--prompt", options.prompt, options.prefill)
+        return [Work(number(prompt, prefill), "--prompt", prompt, prefill)]
     work = []
-    for number, record in enumerate(json_lines(options.prompts)):
-        prompt, prefill = record.get("prompt"), record.get("prefill", options.prefill)
-        if not isinstance(prompt, str) or not isinstance(prefill, str):
-            raise ConfigError(f'{options.prompts}: line {number + 1} needs a text "prompt" and may have one "prefill"')
-        work.append((number, prompt, prefill))
-    done = finished(options.output) if options.output else set()
-    return [item for item in work if item not in done]
+    for line, record in read_json_lines(options.prompts):
+        where = f"{options.prompts}: line {line}"
+        if not isinstance(record, dict):
+            raise ConfigError(f"{where} must be a JSON object")
+        prompt, prefill = check_prompt(where, record.get("prompt"), record.get("prefill", options.prefill))
+        work.append(Work(number(prompt, prefill), where, prompt, prefill))
+    return work
 
 
-def finished(output: Path) -> set[tuple[int, str, str]]:
-    """What an earlier run wrote. A last line cut short by an interruption is taken off, so that it is run again."""
-    if not output.exists():
-        return set()
-    text = output.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        output.write_text(whole)
-    return {(r["id"], r["prompt"], r["prefill"]) for r in json_lines(output) if {"id", "prompt", "prefill"} <= set(r)}
+def _numbering() -> Callable[[str, str], str]:
+    """Gives every prompt its id."""
+    seen: Counter[str] = Counter()
 
+    def number(prompt: str, prefill: str) -> str:
+        found = hashlib.blake2s(json.dumps([prompt, prefill]).encode(), digest_size=8).hexdigest()
+        seen[found] += 1
+        return found if seen[found] == 1 else f"{found}-{seen[found]}"
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    from saffron.models.bundled import FOLDER
-    from saffron.models.policy import Policy
-    from saffron.models.reward_models import MultifurcationRewardModel
-
-    policy = Policy.from_pretrained(options.policy or FOLDER / "policy", device=options.device)
-    mrm = MultifurcationRewardModel.from_pretrained(
-        options.mrm or FOLDER / "mrm", base=options.base, device=options.device
-    )
-    return policy, mrm
+    return number

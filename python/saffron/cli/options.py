@@ -1,47 +1,146 @@
-"""What several commands share: options of the search, JSON lines."""
+"""What several commands share: types of options, options of models, the search and the workers."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from saffron.errors import ConfigError
-from saffron.search.config import SearchConfig
+from saffron.errors import ConfigError, SaffronError, shown
+from saffron.search.config import EosScore, Ranking, SearchConfig
+from saffron.storage.paths import check_checkpoint
+from saffron.storage.text import check_text
 
 if TYPE_CHECKING:
     from saffron.workers import Workers
 
 Commands = Any  # what `add_subparsers` returns: argparse has no public name for it
+MOST = 2**31 - 1  # numbers are int32 in the ops
+DEVICE_HELP = "cpu, cuda or cuda:NUMBER (default: the GPU if there is one)"
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        value = int(text) if digits.isascii() and digits.isdecimal() and len(digits) < 20 else None
+        if value is None or not least <= value <= most:
+            kind = f"of at least {least}" if most == MOST else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number {kind}")
+        return value
+
+    return read
+
+
+positive = whole(1)
+seed = whole(0, 2**32 - 1)
+
+
+def number(text: str) -> float:
+    """The type of an option that is a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a finite number")
+    return value
+
+
+def above_zero(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a number above 0")
+    return value
+
+
+def path(text: str) -> Path:
+    """The type of an option that names a file or folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a path")
+    return Path(text)
+
+
+def words(text: str) -> str:
+    """The type of an option that is a text."""
+    try:
+        return check_text("text", text)
+    except SaffronError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def name(text: str) -> str:
+    """The type of an option that names something: a checkpoint, a data set, a method. It may be a path."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a name")
+    return text
+
+
+def add_model_options(parser: argparse.ArgumentParser | Any, *models: str) -> None:
+    """One option for each of the models a command needs, and the device."""
+    helps = {
+        "policy": "checkpoint to defend (default: the bundled policy)",
+        "mrm": "folder of the reward model, published format (default: the bundled one)",
+        "base": "checkpoint the MRM's adapter belongs to (default: the one it names)",
+        "prm": "checkpoint of the guard (default: the bundled one)",
+    }
+    for model in models:
+        parser.add_argument(f"--{model}", type=name, metavar="CHECKPOINT", help=helps[model])
+    parser.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
+
+
+def check_models(options: argparse.Namespace) -> None:
+    """Says what is wrong with checkpoints and device before anything is loaded.
+
+    Raises:
+        CheckpointError, ConfigError: no such folder, no such device.
+    """
+    from saffron.models.devices import find_device
+
+    for option in ("policy", "mrm", "base", "prm"):
+        given = getattr(options, option, None)
+        check_checkpoint(f"--{option}", given if isinstance(given, str) else None)  # True: the bundled one
+    find_device(getattr(options, "device", None))
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
     """One option for each field of `SearchConfig`, which checks them."""
     default = SearchConfig()
     group = parser.add_argument_group("search")
-    group.add_argument("--width", type=int, default=default.width, help="beams kept (default %(default)s)")
-    group.add_argument("--top-p", type=float, default=default.top_p, help="nucleus mass (default %(default)s)")
-    group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, help="(default %(default)s)")
-    group.add_argument("--min-new-tokens", type=int, default=default.min_new_tokens, help="(default %(default)s)")
-    group.add_argument("--ranking", default=default.ranking, help="paper or released (default %(default)s)")
-    group.add_argument("--eos-score", default=default.eos_score, help="parent or mrm (default %(default)s)")
-    group.add_argument("--unseen-reward", type=float, default=default.unseen_reward, help="(default %(default)s)")
-    group.add_argument(
-        "--no-lm-head-bias", dest="lm_head_bias", action="store_false", help="leave out the trained bias of the MRM"
-    )
+    add = group.add_argument
+    add("--width", type=whole(-MOST), default=default.width, metavar="N", help="beams kept")
+    add("--top-p", type=number, default=default.top_p, metavar="P", help="probability mass of the nucleus")
+    add(
+        "--max-new-tokens", type=whole(-MOST), default=default.max_new_tokens, metavar="N",
+        help="longest answer, without the prefill",
+    )  # fmt: skip
+    add(
+        "--min-new-tokens", type=whole(-MOST), default=default.min_new_tokens, metavar="N",
+        help="tokens before an answer may end",
+    )  # fmt: skip
+    add("--ranking", choices=get_args(Ranking), default=default.ranking, help="how unfinished and finished beams rank")
+    add("--eos-score", choices=get_args(EosScore), default=default.eos_score, help="score of a beam that ends")
+    add(
+        "--unseen-reward", type=number, default=default.unseen_reward, metavar="REWARD",
+        help="reward of tokens that the MRM was never trained on",
+    )  # fmt: skip
+    add("--no-lm-head-bias", dest="lm_head_bias", action="store_false", help="leave out the trained bias of the MRM")
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """Where the work is done; `workers` reads them."""
     group = parser.add_argument_group("workers")
     group.add_argument(
-        "--workers", type=positive, help="processes (default: 1; with --ray one a GPU or, without GPUs, one a CPU)"
-    )
+        "--workers", type=whole(1, 4096), metavar="N",
+        help="processes (default: 1; with --ray one per GPU or, without GPUs, one per CPU)",
+    )  # fmt: skip
     group.add_argument(
         "--ray", nargs="?", const="auto", metavar="ADDRESS", help='a running Ray cluster; "local" starts one here'
     )
-    group.add_argument("--threads", type=positive, default=1, help="CPU threads of each worker (default %(default)s)")
+    group.add_argument("--threads", type=whole(1, 4096), default=1, metavar="N", help="CPU threads of each worker")
 
 
 def workers(options: argparse.Namespace) -> Workers:
@@ -54,20 +153,10 @@ def search_config(options: argparse.Namespace) -> SearchConfig:
     return SearchConfig(**{name: getattr(options, name) for name in SearchConfig.__dataclass_fields__})
 
 
-def json_lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        records = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error})") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON lines ({error})") from error
-    if not all(isinstance(record, dict) for record in records):
-        raise ConfigError(f"{file}: every line must be a JSON object")
-    return records
-
-
-def positive(text: str) -> int:
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return value
+def check_prompt(where: str, prompt: object, prefill: object) -> tuple[str, str]:
+    """A prompt and a prefill that are text. Raises `ConfigError`."""
+    if not isinstance(prompt, str) or not isinstance(prefill, str):
+        raise ConfigError(f'{where} needs a text "prompt" and may have one "prefill"')
+    if not prompt:
+        raise ConfigError(f"{where}: prompt: got '', expected a text")
+    return check_text(f"{where}: prompt", prompt), check_text(f"{where}: prefill", prefill)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from saffron.cli.options import Commands
+from saffron.cli.options import Commands, path
 
 
 def add(commands: Commands) -> None:
     parity = commands.add_parser("parity", help="replay recorded runs of the published search")
-    parity.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="holds policy/ guard/ mrm/ cases.json")
-    parity.add_argument("--json", action="store_true", help="print one JSON line a case")
+    parity.add_argument("folders", nargs="+", type=path, metavar="DIR", help="holds policy/ guard/ mrm/ cases.json")
+    parity.add_argument("--json", action="store_true", help="print one JSON line per case")
     parity.set_defaults(run=run)
 
 

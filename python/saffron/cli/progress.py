@@ -34,13 +34,19 @@ def progress(title: str, *, kept: bool = False, shown: bool = True) -> Iterator[
         TimeRemainingColumn(),
     )
     shown = shown and os.environ.get("RANK", "0") == "0"
-    with Progress(*columns, console=Console(stderr=True), transient=not kept, disable=not shown) as bars:
-        tasks: dict[str, int] = {}
+    bars = Progress(*columns, console=Console(stderr=True), transient=not kept, disable=not shown)
+    tasks: dict[str, int] = {}
 
-        def show(done: int, total: int | None = None, text: str = "", title: str | None = title) -> None:
-            name = title or ""
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, text=text)
-            bars.update(tasks[name], completed=done, total=total, text=text)  # type: ignore[arg-type]
+    def show(done: int, total: int | None = None, text: str = "", title: str | None = title) -> None:
+        name = title or ""
+        if not tasks:
+            bars.start()  # what goes wrong before leaves nothing on the screen but its message
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=total, text=text)
+        bars.update(tasks[name], completed=done, total=total, text=text)  # type: ignore[arg-type]
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bars.stop()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from saffron.cli.options import Commands
+from saffron.cli.options import Commands, above_zero, path, words
+from saffron.storage.paths import check_output_folder
+
+FORMATS = ("svg", "png", "pdf")
 
 
 def add(commands: Commands) -> None:
@@ -15,21 +17,20 @@ def add(commands: Commands) -> None:
         description="Attack success over compute, at matched compute, by exploration and by width; what the answers "
         "are like. Writes report.md, report.html and figures/.",
     )
-    report.add_argument("results", type=Path, nargs="+", help="files that `saffron eval` wrote")
-    report.add_argument(
-        "--output", type=Path, default=Path("report"), metavar="DIR", help="folder to write (%(default)s)"
-    )
-    report.add_argument("--judge", default="oracle", help="whose verdicts count (default %(default)s)")
-    report.add_argument(
-        "--reference", metavar="METHOD", help="compare at the compute of this one (default: best-of-n with n=32)"
-    )
-    report.add_argument(
-        "--limit", type=float, metavar="TFLOP", help="of the scaling efficiency (default: 1.5 times the dearest run)"
-    )
-    report.add_argument("--format", nargs="+", default=["svg", "png"], help="of the figures: svg, png, pdf (svg png)")
-    report.add_argument(
-        "--scatter", type=Path, metavar="FILE", help="picture of predicted against true rewards to include"
-    )
+    add = report.add_argument
+    add("results", type=path, nargs="+", metavar="FILE", help="files that `saffron eval` wrote")
+    add("--output", type=path, default="report", metavar="DIR", help="folder to write")
+    add("--judge", type=words, default="oracle", metavar="JUDGE", help="whose verdicts count")
+    add(
+        "--reference", type=words, metavar="METHOD",
+        help="compare at the compute of this one (default: best-of-n with n=32)",
+    )  # fmt: skip
+    add(
+        "--limit", type=above_zero, metavar="TFLOP",
+        help="compute limit of the scaling efficiency (default: 1.5 times the most expensive run)",
+    )  # fmt: skip
+    add("--format", nargs="+", choices=FORMATS, default=["svg", "png"], help="file formats of the figures")
+    add("--scatter", type=path, metavar="FILE", help="picture of predicted against true rewards to include")
     report.set_defaults(run=run)
 
 
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
         formats=tuple(options.format),
         scatter=options.scatter,
     )
+    check_output_folder("--output", options.output)
     for file in write_report(read_results(options.results), options.output, chosen):
         print(file)
     return 0

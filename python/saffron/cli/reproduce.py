@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from saffron.cli.options import Commands, add_worker_options, workers
+from saffron.cli.options import Commands, add_worker_options, path, workers
 from saffron.cli.progress import progress
 from saffron.errors import ConfigError
+from saffron.storage.paths import check_output_folder
 
 
 def add(commands: Commands) -> None:
@@ -19,9 +20,9 @@ def add(commands: Commands) -> None:
         "Run it again after an interruption: what is there is kept. It needs a clone of the repository.",
     )
     reproduce.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for results, page and figures"
+        "--output", type=path, required=True, metavar="DIR", help="folder for results, page and figures"
     )
-    reproduce.add_argument("--docs", type=Path, metavar="DIR", help="also put results.md and figures/ there")
+    reproduce.add_argument("--docs", type=path, metavar="DIR", help="also put results.md and figures/ there")
     reproduce.add_argument("--quick", action="store_true", help="a few prompts: whether it runs, not what comes out")
     add_worker_options(reproduce)
     reproduce.set_defaults(run=run)
@@ -29,6 +30,9 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _find()
+    for name in ("output", "docs"):
+        if folder := getattr(options, name):
+            check_output_folder(f"--{name}", folder)
     from reproduce.runs import FULL, QUICK
     from reproduce.write_up import reproduce
     from saffron.evaluation.plots import pyplot

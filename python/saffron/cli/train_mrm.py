@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saffron.cli.options import Commands, positive
+from saffron.cli.options import MOST, Commands, check_models, name, number, path, seed, whole, words
 from saffron.cli.progress import progress
+from saffron.storage.paths import check_output_folder
 
 if TYPE_CHECKING:
     from saffron.training.train import TrainConfig
@@ -20,22 +22,22 @@ def add(commands: Commands) -> None:
         help="train a multifurcation reward model on what `saffron annotate` wrote",
         description="LoRA factors and a bias of the unembedding, by partial supervision. Run it again after an "
         "interruption: it goes on at its last checkpoint. Several devices: accelerate launch -m saffron.cli train-mrm",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.add_argument("data", type=Path, help="folder of `saffron annotate`")
-    train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the MRM, published format")
-    train.add_argument("--base", default=argparse.SUPPRESS, help="the guard (default: the one that made the data)")
-    train.add_argument(
-        "--run", dest="run_folder", type=Path, default=argparse.SUPPRESS, metavar="DIR",
-        help="folder for checkpoint, log and pictures (default: OUT/training)",
+    add = train.add_argument
+    add("data", type=path, metavar="DIR", help="folder of `saffron annotate`")
+    add("--output", type=path, required=True, metavar="DIR", help="folder for the MRM, published format")
+    add("--base", type=name, metavar="CHECKPOINT", help="the guard (default: the one that made the data)")
+    add(
+        "--run", dest="run_folder", type=path, metavar="DIR",
+        help="folder for checkpoint, log and pictures (default: training in the output folder)",
     )  # fmt: skip
-    train.add_argument(
-        "--heldout", type=Path, default=argparse.SUPPRESS, metavar="DIR",
+    add(
+        "--heldout", type=path, metavar="DIR",
         help="annotated conversations to evaluate on (default: a share of the data)",
     )  # fmt: skip
-    train.add_argument("--device", default=argparse.SUPPRESS, help="cpu keeps it off the GPU")
-    train.add_argument("--threads", type=positive, default=argparse.SUPPRESS, help="CPU threads (default: PyTorch's)")
-    train.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the summary as JSON")
+    add("--device", metavar="DEVICE", help="cpu or cuda (default: the GPU if there is one)")
+    add("--threads", type=whole(1, 4096), metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--json", action="store_true", help="print the summary as JSON")
     _add_hyperparameters(train)
     train.set_defaults(run=run)
 
@@ -43,28 +45,38 @@ def add(commands: Commands) -> None:
 def _add_hyperparameters(train: argparse.ArgumentParser) -> None:
     """One option for each field of `TrainConfig`, which checks them."""
     group = train.add_argument_group("hyperparameters")
-    add = group.add_argument
-    add("--epochs", type=int, default=1, help="passes over the corpus")
-    add("--batch", type=int, default=4, help="conversations a step, over all devices")
-    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
-    add("--weight-decay", type=float, default=0.0, help="of AdamW")
-    add("--beta1", type=float, default=0.9, help="of AdamW")
-    add("--beta2", type=float, default=0.999, help="of AdamW")
-    add("--eps", type=float, default=1e-8, help="of AdamW")
-    add("--schedule", default="constant", help="of the learning rate: constant, cosine or linear")
-    add("--warmup", type=int, default=0, help="steps over which the learning rate rises")
-    add("--clip", type=float, default=1.0, help="greatest norm of the gradient, 0 for any")
-    add("--rank", type=int, default=4, help="of the LoRA factors")
-    add("--alpha", type=int, default=4, help="of the LoRA factors")
-    add("--dropout", type=float, default=0.0, help="of the LoRA factors")
-    add("--target-modules", nargs="+", default=["q_proj", "v_proj"], help="layers that get LoRA factors")
-    add("--no-bias", dest="train_bias", action="store_false", help="leave the bias of the unembedding at zero")
-    add("--heldout-share", type=float, default=0.02, help="of the conversations, without --heldout")
-    add("--dtype", default="float32", help="of the frozen weights: float32 or bfloat16")
-    add("--mixed-precision", default="no", help="no or bf16")
-    add("--seed", type=int, default=0, help="of the first LoRA factors and the order")
-    add("--checkpoint-every", type=int, default=200, help="steps")
-    add("--evaluate-every", type=int, default=200, help="steps")
+
+    def add(option: str, type: Callable[[str], Any], default: Any, help: str) -> None:
+        metavar = "X" if type is number else "NAME" if type is words else "N"
+        many = isinstance(default, list)
+        group.add_argument(option, type=type, default=default, metavar=metavar, help=help, nargs="+" if many else None)
+
+    count = whole(-MOST)
+    add("--epochs", count, 1, "passes over the corpus")
+    add("--batch", count, 4, "conversations per step, over all devices")
+    add("--lr", number, 1e-4, "learning rate of AdamW")
+    add("--weight-decay", number, 0.0, "weight decay of AdamW")
+    add("--beta1", number, 0.9, "decay of AdamW's mean of gradients")
+    add("--beta2", number, 0.999, "decay of AdamW's mean of squared gradients")
+    add("--eps", number, 1e-8, "added to AdamW's denominator")
+    add("--warmup", count, 0, "steps over which the learning rate rises")
+    add("--clip", number, 1.0, "greatest norm of the gradient, 0 for any")
+    add("--rank", count, 4, "rank of the LoRA factors")
+    add("--alpha", count, 4, "the LoRA factors are scaled by alpha/rank")
+    add("--dropout", number, 0.0, "share of the LoRA factors' inputs that is dropped")
+    add("--target-modules", words, ["q_proj", "v_proj"], "layers that get LoRA factors")
+    add("--heldout-share", number, 0.02, "share of the conversations that is held out, without --heldout")
+    add("--seed", seed, 0, "decides the first LoRA factors and the order of the corpus")
+    add("--checkpoint-every", count, 200, "steps between checkpoints")
+    add("--evaluate-every", count, 200, "steps between evaluations on what is held out")
+    group.add_argument(
+        "--schedule", choices=("constant", "cosine", "linear"), default="constant", help="of the learning rate"
+    )
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    group.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of the forward passes")
+    group.add_argument(
+        "--no-bias", dest="train_bias", action="store_false", help="leave the bias of the unembedding at zero"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -75,18 +87,20 @@ def run(options: argparse.Namespace) -> int:
     from saffron.workers import torch_threads
 
     config = train_config(options)
+    check_models(options)
+    check_output_folder("--output", options.output)
     data = read_rewards(options.data)
-    heldout = read_rewards(options.heldout) if "heldout" in options else None
-    base = getattr(options, "base", None) or data.manifest["prm"]["source"]
-    with torch_threads(getattr(options, "threads", None) or torch.get_num_threads()):
+    heldout = read_rewards(options.heldout) if options.heldout else None
+    base = options.base or data.manifest["prm"]["source"]
+    with torch_threads(options.threads or torch.get_num_threads()):
         trainer = Trainer(
             base,
             data,
             options.output,
             config,
-            run=getattr(options, "run_folder", None),
+            run=options.run_folder,
             heldout=heldout,
-            device=getattr(options, "device", None),
+            device=options.device,
         )
         with progress("training") as show:
             trainer.train(lambda step, text: show(step, len(trainer.order), text))
@@ -104,7 +118,7 @@ def train_config(options: argparse.Namespace) -> TrainConfig:
 
 def _report(file: Path, options: argparse.Namespace) -> None:
     summary: dict[str, Any] = json.loads(file.read_text())
-    if "json" in options:
+    if options.json:
         print(json.dumps({"out": str(options.output), **summary}))
         return
     print(f"{options.output}: {summary['steps']} steps on {summary['rewards']} rewards")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saffron import world
-from saffron.errors import ConfigError, MissingDependencyError
+from saffron.errors import ConfigError, MissingDependencyError, outside, reason, shown
+from saffron.storage.text import read_json_lines
 
 Kind = Literal["forbidden", "allowed"]
 Record = dict[str, Any] | list[Any]
@@ -54,8 +55,12 @@ class Source(NamedTuple):
 
 
 def _conversation(record: Record) -> tuple[str, str]:
-    """Harmful HEx-PHI: a user's and an assistant's message."""
-    user, assistant = record[:2] if isinstance(record, list) else record["messages"][:2]
+    """Harmful HEx-PHI: a user's message and an assistant's; what a system says is left out."""
+    messages = [m for m in (record if isinstance(record, list) else record["messages"]) if m.get("role") != "system"]
+    roles = [message.get("role", role) for message, role in zip(messages, ("user", "assistant"), strict=True)]
+    if roles != ["user", "assistant"]:
+        raise ValueError(f"its messages are of {', '.join(map(str, roles))}, expected user, assistant")
+    user, assistant = messages
     return user["content"], assistant["content"]
 
 
@@ -103,16 +108,17 @@ def load_cases(data: str, count: int | None = None, seed: int = 0) -> list[Case]
             the library `datasets`.
     """
     if data in WORLD:
-        found = world.examples(WORLD[data], "heldout", 200 if count is None else count, seed)
+        with outside("count"):
+            found = world.examples(WORLD[data], "heldout", 200 if count is None else count, seed)
         return [Case.of(e.prompt, e.target, e.kind) for e in found]
     name, _, given = data.partition("=")
     if name in PUBLISHED:
         read = PUBLISHED[name].read
         records = _file(Path(given)) if given else _published(name, PUBLISHED[name])
-    elif Path(data).is_file():
+    elif "\0" not in data and Path(data).exists():
         read, records = _pair, _file(Path(data))
     else:
-        raise ConfigError(f"data: got {data!r}, expected a file or one of {', '.join(NAMES)}")
+        raise ConfigError(f"data: got {shown(data)}, expected a file or one of {', '.join(NAMES)}")
     cases = dict.fromkeys(_cases(data, records, read))
     if not cases:
         raise ConfigError(f"{data}: holds no prompts")
@@ -126,12 +132,13 @@ def _cases(
         try:
             pair = read(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{data}: {where} is not of its form ({type(error).__name__}: {error})") from error
+            raise ConfigError(f"{data}: {where} is not of its form ({reason(error)})") from error
         if pair is None:
             continue
         prompt, target = pair
         kind = record.get("kind", "forbidden") if isinstance(record, dict) else "forbidden"
-        if not isinstance(prompt, str) or not prompt or not isinstance(target, str) or kind not in world.KINDS:
+        texts = all(isinstance(text, str) for text in (prompt, target, kind))
+        if not texts or not prompt or kind not in world.KINDS:
             raise ConfigError(
                 f'{data}: {where} needs a text "prompt", may have a text "target" and a "kind" of {world.KINDS}'
             )
@@ -141,11 +148,7 @@ def _cases(
 def _file(file: Path) -> Iterable[tuple[str, Record]]:
     if file.suffix == ".parquet":
         return _rows(str(file), lambda library: library.Dataset.from_parquet(str(file)))
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [(f"line {number}", json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON lines ({error})") from error
+    return ((f"line {number}", record) for number, record in read_json_lines(file))
 
 
 def _published(name: str, source: Source) -> Iterable[tuple[str, Record]]:
@@ -164,6 +167,7 @@ def _rows(name: str, load: Callable[[Any], Iterable[Record]]) -> Iterator[tuple[
         import datasets
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
+    datasets.disable_progress_bars()
     try:
         rows = load(datasets)
     except Exception as error:  # those of pyarrow and of `datasets` as well
@@ -172,5 +176,4 @@ def _rows(name: str, load: Callable[[Any], Iterable[Record]]) -> Iterator[tuple[
 
 
 def _unreadable(name: str, error: Exception) -> ConfigError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ConfigError(f"{name}: cannot be read ({reason}); NAME=FILE reads a published set from a file")
+    return ConfigError(f"{name}: cannot be read ({reason(error)}); NAME=FILE reads a published set from a file")

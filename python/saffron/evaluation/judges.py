@@ -8,6 +8,7 @@ from typing import Protocol
 from saffron import world
 from saffron.errors import ConfigError
 from saffron.models.reward_models import ProcessRewardModel
+from saffron.storage.paths import check_checkpoint
 
 Verdict = tuple[bool, float | None]  # harmful, and the score it rests on where there is one
 NAMES = ("oracle", "prm", "model:CHECKPOINT")
@@ -42,9 +43,16 @@ class ModelJudge:
 
 
 def check_judge(name: str) -> None:
-    """Raises `ConfigError` for a judge there is none of."""
-    if name not in NAMES[:2] and not name.removeprefix("model:") != name:
+    """Raises `ConfigError` for a judge there is none of, `CheckpointError` for one whose folder is not there."""
+    if name not in NAMES[:2] and judge_checkpoint(name) is None:
         raise ConfigError(f"judge: got {name!r}, expected {', '.join(NAMES)}")
+    check_checkpoint("judge", judge_checkpoint(name))
+
+
+def judge_checkpoint(name: str) -> str | None:
+    """The checkpoint of "model:CHECKPOINT", None for another judge."""
+    kind, _, checkpoint = name.partition(":")
+    return checkpoint if kind == "model" and checkpoint else None
 
 
 def load_judge(name: str, guard: ProcessRewardModel, device: str | None = None) -> Judge:
@@ -54,4 +62,4 @@ def load_judge(name: str, guard: ProcessRewardModel, device: str | None = None) 
         return OracleJudge()
     if name == "prm":
         return ModelJudge(name, guard)
-    return ModelJudge(name, ProcessRewardModel.from_pretrained(name.removeprefix("model:"), device=device))
+    return ModelJudge(name, ProcessRewardModel.from_pretrained(str(judge_checkpoint(name)), device=device))

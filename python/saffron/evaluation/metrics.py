@@ -98,7 +98,7 @@ class Group:
 
 
 def group(records: Iterable[Record], **only: str) -> list[Group]:
-    """Results by data set, attack, method and variant, in the order they are first met.
+    """Results by data set, attack, method and variant, in the order they are first met; without skipped prompts.
 
     Args:
         only: field and value of those wanted.
@@ -107,7 +107,7 @@ def group(records: Iterable[Record], **only: str) -> list[Group]:
         ConfigError: results of several models, or one case twice.
     """
     found: dict[tuple[str, ...], dict[str, Record]] = {}
-    chosen = [r for r in records if all(r[name] == value for name, value in only.items())]
+    chosen = [r for r in records if all(r[name] == value for name, value in only.items()) and "error" not in r]
     if len({r["models"] for r in chosen}) > 1:
         raise ConfigError("results: they are of several sets of models; compare those of one")
     for record in chosen:

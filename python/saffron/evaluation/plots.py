@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from saffron.errors import MissingDependencyError
+from saffron.errors import MissingDependencyError, outside
 from saffron.evaluation.metrics import Curve, Group, bootstrap
 from saffron.evaluation.tables import titles
 
@@ -50,8 +50,8 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
     from cycler import cycler
 
-    matplotlib.rcParams.update(STYLE | {"axes.prop_cycle": cycler(color=CYCLE)})
-
+    style: dict[Any, Any] = STYLE | {"axes.prop_cycle": cycler(color=CYCLE)}
+    matplotlib.rcParams.update(style)
     return plt
 
 
@@ -110,5 +110,7 @@ def lines(
 
 def _save(plt: Any, figure: Any, files: Iterable[Path]) -> None:
     for file in files:
-        figure.savefig(file, dpi=150, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
+        metadata = {"Date": None} if file.suffix == ".svg" else None
+        with outside(f"{file}: cannot be drawn"):
+            figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
     plt.close(figure)

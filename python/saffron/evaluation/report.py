@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, outside
 from saffron.evaluation import plots
 from saffron.evaluation.metrics import Curve, Group, curves, group
 from saffron.evaluation.store import Record
 from saffron.evaluation.tables import Table, by_width, efficiency, matched, overview, utility
+from saffron.storage.folders import write_atomically
+from saffron.storage.text import read_bytes
 
 UNDEFENDED = ("greedy", "sample")
 FORMATS = ("svg", "png", "pdf")
@@ -59,7 +61,10 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     if not groups:
         raise ConfigError("results: there are none")
     plots.pyplot()
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    if options.limit is not None and not 0 < options.limit < float("inf"):
+        raise ConfigError(f"limit: got {options.limit}, expected a number above 0")
+    with outside(f"{out}: cannot be made"):
+        (out / "figures").mkdir(parents=True, exist_ok=True)
     places = list(dict.fromkeys((g.data, g.attack, g.variant) for g in groups))
     sections = [
         _section(place, [g for g in groups if (g.data, g.attack, g.variant) == place], out, options) for place in places
@@ -68,8 +73,8 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     if options.scatter is not None:
         sections.append(Section("Figure 4b. Rewards, predicted and true", [], [("Figure 4b", options.scatter)]))
     text = "# Results\n\n" + "\n".join(_markdown(section, out) for section in sections)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.html").write_text(_page(sections), encoding="utf-8")
+    write_atomically(out / "report.md", text.encode())
+    write_atomically(out / "report.html", _page(sections).encode())
     drawn = [file for section in sections for _, file in section.figures]
     return [out / "report.md", out / "report.html", *drawn]
 
@@ -141,7 +146,7 @@ def _page(sections: list[Section]) -> str:
 
     def source(file: Path) -> str:
         kind = "svg+xml" if file.suffix == ".svg" else file.suffix[1:]
-        return f"data:image/{kind};base64," + base64.b64encode(file.read_bytes()).decode()
+        return f"data:image/{kind};base64," + base64.b64encode(read_bytes(file)).decode()
 
     environment = Environment(loader=PackageLoader("saffron"), autoescape=select_autoescape())
     return environment.get_template("report.html").render(sections=sections, source=source)

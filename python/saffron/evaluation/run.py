@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from saffron import world
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, PromptTooLongError
 from saffron.evaluation.attacks import parse_attack
 from saffron.evaluation.datasets import Case, load_cases
-from saffron.evaluation.judges import Judge, check_judge, load_judge
-from saffron.evaluation.store import Key, Record, ResultFile
-from saffron.models.bundled import FOLDER, Models
+from saffron.evaluation.judges import Judge, check_judge, judge_checkpoint, load_judge
+from saffron.evaluation.store import Key, Record, ResultFile, open_results
+from saffron.models.devices import find_device
+from saffron.models.files import ModelFiles
+from saffron.models.provenance import fingerprint_all
+from saffron.quiet import quiet_transformers
 from saffron.search import Method, parse_config, parse_method
 from saffron.search.result import SearchResult
 from saffron.workers import Workers
-
-VARIANTS = ("", "no unseen mask", "no trie cache")
-_CHOICE = re.compile(r"[=:]([\w.-]+(?:/[\w.-]+)+)")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """Checkpoints to load; None: the bundled one.
-
-    Attributes:
-        policy, mrm, base, prm: the policy, the MRM, the checkpoint its adapter belongs to, the guard.
-        device: None: the GPU if there is one.
-        variant: one of `VARIANTS`. "no unseen mask": the MRM scores tokens that its corpus never had; "no trie cache":
-            every read runs whole sequences, each for itself.
-    """
-
-    policy: str | None = None
-    mrm: str | None = None
-    base: str | None = None
-    prm: str | None = None
-    device: str | None = None
-    variant: str = ""
-
-    def load(self) -> Models:
-        from saffron.models.policy import Policy
-        from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
-
-        options: dict[str, Any] = {"device": self.device}
-        if self.variant == "no trie cache":
-            options["share_prefixes"] = False
-        models = Models(
-            Policy.from_pretrained(self.policy or FOLDER / "policy", **options),
-            MultifurcationRewardModel.from_pretrained(self.mrm or FOLDER / "mrm", base=self.base, **options),
-            ProcessRewardModel.from_pretrained(self.prm or FOLDER / "guard", **options),
-        )
-        if self.variant == "no unseen mask":
-            mrm = copy.copy(models.mrm)
-            mrm.unseen = None
-            models = models._replace(mrm=mrm)
-        return models
-
-    def fingerprint(self) -> str:
-        """Of what is in the checkpoints: results of other weights are other results."""
-        import hashlib
-
-        from saffron.training.files import checkpoint_fingerprint
-
-        named = (self.policy or FOLDER / "policy", self.mrm or FOLDER / "mrm", self.prm or FOLDER / "guard", self.base)
-        text = " ".join(checkpoint_fingerprint(path) for path in named if path)
-        return hashlib.blake2s(text.encode(), digest_size=6).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,28 +49,23 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Cases that one method answers together."""
+    """Cases that one method answers together.
+
+    Attributes:
+        wanted: the ids of those that are missing. A batch is the same whatever is there already, so that numbers are
+            rounded as in a run without interruption.
+    """
 
     data: str
     attack: str
     method: str
     cases: tuple[Case, ...]
+    wanted: frozenset[str]
 
     def keys(self, variant: str) -> list[Key]:
-        return [(self.data, self.attack, self.method, variant, case.id) for case in self.cases]
-
-
-def expand(text: str) -> list[str]:
-    """ "a:x=1/2,y=3/4" is four texts: every choice of what stands between slashes after "=" or ":"."""
-    found = [match.span(1) for match in _CHOICE.finditer(text)]
-    choices = [text[begin:end].split("/") for begin, end in found]
-    texts = []
-    for chosen in itertools.product(*choices):
-        made = text
-        for (begin, end), value in reversed(list(zip(found, chosen, strict=True))):
-            made = made[:begin] + value + made[end:]
-        texts.append(made)
-    return texts
+        """Of what is wanted."""
+        cases = [case.id for case in self.cases if case.id in self.wanted]
+        return [(self.data, self.attack, self.method, variant, case) for case in cases]
 
 
 def tasks(plan: Plan, done: set[Key]) -> Iterator[Task]:
@@ -135,11 +81,14 @@ def tasks(plan: Plan, done: set[Key]) -> Iterator[Task]:
     for data in plan.data:
         cases = load_cases(data, plan.count, plan.seed)
         for attack, method in itertools.product(plan.attacks, plan.methods):
-            if any(not case.target for case in cases) and parse_attack(attack).prefill:
+            if parse_attack(attack).prefill and any(not case.target for case in cases):
                 raise ConfigError(f"attack: {attack} needs answers that comply, and {data} holds cases without target")
-            left = [c for c in cases if (data, attack, method, plan.models.variant, c.id) not in done]
-            for start in range(0, len(left), plan.batch):
-                yield Task(data, attack, method, tuple(left[start : start + plan.batch]))
+            for start in range(0, len(cases), plan.batch):
+                batch = tuple(cases[start : start + plan.batch])
+                variant = plan.models.variant
+                wanted = frozenset(c.id for c in batch if (data, attack, method, variant, c.id) not in done)
+                if wanted:
+                    yield Task(data, attack, method, batch, wanted)
 
 
 def evaluate(
@@ -151,7 +100,7 @@ def evaluate(
     """Runs what of some plans is not in the results yet, and adds it to them.
 
     Args:
-        plans: with the same models and judges.
+        plans: with the same models and judges, which are those of `results`.
         workers: where it runs; None: here, in one thread.
         progress: called with (results there, results wanted) after each batch.
 
@@ -160,10 +109,7 @@ def evaluate(
     """
     models, judges = plans[0].models, plans[0].judges
     assert all((plan.models, plan.judges) == (models, judges) for plan in plans)
-    if models.variant not in VARIANTS:
-        raise ConfigError(f"variant: got {models.variant!r}, expected one of {VARIANTS}")
     fingerprint = models.fingerprint()
-    results.expect_models(fingerprint)
     left: list[Task] = []
     wanted: set[Key] = set()  # plans may overlap
     for plan in plans:
@@ -184,27 +130,45 @@ class _Runner:
     """One worker: models and judges, loaded once, and the methods it was asked for."""
 
     def __init__(self, files: ModelFiles, judges: Sequence[str], fingerprint: str) -> None:
-        _quiet()  # a process of its own knows nothing of what the command line has set
+        quiet_transformers()  # a process of its own knows nothing of what the command line has set
         self.models, self.variant, self.fingerprint = files.load(), files.variant, fingerprint
         self.judges: list[Judge] = [load_judge(name, self.models.guard, files.device) for name in judges]
         self.methods: dict[str, Method] = {}
 
     def __call__(self, task: Task) -> list[Record]:
+        return [record for record in self._records(task) if record["case"] in task.wanted]
+
+    def _records(self, task: Task) -> list[Record]:
+        """Of all cases. Where one is too long all run alone, and those that are get a record that says so."""
+        try:
+            return self._answered(task)
+        except PromptTooLongError as error:
+            if len(task.cases) == 1:
+                (case,) = task.cases
+                return [self._about(task, case) | {"error": str(error), "harmful": {}, "cost": {}}]
+            return [record for case in task.cases for record in self._records(replace(task, cases=(case,)))]
+
+    def _about(self, task: Task, case: Case) -> Record:
+        return {
+            "data": task.data,
+            "attack": task.attack,
+            "method": task.method,
+            "variant": self.variant,
+            "case": case.id,
+            "models": self.fingerprint,
+            "kind": case.kind,
+            "prompt": case.prompt,
+        }
+
+    def _answered(self, task: Task) -> list[Record]:
         attack, tokenizer = parse_attack(task.attack), self.models.policy.require_tokenizer()
         attacked = [attack.apply(case, tokenizer) for case in task.cases]
         found = self._method(task.method).generate([p for p, _ in attacked], [f for _, f in attacked])
         prompts, texts = [case.prompt for case in task.cases], [result.text for result in found]
         verdicts = {judge.name: judge.judge(prompts, texts) for judge in self.judges}
         return [
-            {
-                "data": task.data,
-                "attack": task.attack,
-                "method": task.method,
-                "variant": self.variant,
-                "case": case.id,
-                "models": self.fingerprint,
-                "kind": case.kind,
-                "prompt": case.prompt,
+            self._about(task, case)
+            | {
                 "prefill": prefill,
                 "text": result.text,
                 "tokens": len(result.tokens),
@@ -234,20 +198,20 @@ class _Runner:
         return self.methods[spec]
 
 
-def _quiet() -> None:
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers")
-
-
 def run_plans(plans: Sequence[Plan], file: Path, workers: Workers | None = None, **options: Any) -> list[Record]:
-    """`evaluate` into a file; returns all it holds then."""
-    from saffron.evaluation.store import open_results
-
-    with open_results(file) as results:
+    """`evaluate` into a file, which begins with what decides its results; returns all it holds then."""
+    models, judges, workers = plans[0].models, plans[0].judges, workers or Workers()
+    models.check()
+    for judge in judges:
+        check_judge(judge)
+    named = {name: fingerprint_all([judge_checkpoint(name)]) if judge_checkpoint(name) else "" for name in judges}
+    settings = {
+        "models": models.fingerprint(),
+        "judges": named,
+        "device": find_device(models.device).type,
+        "threads": workers.threads,
+    }
+    inputs = [Path(data.rpartition("=")[2]) for plan in plans for data in plan.data]
+    with open_results(file, settings, inputs) as results:
         evaluate(plans, results, workers, **options)
         return results.records

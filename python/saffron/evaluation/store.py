@@ -1,25 +1,52 @@
-"""Results as JSON lines, one a prompt. What was written is kept whatever ends the process, and is not run again."""
+"""Results of `saffron eval`: what one line holds."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from saffron.errors import ConfigError
+from saffron.search.result import Cost
+from saffron.storage import results
+from saffron.storage.results import Key, Record, ResultFile, Schema
 
-Record = dict[str, Any]
-KEY = ("data", "attack", "method", "variant", "case")
-Key = tuple[str, ...]
+__all__ = ["SCHEMA", "Key", "Record", "ResultFile", "key", "open_results", "read_results"]
 
 
 def key(record: Record) -> Key:
     """What a result answers; a file holds at most one result for each."""
-    return tuple(record[name] for name in KEY)
+    return SCHEMA.of(record)
+
+
+def _fits(record: Record) -> bool:
+    """Whether a record is the answer to a prompt, or says why there is none."""
+    if not all(isinstance(record.get(name), str) for name in ("models", "kind", "prompt")):
+        return False
+    if "error" in record:
+        return isinstance(record["error"], str)
+    cost, harmful = record.get("cost"), record.get("harmful")
+    return (
+        isinstance(cost, dict)
+        and all(_is_number(cost.get(field.name)) and cost[field.name] >= 0 for field in fields(Cost))
+        and cost["policy_flops"] > 0
+        and isinstance(harmful, dict)
+        and len(harmful) > 0
+        and all(isinstance(verdict, bool) for verdict in harmful.values())
+        and isinstance(record.get("text"), str)
+        and _is_number(record.get("tokens"))
+        and _is_number(record.get("log_probability"))
+        and isinstance(record.get("answered", ""), bool | None)
+    )
+
+
+def _is_number(value: object) -> bool:
+    """One that floating point can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+SCHEMA = Schema("eval", ("data", "attack", "method", "variant", "case"), _fits)
 
 
 def read_results(files: Iterable[Path]) -> list[Record]:
@@ -28,64 +55,11 @@ def read_results(files: Iterable[Path]) -> list[Record]:
     Raises:
         ConfigError: a file that cannot be read or holds something else.
     """
-    records = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-            records += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: cannot be read as JSON lines ({error})") from error
-    if not all(isinstance(r, dict) and {*KEY, "models", "harmful", "cost"} <= set(r) for r in records):
-        raise ConfigError("results: a line is not a result of `saffron eval`")
-    return records
+    return results.read_results(files, SCHEMA)
 
 
-class ResultFile:
-    """A file of results, held by one process. Use `open_results`."""
-
-    def __init__(self, file: Path, descriptor: int) -> None:
-        self.file, self._descriptor = file, descriptor
-        self.records = read_results([file])
-        self.done = {key(record) for record in self.records}
-        self._cut()
-
-    def append(self, records: Iterable[Record]) -> None:
-        """Adds results; returns when they are on the disk."""
-        new = [record for record in records if key(record) not in self.done]
-        lines = "".join(json.dumps(record) + "\n" for record in new).encode()
-        while lines:
-            lines = lines[os.write(self._descriptor, lines) :]
-        os.fsync(self._descriptor)
-        self.records += new
-        self.done.update(map(key, new))
-
-    def expect_models(self, fingerprint: str) -> None:
-        """Raises `ConfigError` where results of other models are here: they could not be told apart."""
-        if any(record["models"] != fingerprint for record in self.records):
-            raise ConfigError(f"{self.file}: holds results of other models; choose another file")
-
-    def _cut(self) -> None:
-        """Takes off a last line that an interruption left unfinished."""
-        content = self.file.read_bytes()
-        os.truncate(self._descriptor, content.rfind(b"\n") + 1)
-
-
-@contextmanager
-def open_results(file: Path) -> Iterator[ResultFile]:
-    """Opens results to add to them.
-
-    Raises:
-        ConfigError: it cannot be written, another process writes to it, or it holds something else.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be written ({error})") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back however the process ends
-        yield ResultFile(file, descriptor)
-    except BlockingIOError as error:
-        raise ConfigError(f"{file}: another process is writing there") from error
-    finally:
-        os.close(descriptor)
+def open_results(
+    file: Path, settings: dict[str, Any] | None = None, inputs: Iterable[Path | None] = ()
+) -> AbstractContextManager[ResultFile]:
+    """Opens results to add to them; arguments and errors as of `saffron.storage.results.open_results`."""
+    return results.open_results(file, SCHEMA, settings or {}, inputs)

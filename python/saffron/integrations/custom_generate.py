@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +31,12 @@ from saffron.errors import ConfigError
 from saffron.integrations.mrm_prompt import MRMPrompt, mrm_contexts
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.models.trie_model import Rows
-from saffron.search import Request, SaffronSearch
+from saffron.models.trie_model import Index, Rows
+from saffron.search import Handle, Request, SaffronSearch
 from saffron.search.config import SearchConfig
 from saffron.search.result import SearchResult
-from saffron.search.tree import Tree, common_prefix
 
+_NONE: Index = np.empty(0, dtype=np.int32)
 # Options that ask for something else than one deterministic answer a row, with why the search cannot honour them.
 _REFUSED = {
     "num_beams": "the search keeps `width` beams",
@@ -133,7 +134,7 @@ def generate(
         if processors:
             policy = _ProcessedPolicy(model, tokenizer, processors, input_ids.shape[1], pad)
         requests = [Request(tuple(p), c) for p, c in zip(prompts, contexts, strict=True)]
-        results = _Streamed(policy, mrm, config, ends, streamer).search(requests)
+        results = _search(SaffronSearch(policy, mrm, config, end_tokens=ends), requests, streamer)
     output = _output(input_ids, results, pad)
     return output if generation_config.return_dict_in_generate else output.sequences
 
@@ -156,55 +157,47 @@ class _ProcessedPolicy(Policy):
     ) -> None:
         super().__init__(model, tokenizer)
         self.processors, self.length, self.pad = processors, length, pad
-        self.ids = torch.empty(0, length, dtype=torch.long)
+        self.ids = torch.empty(0, length, dtype=torch.long, device=self.device)
 
-    def prefill(self, sequences: Sequence[Sequence[int]]) -> tuple[Rows, Tensor]:
-        rows, logits = super().prefill(sequences)
-        self.ids = torch.tensor([[self.pad] * (self.length - len(s)) + list(s) for s in sequences], device=self.device)
-        return rows, self._process(logits)
+    def read(self, sequences: Sequence[Sequence[int]]) -> tuple[Index, Tensor]:
+        leaves, logits = super().read(sequences)
+        return leaves, self._process(self._padded(sequences), logits)
+
+    def regroup(
+        self, rows: Rows, keep: Sequence[int], sequences: Sequence[Sequence[int]] = (), leaves: Index = _NONE
+    ) -> None:
+        super().regroup(rows, keep, sequences, leaves)
+        self.ids = torch.cat([self.ids[list(keep)], self._padded(sequences)])
 
     def step(self, rows: Rows, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
         logits = super().step(rows, parents, tokens)
         new = torch.tensor(list(tokens), device=self.device)
         self.ids = torch.cat([self.ids[list(parents)], new[:, None]], 1)
-        return self._process(logits)
+        return self._process(self.ids, logits)
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        length = max(self.length, self.ids.shape[1])
+        rows = [[self.pad] * (length - len(s)) + list(s) for s in sequences]
+        return torch.tensor(rows, dtype=torch.long, device=self.device).reshape(-1, length)
 
     @torch.inference_mode()
-    def _process(self, logits: Tensor) -> Tensor:
-        return self.processors(self.ids, logits.float())  # type: ignore[arg-type]
+    def _process(self, ids: Tensor, logits: Tensor) -> Tensor:
+        return self.processors(ids, logits.float())  # type: ignore[arg-type]
 
 
-class _Streamed(SaffronSearch):
-    """A search that puts tokens into a streamer as they are settled."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        mrm: MultifurcationRewardModel,
-        config: SearchConfig,
-        ends: Sequence[int],
-        streamer: BaseStreamer | None,
-    ) -> None:
-        super().__init__(policy, mrm, config, end_tokens=ends)
-        self.streamer, self.put = streamer, 0
-
-    def search(self, requests: Sequence[Request], **options: Any) -> list[SearchResult]:
-        results = super().search(requests, **options)
-        self._put(results[0].tokens)
-        if self.streamer is not None:
-            self.streamer.end()
-        return results
-
-    def steps(self, requests: Sequence[Request], **options: Any) -> Iterator[list[Tree]]:
-        for trees in super().steps(requests, **options):
-            self._put(common_prefix(trees[0].beam).tokens())
-            yield trees
-
-    def _put(self, tokens: Sequence[int]) -> None:
-        if self.streamer is not None:
-            for token in tokens[self.put :]:
-                self.streamer.put(torch.tensor([token]))
-            self.put = max(self.put, len(tokens))
+def _search(search: SaffronSearch, requests: Sequence[Request], streamer: BaseStreamer | None) -> list[SearchResult]:
+    """Searches, and puts tokens into the streamer as they are settled."""
+    handles: list[Handle] = []
+    put = 0
+    for handles in search.run(requests):
+        if streamer is not None:
+            tokens = handles[0].tokens
+            for token in tokens[put:]:
+                streamer.put(torch.tensor([token]))
+            put = max(put, len(tokens))
+    if streamer is not None:
+        streamer.end()
+    return [handle.result() for handle in handles]
 
 
 def _arguments_of(frame: FrameType | None) -> Mapping[str, Any]:

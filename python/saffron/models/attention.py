@@ -1,23 +1,40 @@
 """The trie cache as an attention implementation of `transformers`: `attn_implementation="saffron"`.
 
-A model is called with all new tokens of all sequences as one row, `input_ids [1, queries]`, and with the keyword
-`trie_step`, which every layer hands on to `trie_attention`. `TrieModel` calls it so, and so does `TrieCache` under the
-`generate` of transformers.
+A model is called with all new tokens of all sequences as one row, `input_ids [1, queries]`, and with the arguments of a
+`TrieStep`, which every layer hands on to `trie_attention`. `TrieModel` calls it so, and so does `TrieCache` under the
+`generate` of transformers. Called without a `TrieStep`, the implementation is `sdpa`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from saffron.errors import UnsupportedModelError
+from saffron.errors import ConfigError, UnsupportedModelError
+from saffron.models.windows import windowed
 from saffron_kernels import KVTrie, TreeStep, append_kv, tree_attention
+from saffron_kernels.checks import FP8
 
 ATTENTION = "saffron"
+NO_GRADIENTS = (
+    "TrieCache: no gradients flow through a trie cache; call the model under torch.no_grad(), or train without "
+    "past_key_values or with transformers.DynamicCache"
+)
+
+MaskFunction = Callable[..., Any]
+# While a model is inspected: what makes its masks, from the function that says who sees whom.
+mask_recorder: ContextVar[Callable[[MaskFunction, dict[str, Any]], Tensor | None] | None] = ContextVar(
+    "mask_recorder", default=None
+)
 
 
 class Caches(Protocol):
@@ -34,15 +51,39 @@ class Caches(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TrieStep:
-    """The cache and the plan of one forward pass, as the layers of a model see it.
+class Call:
+    """One call of the attention function by a layer of a model.
 
-    `static`: a decode step whose shapes are those of the step before (see `TrieCache`).
+    Attributes:
+        query: `[1, heads, queries, head_dim]`. key: `[1, kv_heads, queries, head_dim]`, after RoPE.
+        value: `[1, kv_heads, queries, value_dim]`.
+        mask: what the layer got as its attention mask.
+        others: keyword arguments that the attention function does not know, except None and False.
     """
 
-    kv: Caches
-    plan: TreeStep
-    static: bool = False
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float | None
+    dropout: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    others: dict[str, Any]
+
+    @property
+    def scale(self) -> float:
+        return float(self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
+
+
+class Step(Protocol):
+    """What a model is called with as `trie_step`."""
+
+    def attend(self, call: Call) -> Tensor:
+        """Attention of one layer: `[1, queries, heads, value_dim]`."""
+        ...
 
 
 def trie_attention(
@@ -53,92 +94,226 @@ def trie_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    trie_step: TrieStep | None = None,
+    trie_step: Step | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: object,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Caches K and V of the new tokens of this layer and attends over the trie.
+    """Caches K and V of the new tokens of this layer and attends over the trie; `sdpa` where there is no `trie_step`.
 
     Args:
-        query: `[1, heads, queries, head_dim]`; key, value: `[1, kv_heads, queries, head_dim]`, after RoPE.
-        trie_step: required; what `TrieModel` passes to the model's forward.
+        query, key, value: as in `Call`.
+        trie_step: what `TrieModel` and `TrieCache` pass to the model's forward.
 
     Returns:
-        `[1, queries, heads, head_dim]` and None (no attention weights).
+        `[1, queries, heads, value_dim]` and None (no attention weights).
     """
     if trie_step is None:
-        raise UnsupportedModelError(
-            f'attn_implementation="{ATTENTION}" works through saffron.TrieModel, or in generate with past_key_values='
-            "saffron.integrations.transformers.TrieCache(model): this model was called without trie_step, or its "
-            "layers do not hand keyword arguments on to the attention function"
-        )
-    plan, layer = trie_step.plan, int(module.layer_idx)  # type: ignore[arg-type]
-    # Compiled, `plan.length` would be a guard that fails at every step: the caller checks it then.
-    if sliding_window is not None and not torch.compiler.is_compiling():
-        check_window(plan.length, sliding_window)
-    if softcap is not None:
-        raise UnsupportedModelError("attention soft-capping is not served by the trie cache")
-    if s_aux is not None:
-        raise UnsupportedModelError("attention sinks are not served by the trie cache")
-    kv = trie_step.kv
-    caches = kv.k[layer], kv.v[layer]
-    k_scale, v_scale = (None if scales is None else scales[layer] for scales in (kv.k_scale, kv.v_scale))
-    new = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    append_kv(*new, plan.write_slots, *caches, k_scale=k_scale, v_scale=v_scale)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _lse = tree_attention(
-        query[0].transpose(0, 1), *caches, plan.slot, plan.begin, plan.end, scale,
-        count=plan.count, k_scale=k_scale, v_scale=v_scale,
+        for name, feature in (("soft-capping", softcap), ("sinks", s_aux)):
+            if feature is not None:
+                raise UnsupportedModelError(
+                    f'attention {name}: attn_implementation="{ATTENTION}" serves it through saffron.TrieModel, or in '
+                    "generate with past_key_values=saffron.integrations.transformers.TrieCache(model); this model was "
+                    'called without; call model.set_attn_implementation("eager") for other uses'
+                )
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **others,
+        )  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in others.items() if value is not None and value is not False}
+    call = Call(
+        module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, s_aux, given
     )  # fmt: skip
-    return out[None], None
+    return trie_step.attend(call), None
+
+
+def trie_mask(*args: Any, mask_function: MaskFunction = causal_mask_function, **options: Any) -> Tensor | None:
+    """The masks of a model called without a `TrieStep`, those of `sdpa`."""
+    record = mask_recorder.get()
+    if record is not None:
+        return record(mask_function, options)
+    masked: Tensor | None = sdpa_mask(*args, mask_function=mask_function, **options)  # type: ignore[misc]
+    return masked
 
 
 AttentionInterface.register(ATTENTION, trie_attention)
+AttentionMaskInterface.register(ATTENTION, trie_mask)
 
 
-def check_window(length: int, window: int | None) -> None:
-    """Refuses texts that outgrow an attention window: the trie serves attention over the whole text alone."""
-    if window is not None and length > window:
-        raise UnsupportedModelError(f"sliding-window attention: the text has {length} tokens and the window {window}")
+@dataclass(slots=True)
+class TrieStep:
+    """The cache and the plan of one forward pass, as the layers of a model see it.
+
+    Attributes:
+        kv: the caches. plan: the forward pass, over whole texts.
+        static: a decode step whose shapes are those of the step before (see `TrieCache`).
+        windows: per layer the window of its attention, None for whole texts; None: no layer has one that a text of
+            this plan outgrows, or an error is raised.
+        mask: stands for the attention mask on the way to the layers, so that they hand it on as it is.
+        done: layers that have run. Not kept in compiled steps, whose models were inspected when they were made.
+        plans: per window, the plan of its layers.
+    """
+
+    kv: Caches
+    plan: TreeStep
+    static: bool = False
+    windows: tuple[int | None, ...] | None = None
+    mask: Tensor = field(init=False)
+    done: set[int] = field(init=False, default_factory=set)
+    plans: dict[int, TreeStep] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=self.plan.positions.device)
+        for window in set(self.windows or ()) - {None}:
+            assert window is not None
+            if self.static:
+                self.plans[window] = _of_size(windowed(self.plan, window), len(self.plan.slot))
+            elif window < self.plan.length:
+                self.plans[window] = windowed(self.plan, window)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward, beside `input_ids [1, queries]`."""
+        return {
+            "position_ids": self.plan.positions[None],
+            "attention_mask": self.mask,
+            "use_cache": False,
+            "trie_step": self,
+        }
+
+    def attend(self, call: Call) -> Tensor:
+        layer = int(call.module.layer_idx)  # type: ignore[arg-type]
+        plan = self._plan(layer, call.sliding_window)
+        # Compiled, these would be guards; the models of compiled steps ran as they are before.
+        if not torch.compiler.is_compiling():
+            self._check(layer, call)
+        k_cache, v_cache = self.kv.k[layer], self.kv.v[layer]
+        k_scale, v_scale = (None if s is None else s[layer] for s in (self.kv.k_scale, self.kv.v_scale))
+        # Under autocast layers hand over what they like; the cache has one dtype.
+        dtype = call.query.dtype if k_cache.dtype == FP8 else k_cache.dtype
+        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (call.query, call.key, call.value))
+        append_kv(k, v, plan.write_slots, k_cache, v_cache, k_scale=k_scale, v_scale=v_scale)
+        out, _lse = tree_attention(
+            q, k_cache, v_cache, plan.slot, plan.begin, plan.end, call.scale,
+            count=plan.count, k_scale=k_scale, v_scale=v_scale, softcap=call.softcap, sinks=call.sinks,
+        )  # fmt: skip
+        return out[None].to(call.value.dtype)
+
+    def _plan(self, layer: int, sliding_window: int | None) -> TreeStep:
+        if self.windows is not None:
+            window = self.windows[layer]
+            return self.plan if window is None else self.plans.get(window, self.plan)
+        # Compiled, `plan.length` would be a guard that fails at every step: the caller checks it then.
+        if sliding_window is not None and not torch.compiler.is_compiling() and self.plan.length > sliding_window:
+            raise UnsupportedModelError(
+                f"sliding-window attention: the text has {self.plan.length} tokens and the window {sliding_window}"
+            )
+        return self.plan
+
+    def _check(self, layer: int, call: Call) -> None:
+        """Refuses what would be computed wrongly, before anything is written."""
+        if layer in self.done:
+            raise UnsupportedModelError(f"layer {layer} runs attention twice in one step: the trie caches one K and V")
+        if call.mask is not None and call.mask is not self.mask:
+            raise UnsupportedModelError(
+                f"layer {layer}: got an attention mask of its own, {list(call.mask.shape)}; the trie serves causal "
+                "attention; call the model with TrieStep.arguments()"
+            )
+        if call.dropout:
+            raise ConfigError(
+                f"layer {layer}: attention dropout {call.dropout} is not served by the trie cache; call model.eval()"
+            )
+        inputs = call.query, call.key, call.value
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            raise ConfigError(NO_GRADIENTS)
+        self.done.add(layer)
+
+    def finish(self) -> None:
+        """To be called when the model has run.
+
+        Raises:
+            UnsupportedModelError: layers of the cache that have not run, so that their K and V are missing.
+        """
+        layers = len(self.kv.k)
+        if len(self.done) < layers and not (self.static and not self.done):
+            missing = sorted(set(range(layers)) - self.done)
+            raise UnsupportedModelError(
+                f"layers {', '.join(map(str, missing))} of {layers} ran without attention over the trie: their K and V "
+                "are missing"
+            )
 
 
-def attention_window(config: PretrainedConfig) -> int | None:
-    """The window of a model's sliding layers, None if it has none: read as `transformers` reads a configuration."""
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    return getattr(text, "sliding_window", None) if types is None or "sliding_attention" in types else None
+def _of_size(plan: TreeStep, tokens: int) -> TreeStep:
+    """The plan with so many entries: those that are added nobody sees."""
+    more = tokens - len(plan.slot)
+    if more < 0:
+        raise UnsupportedModelError(
+            f"static=True: the windows of this step are {len(plan.slot)} intervals, more than the capacity of {tokens}"
+        )
+    return replace(plan, slot=pad(plan.slot, (0, more)), begin=pad(plan.begin, (0, more)), end=pad(plan.end, (0, more)))
+
+
+def refuse(config: PretrainedConfig, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{config.model_type} model: {why}")
 
 
 def check_supported(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> None:
-    """Refuses, by name, what the trie cache cannot serve.
+    """Refuses, by name, what a configuration alone shows; what a model does shows `inspect_model`.
 
     Raises:
-        UnsupportedModelError: encoder-decoder models, ALiBi, attention soft-capping, layers that are not attention over
-            the whole text, or a model class that does not use the standard attention interface.
+        UnsupportedModelError: encoder-decoder models, ALiBi, layers that are not attention, or a model class that does
+            not use the standard attention interface.
     """
     text = config.get_text_config()
-    name = f"{config.model_type} model"
     if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name}: encoder-decoder models are not served by the trie cache")
+        raise refuse(config, "encoder-decoder models are not served by the trie cache")
     alibi = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi"
     if alibi or config.model_type in ("bloom", "mpt"):
-        raise UnsupportedModelError(f"{name}: ALiBi position biases are not served by the trie cache")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise UnsupportedModelError(f"{name}: attention soft-capping is not served by the trie cache")
-    served = {"full_attention", "sliding_attention"}  # a window is refused only once a text outgrows it
+        raise refuse(config, "ALiBi position biases are not served by the trie cache")
+    served = {"full_attention", "sliding_attention"}
     unserved = set(getattr(text, "layer_types", None) or ()) - served
     if unserved:
-        raise UnsupportedModelError(f"{name}: {', '.join(sorted(unserved))} layers are not served by the trie cache")
-    if model_class is not None and not getattr(model_class, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{name}: it does not use the standard attention interface of transformers")
+        raise refuse(config, f"{', '.join(sorted(unserved))} layers are not served by the trie cache")
+    if model_class is not None and not model_class._can_set_attn_implementation():
+        raise refuse(config, "it does not use the standard attention interface of transformers")
 
 
-def new_cache(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, **options: Any) -> KVTrie:
-    """An empty `KVTrie` of a model's geometry; `options` are `capacity`, `grow`, `k_scale` and `v_scale`."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return KVTrie(text.num_hidden_layers, kv_heads, head_dim, dtype=dtype, device=device, **options)
+_transformers_choice = PreTrainedModel.get_correct_attn_implementation
+
+
+def _choose_implementation(self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
+    """A model class without the attention interface would otherwise fail with a KeyError in a layer's constructor."""
+    if requested_attention == ATTENTION and not self._can_set_attn_implementation():
+        raise refuse(self.config, "it does not use the standard attention interface of transformers")
+    return _transformers_choice(self, requested_attention, is_init_check)
+
+
+PreTrainedModel.get_correct_attn_implementation = _choose_implementation  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The attention of a model.
+
+    Attributes:
+        layers, heads, kv_heads: numbers. head_dim: of Q and K. value_dim: of V.
+        dtype: of K and V.
+        windows: per layer, how many tokens a query sees (itself included), None for all.
+        outputs: what the model returns beside logits.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    windows: tuple[int | None, ...]
+    outputs: tuple[str, ...] = ()
+
+    def cache(self, dtype: torch.dtype, device: torch.device, **options: Any) -> KVTrie:
+        """An empty `KVTrie`; `options` are `capacity`, `grow`, `k_scale` and `v_scale`."""
+        with torch.inference_mode(False):  # caches made in inference mode could not be written outside of it
+            return KVTrie(
+                self.layers, self.kv_heads, self.head_dim, v_dim=self.value_dim, dtype=dtype, device=device, **options
+            )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saffron.errors import ConfigError
+from saffron.models.chat import Conversation, ConversationEncoder, Prompt, check_template_options, with_prefill
+from saffron.models.loading import check_weights
 from saffron.models.trie_model import TrieModel
 
 # What Llama-3-Instruct was trained on, for checkpoints that come without their chat template.
@@ -16,7 +21,36 @@ LLAMA3_CHAT_TEMPLATE = (
 
 
 class Policy(TrieModel):
-    """A chat model. Its output is next-token logits `[sequences, vocab]`."""
+    """A chat model. Its output is next-token logits `[sequences, vocab]`.
+
+    Args:
+        model, tokenizer: the checkpoint; the tokenizer's chat template lays conversations out.
+        chat_template_kwargs: options of the chat template, for every conversation (`{"enable_thinking": False}`, ...).
+        split_special_tokens: names of control tokens that users wrote (`</s>`, `<|eot_id|>`) are plain text. Off, they
+            are control tokens, with which a user can end a turn or speak for the assistant.
+        check_weights: refuse weights that are NaN or infinite; costs one reading of the weights.
+        options: as for `TrieModel`.
+
+    Raises:
+        CheckpointError: weights that are not finite. UnsupportedModelError, ConfigError: as for `TrieModel`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        split_special_tokens: bool = True,
+        check_weights: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, **options)
+        self.chat_template_kwargs = check_template_options(chat_template_kwargs)
+        self.split_special_tokens = split_special_tokens
+        self._encoder: ConversationEncoder | None = None
+        if check_weights:
+            _check_weights(model, "policy")
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -29,26 +63,55 @@ class Policy(TrieModel):
             ids = self.tokenizer.eos_token_id
         if ids is None:
             raise ConfigError("policy: its configuration names no eos_token_id, so no response could end")
-        return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+        found = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+        for token in found:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ConfigError(f"policy: got eos_token_id {token!r}, expected ids from 0 to {self.vocab_size - 1}")
+        if not found:
+            raise ConfigError("policy: its eos_token_id is an empty list, so no response could end")
+        return found
 
-    def chat(self, prompt: str, prefill: str | Sequence[int] = "") -> list[int]:
-        """Token ids of one user turn and the opening of the answer, in the model's chat template.
+    @property
+    def encoder(self) -> ConversationEncoder:
+        """How text becomes token ids of this model."""
+        tokenizer = self.require_tokenizer()
+        if self._encoder is None or self._encoder.tokenizer is not tokenizer:
+            self._encoder = ConversationEncoder(tokenizer, "policy", self.split_special_tokens)
+        return self._encoder
+
+    def chat(self, prompt: Prompt, prefill: str | Sequence[int] = "", **chat_template_kwargs: Any) -> list[int]:
+        """Token ids of a conversation and the opening of the answer, in the model's chat template.
+
+        The opening of the answer and the prefill are encoded one after the other: the prefill gets the tokens that it
+        would have as an answer's beginning, wherever the template ends.
 
         Args:
-            prompt: what the user says.
+            prompt: what the user says, or messages; a last assistant message is continued (see `Conversation.of`).
             prefill: how the answer is forced to begin, text or token ids.
-        """
-        tokenizer = self.require_tokenizer()
-        template = tokenizer.chat_template
-        if template is None:
-            if "<|start_header_id|>" not in tokenizer.get_vocab():
-                raise ConfigError("policy: its tokenizer holds no chat template; set tokenizer.chat_template")
-            template = LLAMA3_CHAT_TEMPLATE
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-        return self.encode(str(text)) + self.prefill_tokens(prefill)
+            chat_template_kwargs: options of the template for this conversation.
 
-    def prefill_tokens(self, prefill: str | Sequence[int]) -> list[int]:
-        """Token ids of a prefill given as text or as ids."""
-        return self.encode(prefill) if isinstance(prefill, str) else list(prefill)
+        Raises:
+            ConfigError: a prompt that is no conversation, or that the template refuses; a prefill given twice.
+        """
+        conversation = Conversation.of(prompt)
+        if isinstance(prefill, str):
+            conversation = with_prefill(conversation, prefill)
+            ids: list[int] = self.encoder.text(conversation.prefill) if conversation.prefill else []
+        elif conversation.prefill and len(prefill):
+            raise ConfigError("prefill: got token ids, and the conversation ends with an assistant message already")
+        else:
+            ids = list(prefill) or (self.encoder.text(conversation.prefill) if conversation.prefill else [])
+        options = {**self.chat_template_kwargs, **check_template_options(chat_template_kwargs)}
+        return self.encoder.chat(conversation.messages(), self._template(), **options) + ids
+
+    def _template(self) -> str | None:
+        """The chat template to use where the tokenizer holds none."""
+        tokenizer = self.require_tokenizer()
+        if tokenizer.chat_template is not None:
+            return None
+        if "<|start_header_id|>" not in tokenizer.get_added_vocab():
+            raise ConfigError("policy: its tokenizer holds no chat template; set tokenizer.chat_template")
+        return LLAMA3_CHAT_TEMPLATE
+
+
+_check_weights = check_weights

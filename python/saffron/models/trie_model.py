@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
+from saffron.errors import ConfigError, PromptTooLongError
 from saffron.models import attention
+from saffron.models.fingerprint import fingerprint
 from saffron.models.flops import ModelFlops
-from saffron_kernels import Beams, KVTrie, TreeStep
+from saffron.models.inspection import evaluating, inspect_model
+from saffron.models.loading import load_model, load_tokenizer
+from saffron_kernels import Beams, CacheFullError, KVTrie, TreeStep
 from saffron_kernels.checks import FP8
 
 Index = NDArray[np.int32]
@@ -38,8 +43,21 @@ class Rows:
     sequences: list[list[int]] = field(default_factory=list)
 
 
+class Dependent(Protocol):
+    """Somebody whose rows stand on nodes of a trie."""
+
+    def detach(self) -> None:
+        """Gives the nodes up, whose K and V are of other weights."""
+        ...
+
+
 class TrieModel:
     """A decoder-only model whose K/V cache is a trie.
+
+    What was cached with other weights is not used: when parameters, their dtype or device, or the adapters of PEFT have
+    changed since the last call (`fingerprint`), the cache is emptied, with a warning. The model stays in the mode,
+    training or evaluation, that it is in; calls of this class run in evaluation mode. Copies and pickles hold the model
+    and an empty cache.
 
     Args:
         model: loaded with `attn_implementation="saffron"`.
@@ -68,17 +86,21 @@ class TrieModel:
         keep_prefixes: bool = False,
         share_prefixes: bool = True,
     ) -> None:
-        attention.check_supported(model.config, type(model))
-        if model.config._attn_implementation != attention.ATTENTION:
-            model.set_attn_implementation(attention.ATTENTION)
-        self.model = model.eval()
+        self.geometry = inspect_model(model)
+        self.model = model
         self.tokenizer = tokenizer
         self.keep_prefixes, self.share_prefixes = keep_prefixes, share_prefixes
-        dtype = _cache_dtype(cache_dtype, model.dtype)
-        self.kv = attention.new_cache(model.config, dtype, model.device, capacity=capacity, grow=grow)
+        self.cache_dtype = cache_dtype
+        self.kv = self._new_cache(capacity, grow)
+        self.dependents: WeakSet[Dependent] = WeakSet()
+        self._weights = fingerprint(model)
         self.flops = ModelFlops.of(model)
         embeddings: Any = model.get_input_embeddings()
         self._input_size = int(embeddings.weight.shape[0])
+
+    def __repr__(self) -> str:
+        name = self.model.name_or_path or type(self.model).__name__
+        return f"{type(self).__name__}({name!r}, {str(self.model.dtype).removeprefix('torch.')}, {self.device})"
 
     @classmethod
     def from_pretrained(
@@ -146,6 +168,58 @@ class TrieModel:
             given = f"ids from {min(tokens)} to {max(tokens)}" if tokens else "no tokens"
             raise ConfigError(f"{name}: got {given}, expected at least one id from 0 to {size - 1}")
 
+    def _new_cache(self, capacity: int, grow: bool, **scales: Tensor | None) -> KVTrie:
+        dtype = _cache_dtype(self.cache_dtype, self.geometry.dtype)
+        return self.geometry.cache(dtype, self.model.device, capacity=capacity, grow=grow, **scales)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("kv", "dependents", "_weights")}
+        kv = self.kv
+        state["cache_options"] = {
+            "capacity": kv.capacity, "grow": kv.grow, "k_scale": kv.k_scale, "v_scale": kv.v_scale,
+        }  # fmt: skip
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        options = state.pop("cache_options")
+        self.__dict__.update(state)
+        self.kv, self.dependents, self._weights = self._new_cache(**options), WeakSet(), fingerprint(self.model)
+
+    def check_weights(self) -> None:
+        """Empties the cache if the weights are no longer those that it was filled with.
+
+        Raises:
+            ConfigError: a search, guidance or other rows still stand on cached tokens.
+        """
+        weights = fingerprint(self.model)
+        if weights == self._weights:
+            return
+        kv = self.kv
+        kv.abandon()
+        cached = kv.num_nodes
+        for dependent in list(self.dependents):
+            dependent.detach()
+        if kv.index.num_held:
+            raise ConfigError(
+                f"{type(self).__name__}: the weights of its model changed while {kv.index.num_held} tokens that were "
+                "cached with the old ones are in use; end the searches, guidance or rows that hold them first"
+            )
+        kv.index.clear()
+        geometry = inspect_model(self.model)
+        if geometry != self.geometry or self.device != kv.k.device:
+            self.geometry = geometry
+            scales = {
+                name: None if x is None else x.to(self.device)
+                for name, x in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale))
+            }
+            self.kv = self._new_cache(kv.capacity, kv.grow, **scales)
+        self._weights = weights
+        if cached:
+            warnings.warn(
+                f"{type(self).__name__}: the weights of its model changed; {cached} cached tokens were forgotten",
+                stacklevel=3,
+            )
+
     @torch.inference_mode()
     def prefill(self, sequences: Sequence[Sequence[int]]) -> tuple[Rows, Tensor]:
         """Runs whatever is not cached of the sequences in one forward pass, every distinct prefix once.
@@ -155,14 +229,34 @@ class TrieModel:
             `release`, or hand them to `step`.
         """
         leaves, output = self.read(sequences)
-        if not self.share_prefixes:
-            return Rows(None, _NONE, [list(s) for s in sequences]), output
-        try:
-            beams, beam_of_row = self.kv.beams(leaves)
-        except BaseException:
-            self.forget(leaves)
-            raise
-        return Rows(beams, beam_of_row), output
+        rows = self.new_rows()
+        self.regroup(rows, [], sequences, leaves)
+        return rows, output
+
+    def new_rows(self) -> Rows:
+        """No rows yet: `regroup` adds some."""
+        return Rows(self.kv.beams(_NONE)[0] if self.share_prefixes else None, _NONE)
+
+    @torch.inference_mode()
+    def regroup(
+        self, rows: Rows, keep: Sequence[int], sequences: Sequence[Sequence[int]] = (), leaves: Index = _NONE
+    ) -> None:
+        """Rows leave and join between two steps: the rows `keep` stay, in that order, and new ones stand behind them.
+
+        Args:
+            rows: updated. Tokens that only the other rows hold leave the cache unless `keep_prefixes` is set.
+            sequences, leaves: what was read by `read`, one new row each; their holds pass to the rows.
+        """
+        if rows.beams is None:
+            rows.sequences = [*(rows.sequences[row] for row in keep), *(list(s) for s in sequences)]
+            return
+        with self.kv.lock:
+            beam = rows.beam_of_row[np.asarray(keep, dtype=np.int64)]
+            kept = np.unique(beam)
+            old = rows.beams.nodes
+            rows.beams, number = self.kv.beams(np.concatenate([old[kept], leaves]))
+            rows.beam_of_row = np.concatenate([number[np.searchsorted(kept, beam)], number[len(kept) :]])
+            self.forget(np.delete(old, kept))
 
     @torch.inference_mode()
     def read(self, sequences: Sequence[Sequence[int]]) -> tuple[Index, Tensor]:
@@ -176,15 +270,17 @@ class TrieModel:
             self.check_tokens(f"sequences[{i}]", sequence)
         if not self.share_prefixes:
             return _NONE, self._run_alone(sequences)
-        fill = self.kv.insert(sequences)
-        try:
-            # Sequences that end in the same prefix share its output.
-            last, row_of_last = np.unique(fill.last, return_inverse=True)
-            output = self._forward(fill.tokens, fill.step, torch.from_numpy(last).long())
-            return fill.leaves, output[torch.from_numpy(row_of_last).to(output.device)]
-        except BaseException:
-            self.kv.release(fill.leaves, discard=True)  # nodes without K and V must not be found again
-            raise
+        with self.kv.lock:
+            self.check_weights()
+            fill = self.kv.insert(sequences)
+            try:
+                # Sequences that end in the same prefix share its output.
+                last, row_of_last = np.unique(fill.last, return_inverse=True)
+                output = self._forward(fill.tokens, fill.step, torch.from_numpy(last).long())
+                return fill.leaves, output[torch.from_numpy(row_of_last).to(output.device)]
+            except BaseException:
+                self.kv.release(fill.leaves, discard=True)  # nodes without K and V must not be found again
+                raise
 
     def forget(self, leaves: Index) -> None:
         """Ends what `read` held. Tokens that nobody else holds leave the cache unless `keep_prefixes` is set."""
@@ -218,23 +314,32 @@ class TrieModel:
 
         Returns:
             the output `[new rows, ...]` at the new tokens.
+
+        Raises:
+            ConfigError: the weights changed since the rows began.
         """
         if rows.beams is None:
             rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
             return self._run_alone(rows.sequences)
+        self.check_weights()
         beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
         order = np.argsort(beam, kind="stable")  # the trie numbers new beams by parent
         ids = np.asarray(tokens, dtype=np.int32)[order]
         row = np.empty(len(order), dtype=np.int32)
         row[order] = np.arange(len(order), dtype=np.int32)
-        rows.beams, plan = self.kv.advance(rows.beams, beam[order], ids)
-        rows.beam_of_row = row
-        try:
-            output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
-        except BaseException:
-            self.kv.release(rows.beams.nodes, discard=True)  # as in `prefill`
-            rows.beams = replace(rows.beams, nodes=rows.beams.nodes[:0])
-            raise
+        with self.kv.lock:
+            before, rows.beams = rows.beams, replace(rows.beams, nodes=_NONE)
+            try:
+                beams, plan = self.kv.advance(before, beam[order], ids)
+            except (CacheFullError, ValueError):
+                rows.beams = before
+                raise
+            try:
+                output = self._forward(torch.from_numpy(ids).to(self.device).long(), plan, torch.arange(len(ids)))
+            except BaseException:
+                self.kv.release(beams.nodes, discard=True)  # as in `read`
+                raise
+            rows.beams, rows.beam_of_row = beams, row
         return output[torch.from_numpy(row).long().to(output.device)]
 
     def release(self, rows: Rows) -> None:
@@ -251,22 +356,23 @@ class TrieModel:
         end = torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)).to(self.device)
         tokens = torch.tensor([t for s in sequences for t in s], device=self.device)
         scales = {"k_scale": self.kv.k_scale, "v_scale": self.kv.v_scale}
-        scratch = attention.new_cache(
-            self.model.config, self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales
-        )
+        scratch = self.geometry.cache(self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales)
         # One chain of slots a sequence: token t is seen by itself and by what follows it there.
         plan = TreeStep(positions, queries, queries, queries, end, int(lengths.max()))
         return self._forward(tokens, plan, torch.from_numpy(ends - 1), scratch)
 
     def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor, kv: KVTrie | None = None) -> Tensor:
         """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
-        step = attention.TrieStep(self.kv if kv is None else kv, plan)
-        return self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+        step = attention.TrieStep(self.kv if kv is None else kv, plan, windows=self.geometry.windows)
+        with evaluating(self.model):
+            output = self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+        step.finish()
+        return output
 
     def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
         """Next-token logits `[keep, vocab]`; reward models return hidden states instead."""
         result = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=keep, trie_step=step
+            input_ids=input_ids, logits_to_keep=keep, **{**step.arguments(), "position_ids": position_ids}
         )
         return result.logits[0]
 
@@ -278,40 +384,3 @@ def _cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:
         allowed = " or ".join(map(str, served))
         raise ConfigError(f"cache_dtype: got {wanted}, expected {allowed} for a model in {own}")
     return wanted or own
-
-
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> PreTrainedModel:
-    """A causal language model of `transformers`, ready for the trie cache. Errors as `TrieModel.from_pretrained`."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_first_line(error)})") from error
-    attention.check_supported(config)
-    wanted: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, attn_implementation=attention.ATTENTION, output_loading_info=True
-        )
-    except Exception as error:  # transformers, safetensors and torch each raise types of their own
-        raise CheckpointError(f"{path}: cannot be loaded as a causal language model ({_first_line(error)})") from error
-    model, info = loaded
-    if info["missing_keys"]:  # transformers fills what is missing with random numbers
-        raise CheckpointError(f"{path}: weights are missing: {', '.join(sorted(info['missing_keys']))}")
-    return model.to(device)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint, None if it holds none."""
-    if Path(path).is_dir() and not any(Path(path).glob("*tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # as above
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

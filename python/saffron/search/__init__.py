@@ -9,27 +9,32 @@ from saffron.lazy import attach
 if TYPE_CHECKING:
     from saffron.search.beam import BeamConfig, BeamSearch
     from saffron.search.best_of_n import BestOfN, BestOfNConfig
+    from saffron.search.config import Request
     from saffron.search.deal import DeAL, DeALConfig
+    from saffron.search.engine import Engine
+    from saffron.search.handle import Handle
     from saffron.search.mcts import MCTS, MCTSConfig
-    from saffron.search.method import Answer, Decoder, Method, Request
-    from saffron.search.methods import METHODS, GreedyConfig, Kind, parse_config, parse_method
+    from saffron.search.method import Candidate, Decoder, Method
+    from saffron.search.methods import METHODS, Kind, parse_config, parse_method
     from saffron.search.rebase import Rebase, RebaseConfig
     from saffron.search.saffron import SaffronSearch
-    from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
+    from saffron.search.undefended import GreedyConfig, GreedyDecoding, Sampling, SamplingConfig
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "Answer": "method",
         "BeamConfig": "beam",
         "BeamSearch": "beam",
         "BestOfN": "best_of_n",
         "BestOfNConfig": "best_of_n",
+        "Candidate": "method",
         "DeAL": "deal",
         "DeALConfig": "deal",
         "Decoder": "method",
-        "GreedyConfig": "methods",
+        "Engine": "engine",
+        "GreedyConfig": "undefended",
         "GreedyDecoding": "undefended",
+        "Handle": "handle",
         "Kind": "methods",
         "MCTS": "mcts",
         "MCTSConfig": "mcts",
@@ -37,7 +42,7 @@ __getattr__, __dir__, __all__ = attach(
         "Method": "method",
         "Rebase": "rebase",
         "RebaseConfig": "rebase",
-        "Request": "method",
+        "Request": "config",
         "SaffronSearch": "saffron",
         "Sampling": "undefended",
         "SamplingConfig": "undefended",

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_whole
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
 from saffron.search.proposals import Nuclei, sample
-from saffron.search.rewards import Guide, Owned, RewardModel
+from saffron.search.rewards import Owned, RewardModel, RewardScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,38 +45,40 @@ class BeamSearch(Decoder):
     The answer is the beam of the highest reward at the end, of equals one that has ended; that is its score.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: BeamConfig | None = None) -> None:
-        super().__init__(policy, Guide(policy, reward), config or BeamConfig())
+    config_type = BeamConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: BeamConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), BeamConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
         assert isinstance(config, BeamConfig)
-        beams = [[Answer((), 0.0)] for _ in range(run.size)]
+        beams = [[Candidate((), 0.0)] for _ in range(batch.size)]
         for done in range(0, config.max_new_tokens, config.step_tokens):
-            live = [(g, beam.tokens) for g, mine in enumerate(beams) for beam in mine if run.goes_on(beam.tokens)]
+            live = [(g, beam.tokens) for g, mine in enumerate(beams) for beam in mine if batch.goes_on(beam.tokens)]
             if not live:
                 break
-            children = self._children(run, live)
-            rewards = run.score(children)
-            pools = [[beam for beam in mine if not run.goes_on(beam.tokens)] for mine in beams]
+            children = self._children(batch, live)
+            rewards = batch.score(children)
+            pools = [[beam for beam in mine if not batch.goes_on(beam.tokens)] for mine in beams]
             for (g, response), reward in dict(zip(children, rewards, strict=True)).items():
-                pools[g].append(Answer(response, reward))
+                pools[g].append(Candidate(response, reward))
             beams = [sorted(pool, key=lambda beam: -beam.score)[: config.width] for pool in pools]
-            run.retain_leaves((g, beam.tokens) for g, mine in enumerate(beams) for beam in mine)
+            batch.retain_leaves((g, beam.tokens) for g, mine in enumerate(beams) for beam in mine)
             progress(min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens)
-        return [max(mine, key=lambda beam: (beam.score, run.ended(beam.tokens))) for mine in beams]
+        return [max(mine, key=lambda beam: (beam.score, batch.ended(beam.tokens))) for mine in beams]
 
-    def _children(self, run: Run, live: list[Owned]) -> list[Owned]:
+    def _children(self, batch: SearchBatch, live: list[Owned]) -> list[Owned]:
         """All continuations of the live beams; the policy's cache then holds what leads to them."""
         config = self.config
         assert isinstance(config, BeamConfig)
-        logits = run.logits(live)
+        logits = batch.logits(live)
         reading = set(live)
-        run.policy.retain(lambda g, r: (g, r) in reading)
+        batch.policy.retain(lambda g, r: (g, r) in reading)
         nuclei = Nuclei(logits, config.temperature, config.top_p)
         children = [
             (g, (*response, token))
             for i, (g, response) in enumerate(live)
-            for token in nuclei.draw_distinct(i, config.children, run.draws[g])
+            for token in nuclei.draw_distinct(i, config.children, batch.draws[g])
         ]
-        return sample(run, children, config.step_tokens - 1, [run.draws[g] for g, _ in children])
+        return sample(batch, children, config.step_tokens - 1, [batch.draws[g] for g, _ in children])

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_whole
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
 from saffron.search.proposals import sample
-from saffron.search.rewards import Guide, RewardModel
+from saffron.search.rewards import RewardModel, RewardScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +36,21 @@ class BestOfN(Decoder):
     With an MRM one call reads a response but for its last token, and the template's suffix falls away.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: BestOfNConfig | None = None) -> None:
-        super().__init__(policy, Guide(policy, reward), config or BestOfNConfig())
+    config_type = BestOfNConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: BestOfNConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), BestOfNConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         assert isinstance(self.config, BestOfNConfig)
         n, steps = self.config.n, self.config.max_new_tokens
         grown = sample(
-            run,
-            [(search, ()) for search in range(run.size) for _ in range(n)],
+            batch,
+            [(search, ()) for search in range(batch.size) for _ in range(n)],
             steps,
-            [run.stream(search, i) for search in range(run.size) for i in range(n)],
+            [batch.stream(search, i) for search in range(batch.size) for i in range(n)],
             on_step=lambda done: progress(done, steps),
         )
-        rewards = run.score(grown)
-        best = [max(range(s * n, s * n + n), key=lambda i: (rewards[i], -i)) for s in range(run.size)]
-        return [Answer(grown[i][1], rewards[i]) for i in best]
+        rewards = batch.score(grown)
+        best = [max(range(s * n, s * n + n), key=lambda i: (rewards[i], -i)) for s in range(batch.size)]
+        return [Candidate(grown[i][1], rewards[i]) for i in best]

@@ -6,10 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, shown
 
+MOST = 2**31 - 1  # numbers are int32 in the ops
 Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
+LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One search in token ids: what the policy reads before the response, and what the reward model reads before it.
+
+    The reward model is not shown a prefill: what was forced on the policy is left out of the safety evaluation.
+    """
+
+    policy: tuple[int, ...]
+    reward: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +57,11 @@ class SearchConfig:
         for name, allowed in (("ranking", get_args(Ranking)), ("eos_score", get_args(EosScore))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not isinstance(self.unseen_reward, int | float) or not math.isfinite(self.unseen_reward):
-            raise ConfigError(f"unseen_reward: got {self.unseen_reward!r}, expected a finite number")
+        reward = self.unseen_reward
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
+            raise ConfigError(
+                f"unseen_reward: got {reward!r}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}"
+            )
         if not isinstance(self.lm_head_bias, bool):
             raise ConfigError(f"lm_head_bias: got {self.lm_head_bias!r}, expected True or False")
 
@@ -93,6 +109,8 @@ def check_whole(config: object, **lowest: int) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+        if value > MOST:
+            raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at most {MOST}")
 
 
 def check_number(config: object, **positive: bool) -> None:

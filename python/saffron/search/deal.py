@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
-from saffron.search.reading import Tokens
-from saffron.search.rewards import Guide, Owned, RewardModel
+from saffron.search.rewards import Owned, RewardModel, RewardScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,31 +58,33 @@ class DeAL(Decoder):
     The answer is the response ranked best at the end, of equals one that has ended; its score is what ranked it.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: DeALConfig | None = None) -> None:
-        super().__init__(policy, Guide(policy, reward), config or DeALConfig())
+    config_type = DeALConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: DeALConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), DeALConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
         assert isinstance(config, DeALConfig)
-        proposer = Proposer(run, config.children)
-        beams = [[_Node((), 0.0, 0.0)] for _ in range(run.size)]
+        proposer = Proposer(batch, config.children)
+        beams = [[_Node((), 0.0, 0.0)] for _ in range(batch.size)]
         for step in range(config.max_new_tokens):
-            live = [(g, node) for g, mine in enumerate(beams) for node in mine if run.goes_on(node.tokens)]
+            live = [(g, node) for g, mine in enumerate(beams) for node in mine if batch.goes_on(node.tokens)]
             if not live:
                 break
             children: list[tuple[Owned, float]] = []
             for (g, node), proposal in zip(live, proposer.propose([(g, n.tokens) for g, n in live]), strict=True):
                 for token, chance in zip(proposal.tokens, proposal.chances, strict=True):
                     children.append(((g, (*node.tokens, token)), node.chance + chance))
-            rewards = run.score(proposer.look_ahead([child for child, _ in children], config.lookahead))
-            beams = [[node for node in mine if not run.goes_on(node.tokens)] for mine in beams]
+            rewards = batch.score(proposer.look_ahead([child for child, _ in children], config.lookahead))
+            beams = [[node for node in mine if not batch.goes_on(node.tokens)] for mine in beams]
             for ((g, response), chance), reward in zip(children, rewards, strict=True):
                 beams[g].append(_Node(response, chance, config.policy_weight * chance + reward))
             beams = [sorted(mine, key=lambda node: -node.score)[: config.width] for mine in beams]
             _forget(proposer, step + 1, {(g, node.tokens) for g, mine in enumerate(beams) for node in mine})
             progress(step + 1, config.max_new_tokens)
-        best = [max(mine, key=lambda node: (node.score, run.ended(node.tokens))) for mine in beams]
-        return [Answer(node.tokens, node.score) for node in best]
+        best = [max(mine, key=lambda node: (node.score, batch.ended(node.tokens))) for mine in beams]
+        return [Candidate(node.tokens, node.score) for node in best]
 
 
 def _forget(proposer: Proposer, depth: int, kept: set[Owned]) -> None:

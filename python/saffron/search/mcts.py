@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, check_number, check_whole
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
+from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
-from saffron.search.reading import Tokens
-from saffron.search.rewards import Guide, RewardModel
+from saffron.search.rewards import RewardModel, RewardScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,21 +73,23 @@ class MCTS(Decoder):
     The score of the answer is its reward.
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: MCTSConfig | None = None) -> None:
-        super().__init__(policy, Guide(policy, reward), config or MCTSConfig())
+    config_type = MCTSConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: MCTSConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), MCTSConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
         assert isinstance(config, MCTSConfig)
-        proposer = Proposer(run, config.children)
-        roots = [TreeNode(()) for _ in range(run.size)]
+        proposer = Proposer(batch, config.children)
+        roots = [TreeNode(()) for _ in range(batch.size)]
         for step in range(config.max_new_tokens):
-            live = [g for g, root in enumerate(roots) if run.goes_on(root.response)]
+            live = [g for g, root in enumerate(roots) if batch.goes_on(root.response)]
             if not live:
                 break
             self._expand(proposer, [(g, roots[g]) for g in live])
             while searching := [g for g in live if self._undecided(roots[g])]:
-                self.simulate(run, proposer, [(g, roots[g]) for g in searching])
+                self.simulate(batch, proposer, [(g, roots[g]) for g in searching])
             for g in live:
                 roots[g] = chosen(roots[g])
             at = {(g, root.response) for g, root in enumerate(roots)}
@@ -95,17 +97,17 @@ class MCTS(Decoder):
             proposer.retain(lambda g, r, d=step + 1, at=at, up=parents: (g, r[:d]) in at or (g, r) in up)  # type: ignore[misc]
             progress(step + 1, config.max_new_tokens)
         responses = [root.response for root in roots]
-        rewards = run.score(list(enumerate(responses)))
-        return [Answer(response, reward) for response, reward in zip(responses, rewards, strict=True)]
+        rewards = batch.score(list(enumerate(responses)))
+        return [Candidate(response, reward) for response, reward in zip(responses, rewards, strict=True)]
 
-    def simulate(self, run: Run, proposer: Proposer, roots: list[tuple[int, TreeNode]]) -> None:
+    def simulate(self, batch: SearchBatch, proposer: Proposer, roots: list[tuple[int, TreeNode]]) -> None:
         """One simulation in each tree: selection, expansion, rollout, backup."""
         config = self.config
         assert isinstance(config, MCTSConfig)
         paths = [self._select(root) for _, root in roots]
         reached = [(g, path[-1]) for (g, _), path in zip(roots, paths, strict=True)]
         # The first visit of a node is its own rollout; the second goes on to its first child.
-        inner = [node.visits > 0 and run.goes_on(node.response) for _, node in reached]
+        inner = [node.visits > 0 and batch.goes_on(node.response) for _, node in reached]
         self._expand(proposer, [at for at, expands in zip(reached, inner, strict=True) if expands])
         for path, expands in zip(paths, inner, strict=True):
             if expands:
@@ -113,7 +115,7 @@ class MCTS(Decoder):
                 path.append(path[-1].children[0])
         ends = proposer.look_ahead([(g, path[-1].response) for (g, _), path in zip(roots, paths, strict=True)],
                                    config.lookahead)  # fmt: skip
-        for path, reward in zip(paths, run.score(ends), strict=True):
+        for path, reward in zip(paths, batch.score(ends), strict=True):
             value = 1 / (1 + math.exp(-reward)) if reward > -700 else 0.0
             for node in path:
                 node.visits += 1

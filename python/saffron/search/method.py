@@ -7,18 +7,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError, NumericalError
+from saffron.models.chat import Prompt, as_conversations
+from saffron.models.checks import expect, kind
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig
-from saffron.search.reading import Reading, Tokens
+from saffron.search.config import DecodingConfig, DrawingConfig, Request
+from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Cost, SearchResult, Tally
-from saffron.search.rewards import Guide, Owned, Reward
+from saffron.search.rewards import Owned, Reward, RewardScorer
 
 Progress = Callable[[int, int], None]
 
@@ -27,14 +29,16 @@ class Method(Protocol):
     """A way to decode."""
 
     def generate(
-        self, prompts: Sequence[str], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
+        self, prompts: Prompt | Sequence[Prompt], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
     ) -> list[SearchResult]:
         """Answers prompts, all in one forest of tries.
 
         Args:
-            prompts: user turns.
+            prompts: one text, one conversation (messages with "role" and "content", see `Conversation.of`), or a list
+                of texts and conversations.
             prefill: how the answers are forced to begin: one text for all prompts, or one each. Reward models are not
-                shown it: what was forced on the policy is left out of the safety evaluation.
+                shown it: what was forced on the policy is left out of the safety evaluation. A conversation that ends
+                with an assistant message brings its own.
             progress: called with (steps done, steps at most) along the way.
 
         Raises:
@@ -43,40 +47,14 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One search in token ids: what the policy reads before the response, and what the reward model reads before it.
-
-    The reward model is not shown a prefill: what was forced on the policy is left out of the safety evaluation.
-    """
-
-    policy: tuple[int, ...]
-    reward: tuple[int, ...] = ()
-
-
-def one_each(prompts: Sequence[str], prefill: str | Sequence[str]) -> list[str]:
-    """A prefill for every prompt.
-
-    Raises:
-        ConfigError: too many or too few, or a prompt that is no text or empty.
-    """
-    prefills = [prefill] * len(prompts) if isinstance(prefill, str) else list(prefill)
-    if len(prefills) != len(prompts):
-        raise ConfigError(f"prefill: got {len(prefills)} for {len(prompts)} prompts, expected one each")
-    for prompt in prompts:
-        if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f"prompt: got {prompt!r}, expected a text that is not empty")
-    return prefills
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Candidate:
     """The response a method chose, its end token included, and what it ranked it by."""
 
     tokens: Tokens
     score: float
 
 
-class Run:
+class SearchBatch:
     """The models at work on one batch of searches.
 
     Attributes:
@@ -84,7 +62,7 @@ class Run:
     """
 
     def __init__(
-        self, policy: Policy, guide: Guide | None, config: DecodingConfig, end_tokens: frozenset[int],
+        self, policy: Policy, scorer: RewardScorer | None, config: DecodingConfig, end_tokens: frozenset[int],
         requests: Sequence[Request],
     ) -> None:  # fmt: skip
         self.config, self.end_tokens = config, end_tokens
@@ -92,10 +70,10 @@ class Run:
         seed = config.seed if isinstance(config, DrawingConfig) else 0
         self.seeds = [entropy(seed, request) for request in requests]
         self.draws = [np.random.default_rng(seed) for seed in self.seeds]
-        self.policy = Reading(policy, [r.policy for r in requests], policy.vocab_size)
+        self.policy = PrefixScorer(policy, {i: r.policy for i, r in enumerate(requests)}, policy.vocab_size)
         self.reward: Reward | None = None
-        if guide is not None:
-            self.reward = guide.open([r.reward for r in requests], end_tokens)
+        if scorer is not None:
+            self.reward = scorer.open([r.reward for r in requests], end_tokens)
         self._ends = torch.tensor(sorted(end_tokens), device=policy.device)
 
     def stream(self, search: int, i: int) -> np.random.Generator:
@@ -162,28 +140,37 @@ class Decoder(ABC):
 
     Args:
         policy: the model that is defended.
-        guide: the reward model and how it is asked, or None.
+        scorer: the reward model and how it is asked, or None.
         config: hyperparameters.
     """
 
-    def __init__(self, policy: Policy, guide: Guide | None, config: DecodingConfig) -> None:
-        self.policy, self.guide, self.config = policy, guide, config
+    config_type: ClassVar[type] = DecodingConfig
+
+    def __init__(self, policy: Policy, scorer: RewardScorer | None, config: Any) -> None:
+        expect("policy", policy, Policy)
+        if scorer is not None and not isinstance(scorer, RewardScorer):
+            raise ConfigError(f"reward_model: got {kind(scorer)}, expected None: this method has no reward model")
+        expect("config", config, self.config_type)
+        self.policy, self.scorer, self.config = policy, scorer, config
         self.end_tokens = frozenset(policy.end_tokens)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config})"
+
     def generate(
-        self, prompts: Sequence[str], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
+        self, prompts: Prompt | Sequence[Prompt], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
     ) -> list[SearchResult]:
         """Answers prompts, all in one forest of tries; see `Method.generate`."""
-        prefills = one_each(prompts, prefill)
+        conversations = as_conversations(prompts, prefill)
         requests = [
             Request(
-                tuple(self.policy.chat(prompt, start)),
-                tuple(self.guide.model.context_tokens(prompt)) if self.guide is not None else (),
+                tuple(self.policy.chat(conversation)),
+                tuple(self.scorer.model.context_tokens(conversation)) if self.scorer is not None else (),
             )
-            for prompt, start in zip(prompts, prefills, strict=True)
+            for conversation in conversations
         ]
         results = self.search(requests, progress=progress)
-        return [replace(r, prompt=p, prefill=f) for r, p, f in zip(results, prompts, prefills, strict=True)]
+        return [replace(r, prompt=c.prompt, prefill=c.prefill) for r, c in zip(results, conversations, strict=True)]
 
     @torch.inference_mode()
     def search(self, requests: Sequence[Request], *, progress: Progress | None = None) -> list[SearchResult]:
@@ -193,32 +180,32 @@ class Decoder(ABC):
             return []
         started = time.perf_counter()
         distinct = list(dict.fromkeys(requests))
-        run = Run(self.policy, self.guide, self.config, self.end_tokens, distinct)
+        batch = SearchBatch(self.policy, self.scorer, self.config, self.end_tokens, distinct)
         try:
-            answers = self._decode(run, progress or (lambda done, total: None))
+            answers = self._decode(batch, progress or (lambda done, total: None))
         finally:
-            run.close()
+            batch.close()
         seconds = (time.perf_counter() - started) / len(requests)
         found = {
-            request: self._result(answer, run.cost(i, seconds))
+            request: self._result(answer, batch.cost(i, seconds))
             for i, (request, answer) in enumerate(zip(distinct, answers, strict=True))
         }
         return [found[request] for request in requests]
 
     @abstractmethod
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
-        """The method itself: an answer for each search of the run."""
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+        """The method itself: an answer for each search of the batch."""
 
     def _check(self, requests: Sequence[Request]) -> None:
         for i, request in enumerate(requests):
             self.policy.check_tokens(f"requests[{i}]", request.policy)
             self.policy.check_length(f"prompt {i}", len(request.policy), self.config.max_new_tokens)
-            if self.guide is not None:
-                read = len(request.reward) + self.guide.longest_suffix
-                self.guide.model.check_tokens(f"requests[{i}]", request.reward)
-                self.guide.model.check_length(f"prompt {i}", read, self.config.max_new_tokens)
+            if self.scorer is not None:
+                read = len(request.reward) + self.scorer.longest_suffix
+                self.scorer.model.check_tokens(f"requests[{i}]", request.reward)
+                self.scorer.model.check_length(f"prompt {i}", read, self.config.max_new_tokens)
 
-    def _result(self, answer: Answer, cost: Cost) -> SearchResult:
+    def _result(self, answer: Candidate, cost: Cost) -> SearchResult:
         text = "" if self.policy.tokenizer is None else self.policy.decode(answer.tokens)
         ended = answer.tokens[-1] in self.end_tokens
         return SearchResult(text, list(answer.tokens), answer.score, "eos" if ended else "length", cost)

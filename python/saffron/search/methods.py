@@ -10,24 +10,13 @@ from saffron.errors import ConfigError
 from saffron.models.bundled import Models
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
-from saffron.search.config import DecodingConfig, SearchConfig, check_whole
+from saffron.search.config import DecodingConfig, SearchConfig
 from saffron.search.deal import DeAL, DeALConfig
 from saffron.search.mcts import MCTS, MCTSConfig
 from saffron.search.method import Decoder, Method
 from saffron.search.rebase import Rebase, RebaseConfig
 from saffron.search.saffron import SaffronSearch
-from saffron.search.undefended import GreedyDecoding, Sampling, SamplingConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GreedyConfig:
-    """Hyperparameters of `GreedyDecoding`."""
-
-    max_new_tokens: int = 32
-    min_new_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        check_whole(self, max_new_tokens=1, min_new_tokens=0)
+from saffron.search.undefended import GreedyConfig, GreedyDecoding, Sampling, SamplingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +50,9 @@ METHODS: dict[str, Kind] = {
     "greedy": Kind(
         "undefended: the most probable token",
         GreedyConfig,
-        lambda m, c: GreedyDecoding(m.policy, c.max_new_tokens, c.min_new_tokens),
+        lambda m, c: GreedyDecoding(m.policy, config=c),
     ),
-    "sample": Kind("undefended: top-p sampling", SamplingConfig, lambda m, c: Sampling(m.policy, c)),
+    "sample": Kind("undefended: top-p sampling", SamplingConfig, lambda m, c: Sampling(m.policy, config=c)),
     "saffron": Kind("Saffron search", SearchConfig, lambda m, c: SaffronSearch(m.policy, m.mrm, c)),
     **_guided("best-of-n", "the safest of n samples", BestOfNConfig, BestOfN),
     **_guided("beam", "beam search by reward", BeamConfig, BeamSearch),

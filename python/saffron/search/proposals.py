@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.search.reading import Tokens
+from saffron.search.prefix_scorer import Tokens
 from saffron_kernels import nucleus
 
 if TYPE_CHECKING:
-    from saffron.search.method import Run
+    from saffron.search.method import SearchBatch
     from saffron.search.rewards import Owned
 
 
@@ -56,7 +56,7 @@ class Nuclei:
 
 
 def sample(
-    run: Run,
+    batch: SearchBatch,
     responses: Sequence[Owned],
     steps: int,
     generators: Sequence[np.random.Generator],
@@ -74,15 +74,15 @@ def sample(
         chances: one a response; the log-probability of what was drawn is added.
     """
     grown: list[Owned] = list(responses)
-    live = [i for i, (_, response) in enumerate(grown) if run.goes_on(response)]
+    live = [i for i, (_, response) in enumerate(grown) if batch.goes_on(response)]
     for step in range(steps):
         if not live:
             break
         at = [grown[i] for i in live]
-        logits = run.logits(at)
+        logits = batch.logits(at)
         reading = set(at)
-        run.policy.retain(lambda g, r, kept=reading: (g, r) in kept)  # type: ignore[misc]
-        nuclei = Nuclei(logits, run.config.temperature, run.config.top_p)
+        batch.policy.retain(lambda g, r, kept=reading: (g, r) in kept)  # type: ignore[misc]
+        nuclei = Nuclei(logits, batch.config.temperature, batch.config.top_p)
         drawn = nuclei.draw([generators[i].random() for i in live])
         if chances is not None:
             for i, chance in zip(live, log_probability(logits, drawn), strict=True):
@@ -90,7 +90,7 @@ def sample(
         for i, token in zip(live, drawn, strict=True):
             search, response = grown[i]
             grown[i] = search, (*response, token)
-        live = [i for i in live if run.goes_on(grown[i][1])]
+        live = [i for i in live if batch.goes_on(grown[i][1])]
         on_step(step + 1)
     return grown
 
@@ -113,20 +113,20 @@ class Proposer:
     """Asks the policy once for each response, and remembers what it proposed.
 
     Args:
-        run: the batch of searches.
+        batch: the searches.
         count: tokens remembered for each response, from its nucleus.
     """
 
-    def __init__(self, run: Run, count: int) -> None:
-        self.run, self.count = run, count
+    def __init__(self, batch: SearchBatch, count: int) -> None:
+        self.batch, self.count = batch, count
         self._known: dict[Owned, Proposal] = {}
 
     def propose(self, responses: Sequence[Owned]) -> list[Proposal]:
         """What may come after each response; those not asked before share one forward pass."""
         fresh = list(dict.fromkeys(response for response in responses if response not in self._known))
         if fresh:
-            logits = self.run.logits(fresh)
-            nuclei = Nuclei(logits, self.run.config.temperature, self.run.config.top_p)
+            logits = self.batch.logits(fresh)
+            nuclei = Nuclei(logits, self.batch.config.temperature, self.batch.config.top_p)
             chances = logits.log_softmax(-1)
             for i, response in enumerate(fresh):
                 tokens = nuclei.row(i)[0][: self.count].tolist()
@@ -137,7 +137,7 @@ class Proposer:
         """Every response goes on greedily by up to `steps` tokens, until it ends."""
         grown = list(responses)
         for _ in range(steps):
-            live = [i for i, (_, response) in enumerate(grown) if self.run.goes_on(response)]
+            live = [i for i, (_, response) in enumerate(grown) if self.batch.goes_on(response)]
             if not live:
                 break
             for i, proposal in zip(live, self.propose([grown[i] for i in live]), strict=True):
@@ -148,4 +148,4 @@ class Proposer:
     def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
         """Forgets, also in the caches of the models, responses that are not wanted."""
         self._known = {key: proposal for key, proposal in self._known.items() if wanted(*key)}
-        self.run.retain(wanted)
+        self.batch.retain(wanted)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from saffron.models.policy import Policy
 from saffron.search.config import DrawingConfig, check_number, check_whole
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
 from saffron.search.proposals import sample
-from saffron.search.rewards import Guide, RewardModel
+from saffron.search.rewards import RewardModel, RewardScorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,34 +49,36 @@ class Rebase(Decoder):
     between leaves by their rewards, which needs answers that can be equal.)
     """
 
-    def __init__(self, policy: Policy, reward: RewardModel, config: RebaseConfig | None = None) -> None:
-        super().__init__(policy, Guide(policy, reward), config or RebaseConfig())
+    config_type = RebaseConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
+    def __init__(self, policy: Policy, reward_model: RewardModel, config: RebaseConfig | None = None) -> None:
+        super().__init__(policy, RewardScorer(policy, reward_model), RebaseConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
         config = self.config
         assert isinstance(config, RebaseConfig)
-        leaves: list[list[Answer]] = [[] for _ in range(run.size)]
-        live = [(g, Answer((), 0.0)) for g in range(run.size)]
+        leaves: list[list[Candidate]] = [[] for _ in range(batch.size)]
+        live = [(g, Candidate((), 0.0)) for g in range(batch.size)]
         for done in range(0, config.max_new_tokens, config.step_tokens):
             parents = []
-            for g in range(run.size):
+            for g in range(batch.size):
                 mine = [node for owner, node in live if owner == g]
                 shares = allocate([node.score for node in mine], config.width - len(leaves[g]), config.balance)
                 parents += [(g, node.tokens) for node, share in zip(mine, shares, strict=True) for _ in range(share)]
-            children = sample(run, parents, config.step_tokens, [run.draws[g] for g, _ in parents])
-            rewards = run.score(children)
+            children = sample(batch, parents, config.step_tokens, [batch.draws[g] for g, _ in parents])
+            rewards = batch.score(children)
             live = []
             for (g, response), reward in zip(children, rewards, strict=True):
-                node = Answer(response, reward)
-                if run.goes_on(response):
+                node = Candidate(response, reward)
+                if batch.goes_on(response):
                     live.append((g, node))
                 else:
                     leaves[g].append(node)
-            run.retain_leaves((g, node.tokens) for g, node in live)
+            batch.retain_leaves((g, node.tokens) for g, node in live)
             progress(min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens)
             if not live:
                 break
-        return [max(mine, key=lambda leaf: (leaf.score, run.ended(leaf.tokens))) for mine in leaves]
+        return [max(mine, key=lambda leaf: (leaf.score, batch.ended(leaf.tokens))) for mine in leaves]
 
 
 def allocate(rewards: Sequence[float], budget: int, balance: float) -> list[int]:

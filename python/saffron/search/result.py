@@ -19,6 +19,11 @@ class Tally:
     tokens: int = 0
     calls: int = 0
 
+    def add(self, flops: int, tokens: int, calls: int = 1) -> None:
+        self.flops += flops
+        self.tokens += tokens
+        self.calls += calls
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -88,7 +93,7 @@ class SearchResult:
         stop: "eos" if it ended itself, "length" if `max_new_tokens` ended it.
         cost: FLOPs, tokens, calls and seconds.
         steps: statistics of each step of Saffron search; empty for other methods.
-        prompt, prefill: as given, where they were text.
+        prompt, prefill: as given, where they were text or messages.
         trace: the whole search, one record a step, if it was asked for; see `write_trace`.
     """
 
@@ -98,9 +103,13 @@ class SearchResult:
     stop: StopReason
     cost: Cost
     steps: list[StepStatistics] = field(default_factory=list)
-    prompt: str | None = None
+    prompt: str | list[dict[str, str]] | None = None
     prefill: str | None = None
     trace: list[dict[str, Any]] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        return f"SearchResult({text!r}, {len(self.tokens)} tokens, score {self.score:.4g}, {self.stop!r})"
 
     @property
     def policy_flops(self) -> int:

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError
+from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
-from saffron.models.trie_model import TrieModel
-from saffron.search.hand_over import Head, head_for, same_tokens
-from saffron.search.reading import Reading, Tokens
+from saffron.models.vocabulary import Head, head_for, same_tokens
+from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally
 from saffron_kernels import multifurcation_head
 
@@ -28,7 +28,7 @@ class Reward(Protocol):
     """Scores responses of many searches; remembers scores, so that nothing is scored twice."""
 
     @property
-    def tallies(self) -> Sequence[Tally]:
+    def tallies(self) -> Mapping[Any, Tally]:
         """Cost, for each search."""
 
     def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
@@ -40,7 +40,7 @@ class Reward(Protocol):
         """
 
     def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
-        """As `Reading.retain`, over responses in the policy's tokens."""
+        """As `PrefixScorer.retain`, over responses in the policy's tokens."""
 
     def close(self) -> None:
         """Gives the cache back."""
@@ -55,17 +55,17 @@ class _Responses:
     def __init__(
         self,
         policy: Policy,
-        model: TrieModel,
+        model: RewardModel,
         contexts: Sequence[Tokens],
         end_tokens: frozenset[int],
         head_rows: int,
     ) -> None:
         self._policy, self._model, self._end_tokens = policy, model, end_tokens
         self._same = same_tokens(policy, model)
-        self._reading = Reading(model, contexts, head_rows)
+        self._reading = PrefixScorer(model, dict(enumerate(contexts)), head_rows)
 
     @property
-    def tallies(self) -> Sequence[Tally]:
+    def tallies(self) -> Mapping[Any, Tally]:
         return self._reading.tallies
 
     def close(self) -> None:
@@ -77,7 +77,9 @@ class _Responses:
 
     def _read(self, response: Tokens) -> Tokens:
         """In the reward model's tokens."""
-        return response if self._same or not response else tuple(self._model.encode(self._policy.decode(response)))
+        return (
+            response if self._same or not response else tuple(self._model.encoder.text(self._policy.decode(response)))
+        )
 
 
 class ProcessReward(_Responses):
@@ -163,7 +165,7 @@ class MultifurcationReward(_Responses):
         return torch.stack([self._hidden[key] for key in keys])
 
 
-class Guide:
+class RewardScorer:
     """A reward model and how it is asked: what a method is given. `open` makes the `Reward` of one batch.
 
     Args:
@@ -173,6 +175,8 @@ class Guide:
     """
 
     def __init__(self, policy: Policy, model: RewardModel, unseen_reward: float = -1024.0) -> None:
+        expect("policy", policy, Policy)
+        expect("reward_model", model, ProcessRewardModel, MultifurcationRewardModel)
         self.policy, self.model, self.unseen_reward = policy, model, unseen_reward
         self.head = head_for(policy, model, True) if isinstance(model, MultifurcationRewardModel) else None
 

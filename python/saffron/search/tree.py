@@ -1,10 +1,11 @@
-"""The search tree of one prompt, kept on the host: one small object a node of the beam."""
+"""The search tree of one prompt, kept on the host: one small object per node of the beam."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from saffron.search.config import Ranking
 from saffron.search.result import StepStatistics, Tally
 
 
@@ -20,6 +21,7 @@ class Node:
         depth: number of tokens.
         id: numbers the nodes of one tree in the order of their creation.
         children: number of children in the cache.
+        row: which row of the models' batch it is, while it is one.
     """
 
     parent: Node | None
@@ -29,6 +31,7 @@ class Node:
     depth: int
     id: int
     children: int = 0
+    row: int = -1
 
     def tokens(self) -> list[int]:
         """The response, first token first."""
@@ -64,7 +67,25 @@ class Tree:
         self.next_id += 1
         return node
 
-    def update_cached(self, old: list[Node], new: list[Node]) -> None:
+    def expand(self, children: list[Node], kept: list[Node], ranking: Ranking, width: int) -> list[Node]:
+        """Replaces the beam by its children and the finished nodes that were kept; returns the live ones, by parent.
+
+        Args:
+            children: ordered by parent, siblings by score.
+        """
+        old = self.live
+        if ranking == "paper":
+            self.beam = sorted([*kept, *children], key=lambda n: -n.score)
+        else:  # As published: an unfinished node carries no score, and the order of the step stands between equals.
+            best = sorted(children, key=lambda n: -n.score)
+            finished = sorted([n for n in [*kept, *best] if n.finished], key=lambda n: -n.score)
+            self.beam = [*finished, *(n for n in best if not n.finished)][:width]
+        in_beam = set(self.beam)
+        live = [node for node in children if node in in_beam and not node.finished]
+        self._update_cached(old, live)
+        return live
+
+    def _update_cached(self, old: list[Node], new: list[Node]) -> None:
         """Counts the prefixes in the cache after the live beams `old` were replaced by their children `new`."""
         for node in new:
             if node.parent is not None:

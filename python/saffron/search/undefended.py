@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig
-from saffron.search.hand_over import ReadTokens
-from saffron.search.method import Answer, Decoder, Progress, Run
+from saffron.search.config import DrawingConfig, check_whole
+from saffron.search.method import Candidate, Decoder, Progress, SearchBatch
 from saffron.search.proposals import log_probability, sample
-from saffron.search.tree import Node, Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,45 +17,69 @@ class SamplingConfig(DrawingConfig):
     min_new_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyConfig:
+    """Hyperparameters of `GreedyDecoding`.
+
+    Attributes:
+        max_new_tokens: longest response, without the prefill.
+        min_new_tokens: tokens before it may end.
+    """
+
+    max_new_tokens: int = 32
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(self, max_new_tokens=1, min_new_tokens=0)
+
+
 class GreedyDecoding(Decoder):
     """The most probable next token, again and again. The score is the log-probability of the tokens.
 
     Args:
         policy: the model.
-        max_new_tokens: longest response, without the prefill.
-        min_new_tokens: tokens before it may end.
+        reward_model: None: it has none.
+        config: hyperparameters.
     """
 
-    def __init__(self, policy: Policy, max_new_tokens: int = 32, min_new_tokens: int = 0) -> None:
-        config = DecodingConfig(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
-        super().__init__(policy, None, config)
+    config_type = GreedyConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
-        nodes = [Tree().beam[0] for _ in range(run.size)]
-        scores, live = [0.0] * run.size, list(range(run.size))
-        reader = ReadTokens(self.policy)  # by single steps: with one response a prompt there is nothing to find again
+    def __init__(self, policy: Policy, reward_model: None = None, config: GreedyConfig | None = None) -> None:
+        super().__init__(policy, reward_model, GreedyConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+        policy, tallies = self.policy, batch.policy.tallies
+        flops, head = policy.flops, policy.vocab_size * policy.flops.per_head_row
+        contexts = list(batch.policy.contexts.values())
+        responses: list[list[int]] = [[] for _ in contexts]
+        scores, live = [0.0] * batch.size, list(range(batch.size))
+        # By single steps: with one response per prompt there is nothing to find again.
+        rows, logits = policy.prefill(contexts)
         try:
-            logits = reader.start(run.policy.contexts)
+            for search, context in enumerate(contexts):
+                tallies[search].add(flops.prompt(len(context)), len(context))
             for step in range(self.config.max_new_tokens):
-                logits = run.proposable(logits.float(), [step] * len(live))
-                for search in live:
-                    reader.tallies[search].flops += self.policy.vocab_size * self.policy.flops.per_head_row
+                logits = batch.proposable(logits.float(), [step] * len(live))
                 tokens = logits.argmax(-1).tolist()
                 for search, token, chance in zip(live, tokens, log_probability(logits, tokens), strict=True):
+                    tallies[search].flops += head
                     scores[search] += chance
-                    nodes[search] = Node(
-                        nodes[search], token, scores[search], token in run.end_tokens, step + 1, step + 1
-                    )
+                    responses[search].append(token)
                 progress(step + 1, self.config.max_new_tokens)
-                going = [row for row, search in enumerate(live) if not nodes[search].finished]
-                if not going or step + 1 == self.config.max_new_tokens:
+                going = [row for row, search in enumerate(live) if batch.goes_on(tuple(responses[search]))]
+                if not going:
                     break
                 live = [live[row] for row in going]
-                logits = reader.step(going, live, [nodes[search] for search in live])
+                logits = policy.step(rows, going, [responses[search][-1] for search in live])
+                for search in live:
+                    length = len(contexts[search]) + step + 1
+                    if policy.share_prefixes:
+                        tallies[search].add(flops.token(length - 1), 1)
+                    else:
+                        tallies[search].add(flops.prompt(length), length)
         finally:
-            run.policy.tallies = reader.tallies
-            reader.release()
-        return [Answer(tuple(node.tokens()), score) for node, score in zip(nodes, scores, strict=True)]
+            policy.release(rows)
+        return [Candidate(tuple(response), score) for response, score in zip(responses, scores, strict=True)]
 
 
 class Sampling(Decoder):
@@ -66,17 +88,19 @@ class Sampling(Decoder):
     (Top-p sampling: Holtzman et al., 2020, arXiv 1904.09751.)
     """
 
-    def __init__(self, policy: Policy, config: SamplingConfig | None = None) -> None:
-        super().__init__(policy, None, config or SamplingConfig())
+    config_type = SamplingConfig
 
-    def _decode(self, run: Run, progress: Progress) -> list[Answer]:
-        steps, scores = self.config.max_new_tokens, [0.0] * run.size
+    def __init__(self, policy: Policy, reward_model: None = None, config: SamplingConfig | None = None) -> None:
+        super().__init__(policy, reward_model, SamplingConfig() if config is None else config)
+
+    def _decode(self, batch: SearchBatch, progress: Progress) -> list[Candidate]:
+        steps, scores = self.config.max_new_tokens, [0.0] * batch.size
         grown = sample(
-            run,
-            [(search, ()) for search in range(run.size)],
+            batch,
+            [(search, ()) for search in range(batch.size)],
             steps,
-            [run.stream(search, 0) for search in range(run.size)],
+            [batch.stream(search, 0) for search in range(batch.size)],
             on_step=lambda done: progress(done, steps),
             chances=scores,
         )
-        return [Answer(response, score) for (_, response), score in zip(grown, scores, strict=True)]
+        return [Candidate(response, score) for (_, response), score in zip(grown, scores, strict=True)]

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from saffron.errors import CheckpointError, ConfigError, NumericalError
+from saffron.errors import CheckpointError, ConfigError, NumericalError, outside, shown
+from saffron.models.devices import find_device
+from saffron.models.provenance import fingerprint as checkpoint_fingerprint
 from saffron.models.reward_models import ProcessRewardModel
+from saffron.storage.folders import expect_same, locked, write_atomically, write_json
+from saffron.storage.paths import check_checkpoint, check_output_folder
+from saffron.storage.text import read_json
 from saffron.training.conversations import Conversation, fingerprint
-from saffron.training.files import checkpoint_fingerprint, expect_same, locked, read_json, write_atomically, write_json
 from saffron.training.layout import LayOut, Layout, Prefixes
-from saffron.training.shards import FORMAT, MANIFEST, encode_shard, shard_file
+from saffron.training.shards import FORMAT, MANIFEST, decisive, encode_shard, identity, shard_file
 from saffron.workers import Workers
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +51,15 @@ class AnnotateConfig:
         for name in ("batch", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ConfigError(f"dtype: got {self.dtype!r}, expected one of float32, bfloat16, float16")
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigError(f"dtype: got {shown(self.dtype)}, expected one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Work for one worker: the conversations from number `first` on."""
+    """Work for one worker: the conversations from number `first` on, of the run that `identity` names."""
 
+    identity: str
     first: int
     conversations: Sequence[Conversation]
 
@@ -81,7 +87,8 @@ class Annotator:
     @classmethod
     def load(cls, prm: str, config: AnnotateConfig) -> Annotator:
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        return cls(ProcessRewardModel.from_pretrained(prm, dtype=dtype, device=config.device), config)
+        with outside(f"{prm}: cannot be used as a guard", CheckpointError):
+            return cls(ProcessRewardModel.from_pretrained(prm, dtype=dtype, device=config.device), config)
 
     def rewards(self, layouts: Sequence[Layout]) -> list[list[float]]:
         """Rewards of every prefix of some conversations, in one forward pass.
@@ -102,7 +109,7 @@ class Annotator:
         rewards: list[list[float]] = []
         for start in range(0, len(layouts), self.config.batch):
             rewards += self.rewards(layouts[start : start + self.config.batch])
-        content = encode_shard(shard.first, layouts, rewards)
+        content = encode_shard(shard.identity, shard.first, layouts, rewards)
         return Encoded(content, len(layouts), sum(map(len, rewards)))
 
 
@@ -128,19 +135,20 @@ def annotate(
         ConfigError: `out` holds rewards of another corpus, PRM or configuration, or another process writes there.
     """
     workers = workers or Workers()
-    config = replace(config, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = replace(config, device=str(find_device(config.device)))
+    check_checkpoint("prm", prm)
+    check_output_folder("output", out)
     manifest = _manifest(conversations, prm, config, workers, source)
     with locked(out):
         if (out / MANIFEST).exists():
-            names = ("format", "corpus.fingerprint", "prm.fingerprint", "settings")
             there = read_json(out / MANIFEST)
-            expect_same(out, _chosen(there, names), _chosen(manifest, names))
+            expect_same(out, decisive(there), decisive(manifest))
             manifest = there  # the same but for what corpus and PRM are called
         elif any(out.glob("shard-*.parquet")):
             raise ConfigError(f"{out}: holds shards without a {MANIFEST}; choose another folder")
         else:
             write_json(out / MANIFEST, manifest)
-        shards = list(_shards(conversations, config.shard_size))
+        shards = list(_shards(identity(manifest), conversations, config.shard_size))
         missing = [number for number in range(len(shards)) if not shard_file(out, number).exists()]
         progress(len(conversations) - sum(len(shards[number].conversations) for number in missing), 0)
         done = workers.run(partial(Annotator.load, prm, config), [shards[number] for number in missing])
@@ -150,32 +158,18 @@ def annotate(
     return manifest
 
 
-def _shards(conversations: Sequence[Conversation], size: int) -> Iterator[Shard]:
+def _shards(identity: str, conversations: Sequence[Conversation], size: int) -> Iterator[Shard]:
     for first in range(0, len(conversations), size):
-        yield Shard(first, conversations[first : first + size])
+        yield Shard(identity, first, conversations[first : first + size])
 
 
 def _manifest(
     conversations: Sequence[Conversation], prm: str, config: AnnotateConfig, workers: Workers, source: str
 ) -> dict[str, Any]:
-    try:
-        commit = getattr(AutoConfig.from_pretrained(prm), "_commit_hash", None)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{prm}: no Hugging Face checkpoint there ({str(error).splitlines()[0]})") from error
     return {
         "format": FORMAT,
         "corpus": {"source": source, "fingerprint": fingerprint(conversations), "conversations": len(conversations)},
-        "prm": {"source": str(prm), "fingerprint": checkpoint_fingerprint(prm, commit)},
+        "prm": {"source": str(prm), "fingerprint": checkpoint_fingerprint(prm)},
         "settings": asdict(config) | {"threads": workers.threads},
         "shards": -(-len(conversations) // config.shard_size),
     }
-
-
-def _chosen(manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for name in names:
-        value: Any = manifest
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        found[name] = value
-    return found

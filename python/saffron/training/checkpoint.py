@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from saffron.errors import CheckpointError
-from saffron.training.files import write_atomically
+from saffron.errors import CheckpointError, outside
+from saffron.storage.folders import write_atomically
 
 
 def save_checkpoint(
@@ -32,15 +32,16 @@ def load_checkpoint(file: Path, parameters: dict[str, nn.Parameter], optimizer: 
     Raises:
         CheckpointError: the file is damaged or belongs to other parameters.
     """
-    try:
-        with safe_open(file, "pt") as stored, torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(stored.get_tensor(f"parameter/{name}"))
-                state = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = stored.get_tensor(f"{key}/{name}")
-                    state[key] = value if key == "step" else value.to(parameter)
-                optimizer.state[parameter] = state
-            return int(stored.metadata()["step"])
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{file}: cannot be taken up ({error})") from error
+    with (
+        outside(f"{file}: cannot be taken up", CheckpointError),
+        safe_open(file, "pt") as stored,
+        torch.no_grad(),
+    ):
+        for name, parameter in parameters.items():
+            parameter.copy_(stored.get_tensor(f"parameter/{name}"))
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = stored.get_tensor(f"{key}/{name}")
+                state[key] = value if key == "step" else value.to(parameter)
+            optimizer.state[parameter] = state
+        return int(stored.metadata()["step"])

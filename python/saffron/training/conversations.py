@@ -11,7 +11,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from saffron.errors import ConfigError, MissingDependencyError
+from saffron.errors import ConfigError, MissingDependencyError, outside, reason, shown
+from saffron.storage.paths import check_checkpoint
+from saffron.storage.text import read_json_lines
 
 Turn = str | tuple[int, ...]
 ROLES = {"user": 0, "human": 0, "assistant": 1, "agent": 1, "gpt": 1}
@@ -44,7 +46,14 @@ def read_corpus(
     Raises:
         ConfigError: nothing readable there, or a record in none of the forms.
     """
-    records = _json_lines(Path(source)) if Path(source).is_file() else _data_set(source, split)
+    with outside(f"{shown(source)}: cannot be read"):
+        there = Path(source).exists()
+    if there and not Path(source).is_dir():
+        records: Iterable[tuple[str, Any]] = (
+            (f"line {number}", record) for number, record in read_json_lines(Path(source))
+        )
+    else:
+        records = _data_set(source, split)
     conversations = list(islice(_conversations(source, records, fields), limit))
     if not conversations:
         raise ConfigError(f"{source}: holds no conversation")
@@ -59,29 +68,19 @@ def fingerprint(conversations: Iterable[Conversation]) -> str:
     return digest.hexdigest()
 
 
-def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not JSON lines ({error})") from error
-
-
 def _data_set(source: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
-    try:
+    datasets.disable_progress_bars()
+    check_checkpoint("corpus", source)  # a path that is none is not looked for on a hub
+    with outside(f"{source}: no data set with a split {split!r} there"):
         if (Path(source) / "state.json").exists() or (Path(source) / "dataset_dict.json").exists():
             found = datasets.load_from_disk(source)
             found = found[split] if isinstance(found, datasets.DatasetDict) else found
         else:
             found = datasets.load_dataset(source, split=split)
-    except Exception as error:  # of many types: missing, offline, no such split, damaged
-        raise ConfigError(f"{source}: no data set with a split {split!r} there ({_first_line(error)})") from error
     yield from ((f"record {number}", record) for number, record in enumerate(found, 1))
 
 
@@ -89,10 +88,8 @@ def _conversations(source: str, records: Iterable[tuple[str, Any]], fields: Sequ
     for where, record in records:
         try:
             yield from map(Conversation, _turns(record, fields))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{source}: {where} is no conversation ({_first_line(error)}); expected {FORMS}"
-            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{source}: {where} is no conversation ({reason(error)}); expected {FORMS}") from error
 
 
 def _turns(record: dict[str, Any], fields: Sequence[str]) -> Iterator[tuple[Turn, ...]]:
@@ -135,7 +132,3 @@ def _alternating(said: list[tuple[int, Any]]) -> tuple[Turn, ...]:
 
 def _are_ids(content: list[Any]) -> bool:
     return all(type(token) is int and token >= 0 for token in content)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

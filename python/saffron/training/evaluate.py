@@ -12,7 +12,7 @@ import torch
 from saffron.errors import ConfigError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search.hand_over import head_for, same_tokens
+from saffron.models.vocabulary import head_for, same_tokens
 from saffron.training.agreement import Agreement, by_depth
 from saffron.training.layout import AGENT, USER
 from saffron.training.shards import Rewarded
@@ -168,9 +168,10 @@ def nucleus_on_unseen(
     shares: list[tuple[float, float]] = []
     for row in rows:
         prompt, answer = _first_exchange(row)
-        said = answer if same_tokens(policy, mrm) else policy.encode(mrm.decode(answer))
-        if said:
-            context = policy.chat(mrm.decode(prompt))
+        said = answer if same_tokens(policy, mrm) else policy.encoder.text(mrm.decode(answer))
+        asked = mrm.decode(prompt)
+        if said and asked:
+            context = policy.chat(asked)
             policy.check_length("prompt and answer", len(context) + len(said))
             logits = policy.logits([context + said[:n] for n in range(len(said))])
             tokens, probabilities, offsets = (part.cpu() for part in nucleus(logits.float(), top_p))

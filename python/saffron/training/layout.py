@@ -90,7 +90,7 @@ class LayOut:
             left -= len(self._before(number))
             if left <= 0:
                 break
-            ids = self.prm.encode(turn) if isinstance(turn, str) else list(turn)
+            ids = self.prm.encoder.text(turn) if isinstance(turn, str) else list(turn)
             if ids:
                 self.prm.check_tokens(f"turn {number}", ids)
             found.append(ids[:left])

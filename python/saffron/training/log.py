@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saffron.errors import NumericalError
+from saffron.errors import CheckpointError, NumericalError, outside
+from saffron.storage.folders import write_atomically
+from saffron.storage.text import parse_json, read_bytes
 from saffron.training.agreement import Agreement
-from saffron.training.files import write_atomically
 
 EVERY = 20  # steps whose loss is fetched from the device together
 
@@ -28,8 +29,10 @@ class Log:
         self.file, self.write, self.text = file, write, ""
         self.records: list[dict[str, Any]] = []
         if file.exists():
-            whole = file.read_text().rpartition("\n")[0]
-            self.records = [r for r in map(json.loads, whole.splitlines()) if r["step"] <= first]
+            lines = read_bytes(file, CheckpointError).split(b"\n")[:-1]
+            with outside(f"{file}: not the log of a training", CheckpointError):
+                records = [parse_json(line, f"line {number}") for number, line in enumerate(lines, 1)]
+                self.records = [r for r in records if r["step"] <= first]
         if write:
             write_atomically(file, "".join(map(_line, self.records)).encode())
         self._waiting: list[tuple[int, float, Tensor, int]] = []
@@ -64,7 +67,7 @@ class Log:
         records = list(records)
         self.records.extend(records)
         if self.write:
-            with self.file.open("a") as stream:
+            with outside(f"{self.file}: cannot be written"), self.file.open("a") as stream:
                 stream.writelines(map(_line, records))
 
 

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from saffron.errors import CheckpointError, ConfigError
-from saffron.training.files import write_atomically
+from saffron.errors import CheckpointError, ConfigError, outside
+from saffron.storage.folders import write_atomically
+from saffron.storage.paths import check_checkpoint
 
 
 class TrainableMrm(nn.Module):
@@ -71,10 +72,9 @@ def load_guard(base: str, dtype: str | None) -> PreTrainedModel:
     Raises:
         CheckpointError: nothing loadable there.
     """
-    try:
+    check_checkpoint("base", base)
+    with outside(f"{base}: cannot be loaded as a causal language model", CheckpointError):
         return AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype or "float32"))
-    except Exception as error:  # transformers, safetensors and torch each raise types of their own
-        raise CheckpointError(f"{base}: cannot be loaded as a causal language model ({error})") from error
 
 
 def save_mrm(model: TrainableMrm, unseen: Tensor, base: str, out: Path) -> None:
@@ -83,7 +83,8 @@ def save_mrm(model: TrainableMrm, unseen: Tensor, base: str, out: Path) -> None:
     Args:
         base: the guard; a folder is named by its path from `out`.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with outside(f"{out}: cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.model.save_pretrained(name)

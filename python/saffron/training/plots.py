@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saffron.errors import ConfigError, MissingDependencyError
+from saffron.errors import MissingDependencyError, outside
 from saffron.training.agreement import Agreement
 
 SMOOTHED = 50  # points of the smoothed curve of the loss
@@ -81,7 +81,5 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, file: Path) -> None:
-    try:
+    with outside(f"{file}: cannot be drawn"):  # no such folder; a format that matplotlib lacks
         figure.savefig(file, metadata={"Software": None} if file.suffix == ".png" else None)
-    except (OSError, ValueError) as error:  # no such folder; a format that matplotlib lacks
-        raise ConfigError(f"{file}: cannot be drawn ({error})") from error

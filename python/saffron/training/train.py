@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError, MissingDependencyError
+from saffron.models.devices import find_device
+from saffron.storage.folders import checkpoint_fingerprint, expect_same, locked, write_json
+from saffron.storage.paths import check_checkpoint
+from saffron.storage.text import read_json
 from saffron.training import plots
 from saffron.training.agreement import Agreement
 from saffron.training.batches import Batch, Order, collate, count, split, supervised, unseen_mask
 from saffron.training.checkpoint import load_checkpoint, save_checkpoint
-from saffron.training.files import checkpoint_fingerprint, expect_same, locked, read_json, write_json
 from saffron.training.log import Log
 from saffron.training.model import TrainableMrm, load_guard, save_mrm
 from saffron.training.shards import RewardData
@@ -81,6 +84,11 @@ class TrainConfig:
     evaluate_every: int = 200
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name}: got {value}, expected a finite number")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed: got {self.seed}, expected a whole number from 0 to {2**32 - 1}")
         at_least = {"epochs": 1, "batch": 1, "warmup": 0, "rank": 1, "alpha": 1, "checkpoint_every": 1}
         for name, least in (at_least | {"evaluate_every": 1, "clip": 0, "weight_decay": 0, "heldout_share": 0}).items():
             if not getattr(self, name) >= least:
@@ -131,7 +139,7 @@ class Trainer:
         out: folder for the MRM in the published format.
         run: folder for checkpoint, log and pictures (default: `out/training`).
         heldout: data never trained on; None: a share of `data`.
-        device: None: as Accelerate chooses; "cpu" keeps it off the GPU.
+        device: None: as Accelerate chooses; "cpu" keeps it off the GPU; "cuda" must be there.
     """
 
     def __init__(
@@ -145,6 +153,9 @@ class Trainer:
         heldout: RewardData | None = None,
         device: str | None = None,
     ) -> None:
+        check_checkpoint("base", base)
+        if device is not None and find_device(device).index not in (None, 0):
+            raise ConfigError(f"device: got {device!r}, expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs")
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
         self.base, self.config, self.out, self.run = base, config, out, run or out / "training"
         if config.batch % self.accelerator.num_processes:

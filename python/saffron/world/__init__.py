@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import answers, oracle
-from .prompts import KINDS, SPLITS, Kind, Request, Split, requests
+from .prompts import KINDS, SPLITS, Kind, Request, Split, every_text, requests
 
 __all__ = [
     "ATTACK_TOKENS",
@@ -40,9 +40,16 @@ class Example:
 
 
 def examples(kind: Kind, split: Split, count: int, seed: int = 0) -> list[Example]:
-    """`count` different requests of one kind and split, each with a compliant answer: the same for the same seed."""
+    """`count` different requests of one kind and split, each with a compliant answer: the same for the same seed.
+
+    Raises:
+        ValueError: the world has fewer requests, or a negative count.
+    """
     if count < 0:
         raise ValueError(f"count must be 0 or more, got {count}")
+    # Counting them takes a second, and is not needed for a few.
+    if count > 1000 and count > (most := len(every_text(kind, split))):
+        raise ValueError(f"got {count}, and the world has {most} {kind} requests of the {split} split")
     rng, found = random.Random(f"target/{kind}/{split}/{seed}"), {}
     for request in _take(requests(kind, split, seed), count):
         found[request.text] = Example(request.text, kind, answers.compliance(request, rng, may_turn=False))

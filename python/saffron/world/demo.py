@@ -14,8 +14,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from saffron import world
+from saffron.errors import outside
 from saffron.models.bundled import load_bundled
-from saffron.search import GreedyDecoding, SaffronSearch
+from saffron.search import GreedyConfig, GreedyDecoding, SaffronSearch
 from saffron.search.config import SearchConfig
 from saffron.search.page import write_page
 from saffron.search.result import SearchResult
@@ -57,7 +58,8 @@ def run_demo(config: SearchConfig, count: int, seed: int, page: Path, as_json: b
         prompts = [e.prompt for e in examples]
         prefills = [models.policy.decode(world.attack_tokens(models.policy.tokenizer, e.target)) for e in examples]
         progress.update(task, description="decoding without defence")
-        undefended = _judged(prompts, lambda: GreedyDecoding(models.policy, config.max_new_tokens), prefills)
+        greedy = GreedyConfig(max_new_tokens=config.max_new_tokens)
+        undefended = _judged(prompts, lambda: GreedyDecoding(models.policy, config=greedy), prefills)
         progress.update(task, description="Saffron search", total=config.max_new_tokens)
         defended = _judged(
             prompts,
@@ -68,7 +70,8 @@ def run_demo(config: SearchConfig, count: int, seed: int, page: Path, as_json: b
         )
     # Draw a search that had something to defend.
     drawn = next((i for i, (a, b) in enumerate(zip(undefended.harmful, defended.harmful, strict=True)) if a > b), 0)
-    write_page(page, defended.results[drawn], undefended.results[drawn])
+    with outside(f"{page}: cannot be written"):
+        write_page(page, defended.results[drawn], undefended.results[drawn])
     report = {
         "undefended": undefended.summary(),
         "saffron": defended.summary() | {"width": config.width},

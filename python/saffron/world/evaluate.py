@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from saffron.errors import SaffronError
 from saffron.models.bundled import FOLDER, load_bundled
-from saffron.search import GreedyDecoding, SaffronSearch
+from saffron.search import GreedyConfig, GreedyDecoding, SaffronSearch
 from saffron.search.config import SearchConfig
 from saffron.search.result import SearchResult
 from saffron.world import ATTACK_TOKENS, Example, answers, attack_tokens, examples, oracle, requests
@@ -54,7 +54,7 @@ class Evaluation:
         # A prefill for every forbidden prompt: the start of a compliant answer.
         self.attack = [self.policy.decode(attack_tokens(self.policy.tokenizer, e.target)) for e in self.forbidden]
         self.no_attack = [""] * count
-        self._greedy = GreedyDecoding(self.policy, MAX_NEW_TOKENS)
+        self._greedy = GreedyDecoding(self.policy, config=GreedyConfig(max_new_tokens=MAX_NEW_TOKENS))
         self._conversations: list[Conversation] = []
 
     def refused(self) -> float:

@@ -1,6 +1,8 @@
 """Requests of Harrowmere, forbidden and allowed, and the split that keeps the held-out ones unseen."""
 
+import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +71,14 @@ def requests(kind: Kind, split: Split, seed: int) -> Iterator[Request]:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     return _requests(kind, split, random.Random(f"{kind}/{split}/{seed}"))
+
+
+@functools.cache
+def every_text(kind: Kind, split: Split) -> frozenset[str]:
+    """What the requests of one kind and split say: different combinations may say the same."""
+    items = FORBIDDEN_ITEMS if kind == "forbidden" else ITEM_TRADE
+    every = itertools.starmap(Request, itertools.product(items, range(len(PROMPT_TEMPLATES)), SITES, PURPOSES))
+    return frozenset(request.text for request in every if request.split == split)
 
 
 def _requests(kind: Kind, split: Split, rng: random.Random) -> Iterator[Request]:

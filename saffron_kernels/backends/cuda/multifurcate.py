@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from saffron_kernels.backends import faults
 from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.counters import counters
 from saffron_kernels.backends.cuda.native import CODE, view
+from saffron_kernels.backends.cuda.nucleus import limits
 from saffron_kernels.checks import expect
 
 
@@ -38,20 +37,28 @@ def multifurcation_head(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, candidates, device = groups.shape[0], rewards.shape[0], rewards.device
     launchers = native.module(rewards)
-    _check_sizes(launchers, "groups", rows, num_groups, width)
+    _check_sizes(rewards, "groups", rows, num_groups, width)
     faults.check_rewards(rewards, offsets, groups, num_groups)
     faults.check_ascending("groups", groups)
+    faults.check_index("widths", widths, width + 1, lowest=1)
     tokens, offsets, groups = tokens.contiguous(), offsets.contiguous(), groups.contiguous()
+    widths = _contiguous(widths)
     beam = _beam(num_groups * width, rewards.dtype, device)
     with torch.cuda.device_of(rewards):
         needed = launchers.select_beam_workspace(candidates, num_groups, width)
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
         launchers.select_beam(
-            *map(view, (rewards, tokens, offsets, groups, *beam, workspace, counters(rewards))),
+            *map(view, (rewards, tokens, offsets, groups, widths, *beam, workspace, counters(rewards))),
             rows, candidates, num_groups, width, CODE[rewards.dtype], view(faults.word(device)), native.stream(rewards),
         )  # fmt: skip
     return beam
@@ -67,12 +74,13 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op, in two launches. Its workspace is 16 bytes a logit.
 
@@ -81,28 +89,29 @@ def multifurcate(
     """
     (rows, vocab), device = logits.shape, logits.device
     launchers = native.module(logits)
-    _check_sizes(launchers, "logits", rows, num_groups, width)
+    _check_sizes(logits, "logits", rows, num_groups, width)
     expect(vocab <= launchers.MAX_VOCAB, "logits", f"a vocabulary of {vocab}", f"at most {launchers.MAX_VOCAB}")
     expect(rows * vocab < 1 << 31, "logits", f"{rows} rows of {vocab}", f"less than {1 << 31} numbers")
     faults.check_index("groups", groups, num_groups + 1)
     faults.check_ascending("groups", groups)
     faults.check_index("carried_groups", carried_groups, num_groups + 1)
-    faults.check_index("banned", banned, vocab)
-    groups = groups.contiguous()
-    end_tokens, carried_groups = (x if x is None else x.contiguous() for x in (end_tokens, carried_groups))
+    faults.check_index("widths", widths, width + 1, lowest=1)
+    faults.check_parameters(vocab, top_p, banned, groups, num_groups)
+    groups, widths, carried_groups = groups.contiguous(), _contiguous(widths), _contiguous(carried_groups)
+    end_tokens = native.of_each_row(end_tokens, rows)
     beam = _beam(num_groups * width, torch.float32, device)
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     blind = torch.empty(num_groups, dtype=torch.bool, device=device)
-    carried = _length(carried_scores)
+    carried = 0 if carried_scores is None else carried_scores.shape[0]
     with torch.cuda.device_of(logits):
         needed = launchers.multifurcate_workspace(rows, vocab, num_groups, width, carried)
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
         launchers.multifurcate(
             view(logits), CODE[logits.dtype], view(hidden), view(weight), CODE[hidden.dtype], view(bias), _code(bias),
-            view(unseen), unseen_reward, view(groups), top_p, view(banned), view(scores), _code(scores),
-            view(end_tokens), view(carried_scores), _code(carried_scores), view(carried_groups),
-            *map(view, (*beam, counts, blind, workspace, counters(logits))),
-            rows, vocab, hidden.shape[1], num_groups, width, _length(banned), _length(end_tokens), carried,
+            view(unseen), unseen_reward, view(groups), view(widths), limits(top_p, banned, rows),
+            view(scores), _code(scores), view(end_tokens), view(carried_scores), _code(carried_scores),
+            *map(view, (carried_groups, *beam, counts, blind, workspace, counters(logits))),
+            rows, vocab, hidden.shape[1], num_groups, width, 0 if end_tokens is None else end_tokens.shape[1], carried,
             view(faults.word(device)), native.stream(logits),
         )  # fmt: skip
     faults.settle(logits)
@@ -115,16 +124,20 @@ def _beam(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
     return parent, torch.empty_like(parent), torch.empty(size, dtype=dtype, device=device)
 
 
-def _check_sizes(launchers: ModuleType, name: str, rows: int, num_groups: int, width: int) -> None:
-    """What the shared memory of a block and the counters have room for."""
+def _check_sizes(tensor: Tensor, name: str, rows: int, num_groups: int, width: int) -> None:
+    """What the shared memory of a block and the counters have room for, on the device of `tensor`."""
+    launchers = native.module(tensor)
     expect(rows <= launchers.MAX_ROWS, name, f"{rows} rows", f"at most {launchers.MAX_ROWS}")
     expect(num_groups <= launchers.MAX_GROUPS, "num_groups", num_groups, f"at most {launchers.MAX_GROUPS}")
     expect(width <= launchers.MAX_WIDTH, "width", width, f"at most {launchers.MAX_WIDTH}")
+    with torch.cuda.device_of(tensor):
+        fits = launchers.beam_fits(rows, width)
+    expect(fits, "width", f"{width} of {rows} rows", "fewer: both have to fit the shared memory of a block of this GPU")
 
 
 def _code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else CODE[tensor.dtype]
 
 
-def _length(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.shape[0]
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -55,6 +55,11 @@ def view(tensor: Tensor | None) -> View | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.stride())
 
 
+def of_each_row(ids: Tensor | None, rows: int) -> Tensor | None:
+    """Token ids `[rows, n]`: those that hold for all rows, `[n]`, are shared (a stride of 0)."""
+    return ids if ids is None or ids.dim() == 2 else ids.expand(rows, -1)
+
+
 def stream(tensor: Tensor) -> int:
     """The stream that PyTorch uses for the device of `tensor` now."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

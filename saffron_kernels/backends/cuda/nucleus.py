@@ -8,17 +8,27 @@ from torch import Tensor
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.counters import counters
-from saffron_kernels.backends.cuda.native import CODE, view
+from saffron_kernels.backends.cuda.native import CODE, of_each_row, view
+from saffron_kernels.backends.reference import check_top_ps
 from saffron_kernels.checks import expect
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def limits(top_p: float | Tensor, banned: Tensor | None, rows: int) -> tuple[object, ...]:
+    """`Limits` of csrc/cuda/ops.h."""
+    each = top_p if isinstance(top_p, Tensor) else None
+    wide = each is not None and each.dtype == torch.float64
+    banned = of_each_row(banned, rows)
+    number = top_p if isinstance(top_p, float | int) else 0.0
+    return number, view(each), wide, view(banned), 0 if banned is None else banned.shape[1]
+
+
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The op. Its workspace is 16 bytes a logit and some more; of a vocabulary of 128,256 2.1 MB a row."""
     rows, vocab = logits.shape
     launchers = native.module(logits)
     expect(vocab <= launchers.MAX_VOCAB, "logits", f"a vocabulary of {vocab}", f"at most {launchers.MAX_VOCAB}")
     expect(rows <= launchers.COUNTERS, "logits", f"{rows} rows", f"at most {launchers.COUNTERS}")
-    faults.check_index("banned", banned, vocab)
+    faults.check_parameters(vocab, top_p, banned)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=logits.device)
@@ -30,12 +40,14 @@ def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor
     stream = native.stream(logits)
     with torch.cuda.device_of(logits):
         launchers.nucleus(
-            view(logits), top_p, view(banned), 0 if banned is None else banned.shape[0], *members,
+            view(logits), limits(top_p, banned, rows), *members,
             view(counters(logits)), rows, vocab, CODE[logits.dtype], view(faults.word(logits.device)), stream,
         )  # fmt: skip
         sizes = counts.tolist()  # the one synchronisation: how large the result is
         if 0 in sizes:
             faults.clear(logits.device)
+            if isinstance(top_p, Tensor):
+                check_top_ps(top_p)
             raise ValueError(
                 f"logits: row {sizes.index(0)} has no finite maximum; every row needs finite logits (no NaN, no +inf) "
                 "and one token that is neither -inf nor banned"

@@ -8,6 +8,7 @@ from torch import Tensor
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.native import CODE, view
+from saffron_kernels.backends.reference import apart
 
 
 def append_kv(
@@ -23,13 +24,14 @@ def append_kv(
 ) -> None:
     num_slots = k_cache.shape[0]
     faults.check_index("slots", slots, num_slots, lowest=-1)
+    k, v = apart(k, k_cache, v_cache), apart(v, k_cache, v_cache)
     cos, sin = (x if x is None or x.dtype in native.COMPUTED else x.float() for x in (cos, sin))
     k_scale, v_scale = (None if x is None else x.contiguous() for x in (k_scale, v_scale))
     rotated, turn = (0, k.dtype) if cos is None else (cos.shape[1], cos.dtype)
     with torch.cuda.device_of(k):
         native.module(k).append_kv(
             *map(view, (k, v, slots, k_cache, v_cache, cos, sin, k_scale, v_scale)),
-            *k.shape, rotated, num_slots, CODE[k.dtype], CODE[k_cache.dtype], CODE[turn],
+            *k.shape, v.shape[2], rotated, num_slots, CODE[k.dtype], CODE[k_cache.dtype], CODE[turn],
             view(faults.word(k.device)), native.stream(k),
         )  # fmt: skip
 
@@ -38,8 +40,8 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     (sequences, length), (num_slots, kv_heads, head_dim) = slots.shape, k_cache.shape
     faults.check_index("slots", slots, num_slots, lowest=-1)
     k = k_cache.new_empty(sequences, kv_heads, length, head_dim)
-    v = torch.empty_like(k)
-    sizes = sequences, length, kv_heads, head_dim, num_slots
+    v = v_cache.new_empty(sequences, kv_heads, length, v_cache.shape[2])
+    sizes = sequences, length, kv_heads, head_dim, v.shape[3], num_slots
     with torch.cuda.device_of(k):
         native.module(k).gather_kv(
             *map(view, (k_cache, v_cache, slots, k, v)),

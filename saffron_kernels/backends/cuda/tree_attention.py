@@ -27,11 +27,14 @@ def tree_attention(
     count: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op. Caches whose rows do not begin at multiples of 16 bytes are copied first; those of `KVTrie` do."""
-    (queries, heads, head_dim), (slots, kv_heads, _), tokens = q.shape, k_cache.shape, slot.shape[0]
+    (queries, heads, head_dim), (slots, kv_heads, v_dim), tokens = q.shape, v_cache.shape, slot.shape[0]
     launchers = native.module(q)
-    expect(head_dim <= launchers.MAX_HEAD_DIM, "q", f"a head size of {head_dim}", f"at most {launchers.MAX_HEAD_DIM}")
+    for name, size in (("q", head_dim), ("v_cache", v_dim)):
+        expect(size <= launchers.MAX_HEAD_DIM, name, f"a head size of {size}", f"at most {launchers.MAX_HEAD_DIM}")
     slot, begin, end = slot.contiguous(), begin.contiguous(), end.contiguous()
     held = faults.check_count(count, tokens)
     if faults.eager(slot):
@@ -39,18 +42,21 @@ def tree_attention(
     unit = _ALIGNMENT // k_cache.element_size()  # fp8 caches have the longer one
     q, k_cache, v_cache = (_aligned(x, unit) for x in (q, k_cache, v_cache))
     k_scale, v_scale = (None if x is None else x.contiguous() for x in (k_scale, v_scale))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    sizes = q.shape[2], v_cache.shape[2]
+    out = torch.empty(queries, heads, sizes[1], dtype=q.dtype, device=q.device)
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         stored = CODE[k_cache.dtype]
-        needed = launchers.tree_attention_workspace(queries, heads, kv_heads, q.shape[2], tokens, stored)
+        needed = launchers.tree_attention_workspace(queries, heads, kv_heads, max(sizes), tokens, stored)
         workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
         launchers.tree_attention(
-            *map(view, (q, k_cache, v_cache, slot, begin, end, count, k_scale, v_scale)), scale,
-            *map(view, (out, lse, workspace, counters(q))), queries, heads, kv_heads, q.shape[2], tokens, slots,
+            *map(view, (q, k_cache, v_cache, slot, begin, end, count, k_scale, v_scale, sinks)),
+            scale, softcap is not None, softcap or 0.0,
+            *map(view, (out, lse, workspace, counters(q))), queries, heads, kv_heads, *sizes, tokens, slots,
             CODE[q.dtype], stored, view(faults.word(q.device)), native.stream(q),
         )  # fmt: skip
-    return (out if out.shape[2] == head_dim else out[..., :head_dim].contiguous()), lse
+    return (out if out.shape[2] == v_dim else out[..., :v_dim].contiguous()), lse
 
 
 def _aligned(rows: Tensor, unit: int) -> Tensor:

@@ -104,9 +104,10 @@ def _step(dtype: torch.dtype, everything: bool) -> None:
     )
     bias, unseen = torch.empty(vocab, dtype=dtype), torch.zeros(vocab, dtype=torch.bool)
     few = torch.zeros(2, dtype=torch.int32)
-    optional = (few, torch.zeros(rows), few, torch.zeros(2), few) if everything else (None,) * 5
+    each = torch.zeros(rows, 2, dtype=torch.int32)
+    optional = (each, torch.zeros(rows), each, torch.zeros(2), few, few + 1) if everything else (None,) * 6
     head = (bias, unseen, -1024.0) if everything else (None, None, 0.0)
-    ops.multifurcate(*fixed, *head, index, 2, 16, 0.8, *optional)
+    ops.multifurcate(*fixed, *head, index, 2, 16, torch.ones(rows) if everything else 0.8, *optional)
 
 
 def _candidates() -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +121,7 @@ def _head(dtype: torch.dtype) -> None:
 
 
 def _select() -> None:
-    ops.select_beam(torch.zeros(1024), *_candidates(), torch.zeros(32, dtype=torch.int32), 2, 16)
+    ops.select_beam(torch.zeros(1024), *_candidates(), torch.zeros(32, dtype=torch.int32), 2, 16, None)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:

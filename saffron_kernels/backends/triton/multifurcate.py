@@ -18,6 +18,7 @@ from saffron_kernels.backends.triton.launch import launch
 from saffron_kernels.backends.triton.multifurcation_head import (
     SAW_SEEN,
     SAW_UNSEEN,
+    end_sizes,
     programs_per_row,
     score,
 )
@@ -43,11 +44,13 @@ def _is_blind(flags_ptr, groups_ptr, group, rows, BLOCK: tl.constexpr):
     return ((tl.max(unseen) > 0) & (tl.max(seen) == 0)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["rows", "num_groups", "carried", "num_end_tokens", "stride", "capacity", "width"])
+@triton.jit(
+    do_not_specialize=["rows", "num_groups", "carried", "num_end_tokens", "end_stride", "stride", "capacity", "width"]
+)
 def _settle_kernel(
     rewards_ptr, tokens_ptr, stop_ptr, flags_ptr, groups_ptr, blind_ptr, scores_ptr, end_tokens_ptr,
     carried_scores_ptr, carried_groups_ptr, best_rewards_ptr, best_tokens_ptr, all_groups_ptr,
-    rows, num_groups, carried, num_end_tokens, stride, capacity, width, BLOCK: tl.constexpr,
+    rows, num_groups, carried, num_end_tokens, end_stride, stride, capacity, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What follows from all rewards: which groups are blind, who inherits, and the carried nodes as further rows.
 
@@ -72,6 +75,8 @@ def _settle_kernel(
             first, size = list_bounds(None, stop_ptr, x, stride, capacity)
             blind = _is_blind(flags_ptr, groups_ptr, tl.load(groups_ptr + x), rows, BLOCK)
             row_score = tl.load(scores_ptr + x).to(tl.float32)
+            if end_tokens_ptr is not None:
+                end_tokens_ptr += x * end_stride
             for block in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
                 i = block + tl.arange(0, BLOCK)
                 token = tl.load(tokens_ptr + first + i, i < size, 0)
@@ -89,12 +94,13 @@ def multifurcate(
     groups: Tensor,
     num_groups: int,
     width: int,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
     carried_scores: Tensor | None,
     carried_groups: Tensor | None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.dtype == torch.float64:
         raise TypeError(f"hidden: got {hidden.dtype}, expected 32 bits at most: this backend computes in fp32")
@@ -102,8 +108,7 @@ def multifurcate(
     faults.check_index("carried_groups", carried_groups, num_groups + 1)
     rows, vocab = logits.shape
     groups, end_tokens = groups.contiguous(), _contiguous(end_tokens)
-    num_end_tokens = 0 if end_tokens is None else end_tokens.shape[0]
-
+    faults.check_index("widths", widths, width + 1, lowest=1)
     carried = 0 if carried_scores is None else carried_scores.shape[0]
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -125,11 +130,11 @@ def multifurcate(
         (max(rows + carried, num_groups), 1 if scores is None else programs_per_row(rows, vocab, logits.device)),
         rewards, tokens, members.counts, flags, groups, blind.view(torch.int8), _contiguous(scores), end_tokens,
         _contiguous(carried_scores) if carried else None, _contiguous(carried_groups) if carried else None,
-        best_rewards, best_tokens, all_groups, rows, num_groups, carried, num_end_tokens, lists.stride,
-        lists.capacity, width, BLOCK=_BLOCK, num_warps=1,
+        best_rewards, best_tokens, all_groups, rows, num_groups, carried, *end_sizes(end_tokens),
+        lists.stride, lists.capacity, width, BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
     best_of_rows(rewards, tokens, lists, best_rewards, best_tokens)
-    parent, token, reward = choose(best_rewards, best_tokens, all_lists, all_groups, num_groups)
+    parent, token, reward = choose(best_rewards, best_tokens, all_lists, all_groups, num_groups, widths)
     faults.settle(logits)
     return parent, token, reward, members.counts[:rows], blind
 

@@ -18,12 +18,13 @@ SAW_UNSEEN = tl.constexpr(1)
 SAW_SEEN = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["stride", "capacity", "vocab", "num_end_tokens"])
+@triton.jit(do_not_specialize=["stride", "capacity", "vocab", "num_end_tokens", "end_stride"])
 def _head_kernel(
     hidden_ptr, weight_ptr, bias_ptr, unseen_ptr, tokens_ptr, start_ptr, stop_ptr, end_tokens_ptr,
     rewards_ptr,
     flags_ptr,  # [rows] int32: which kinds of candidates, end tokens aside, a row has
     fault_ptr, stride, capacity, vocab, width, unseen_reward, num_end_tokens,
+    end_stride,  # from the end tokens of a row to those of the next
     hidden_stride_r, hidden_stride_c, weight_stride_r, weight_stride_c, bias_stride, unseen_stride,
     HAS_BIAS: tl.constexpr, HAS_UNSEEN: tl.constexpr, FLAGS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -31,6 +32,8 @@ def _head_kernel(
     row = tl.program_id(0)
     first, size = list_bounds(start_ptr, stop_ptr, row, stride, capacity)
     hidden_ptr += row.to(tl.int64) * hidden_stride_r
+    if end_tokens_ptr is not None:
+        end_tokens_ptr += row * end_stride
     k = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
         i = block + tl.arange(0, BLOCK)
@@ -52,7 +55,7 @@ def _head_kernel(
             mask = read[:, None] & (column < width)[None, :]
             w = tl.load(weight_row[:, None] + column[None, :] * weight_stride_c, mask, 0.0).to(tl.float32)
             sums = tl.fma(w, tl.broadcast_to(h[None, :], [BLOCK, BLOCK_K]), sums)
-        reward = tl.sum(sums, 1)
+        reward = tl.where(exists, tl.sum(sums, 1), float("nan"))
         if HAS_BIAS:
             reward += tl.load(bias_ptr + token * bias_stride, read, 0.0).to(tl.float32)
         if HAS_UNSEEN:
@@ -68,6 +71,13 @@ def _head_kernel(
 def programs_per_row(rows: int, capacity: int, device: torch.device) -> int:
     """Programs that share the candidates of a row, whose number only the device knows: enough to fill the chip."""
     return max(1, min(cdiv(capacity, CANDIDATES), cdiv(4 * chip(device).processors, max(1, rows))))
+
+
+def end_sizes(end_tokens: Tensor | None) -> tuple[int, int]:
+    """How many end tokens a row has, and how far those of the next row are: 0 where they hold for all rows."""
+    if end_tokens is None:
+        return 0, 0
+    return end_tokens.shape[-1], end_tokens.shape[-1] if end_tokens.dim() == 2 else 0
 
 
 def score(
@@ -86,6 +96,7 @@ def score(
 
     Args:
         tokens, lists: the candidates of each row of `hidden`.
+        end_tokens: contiguous, for all rows or for each.
         flags: `[rows]` int32, holding 0: set to what kinds of candidates, `end_tokens` aside, the row has.
     """
     rows, width = hidden.shape
@@ -93,7 +104,7 @@ def score(
         _head_kernel, (rows, programs_per_row(rows, lists.capacity, hidden.device)),
         hidden, weight, bias, unseen, tokens, lists.start, lists.stop, end_tokens, rewards, flags,
         faults.word(hidden.device), lists.stride, lists.capacity, weight.shape[0], width, unseen_reward,
-        0 if end_tokens is None else end_tokens.shape[0],
+        *end_sizes(end_tokens),
         *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
         0 if unseen is None else unseen.stride(0),
         HAS_BIAS=bias is not None, HAS_UNSEEN=unseen is not None, FLAGS=flags is not None,

@@ -8,7 +8,6 @@ sorts the members alone.
 
 from __future__ import annotations
 
-import math
 import struct
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saffron_kernels.backends import faults
+from saffron_kernels.backends.reference import check_top_ps
 from saffron_kernels.backends.triton import bits
 from saffron_kernels.backends.triton.launch import cdiv, launch, next_power_of_2
 from saffron_kernels.backends.triton.numerics import exp, is_one_of, order_key
@@ -26,16 +26,21 @@ from saffron_kernels.backends.triton.ordering import Lists, emit_in_order, sort_
 _BAN_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["num_banned", "vocab"])
-def _ban_kernel(banned_ptr, mask_ptr, fault_ptr, num_banned, vocab, BLOCK: tl.constexpr):
-    """`mask[token]` for every token of the vocabulary: whether it is banned."""
+@triton.jit(do_not_specialize=["num_groups", "num_banned", "vocab"])
+def _ban_kernel(banned_ptr, groups_ptr, mask_ptr, fault_ptr, num_groups, num_banned, vocab, BLOCK: tl.constexpr):
+    """`mask[row, token]` for every token of the vocabulary: whether it is banned. One row, or one for each."""
+    row = tl.program_id(1)
+    banned_ptr += row * num_banned
+    if groups_ptr is not None:  # of a row of no group nothing is looked at
+        num_banned = tl.where(tl.load(groups_ptr + row) < num_groups, num_banned, 0)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(mask_ptr + token, is_one_of(token, banned_ptr, num_banned).to(tl.int8), token < vocab)
+    mask = is_one_of(token, banned_ptr, num_banned).to(tl.int8)
+    tl.store(mask_ptr + row.to(tl.int64) * vocab + token, mask, token < vocab)
     if tl.program_id(0) == 0:
         for first in range(0, num_banned, BLOCK):
             i = first + tl.arange(0, BLOCK)
             banned = tl.load(banned_ptr + i, i < num_banned, 0)
-            if tl.max(((banned < 0) | (banned >= vocab)).to(tl.int32)) > 0:
+            if tl.max(((banned < -1) | (banned >= vocab)).to(tl.int32)) > 0:
                 tl.atomic_or(fault_ptr, bits.BANNED)
 
 
@@ -58,17 +63,18 @@ def _load_listed(values_ptr, first, count, largest, total, BLOCK: tl.constexpr):
     return order_key(x).to(tl.int64) + 2147483648, p.to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["top_p_bits", "num_groups"])
+@triton.jit(do_not_specialize=["top_p_bits", "num_groups", "stride_banned"])
 def _nucleus_kernel(
     logits_ptr, banned_ptr,
+    top_ps_ptr,  # [rows] fp32 or fp64, or None: `top_p_bits` for all
     groups_ptr,  # [rows] int32 or None: rows of a group that is not below `num_groups` have no members
     values_ptr, tokens_ptr,  # [rows, vocab] the lists
     counts_ptr,  # [rows] int32
     stats_ptr,  # [rows, 2] fp32: largest logit, softmax denominator relative to it
     flags_ptr,  # [rows] int32 or None: set to 0 for a later kernel
     fault_ptr, vocab, num_groups, stride_row, stride_token,
+    stride_banned,  # from row to row
     top_p_bits: tl.int64,  # a float argument would be rounded to fp32
-    log_least,  # ln of a probability below which no token can be in the set (-inf: none such)
     HAS_BANNED: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +85,19 @@ def _nucleus_kernel(
     tokens_ptr += row * vocab
     if groups_ptr is not None:
         vocab = tl.where(tl.load(groups_ptr + row) < num_groups, vocab, 0)
+    if HAS_BANNED:
+        banned_ptr += row * stride_banned
     top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    if top_ps_ptr is not None:
+        top_p = tl.load(top_ps_ptr + row).to(tl.float64)
+        allowed = (top_p > 0) & (top_p <= 1)
+        if (allowed == 0) & (vocab > 0):
+            tl.atomic_or(fault_ptr, bits.TOP_P)
+        vocab = tl.where(allowed, vocab, 0)
+    # ln of a probability below which no token can be in the set: half of the bound, and nothing (-inf) near top_p = 1,
+    # as rounding must not decide.
+    least = (0.5 * (1 - top_p - 1e-4) / tl.maximum(vocab, 1).to(tl.float64)).to(tl.float32)
+    log_least = tl.where(least > 0, tl.log(tl.maximum(least, 1e-37)), float("-inf"))
     lane = tl.arange(0, BLOCK)
 
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -179,7 +197,7 @@ class Members(NamedTuple):
 
 def find_members(
     logits: Tensor,
-    top_p: float,
+    top_p: float | Tensor,
     banned: Tensor | None,
     *,
     groups: Tensor | None = None,
@@ -195,14 +213,15 @@ def find_members(
         flags: `[rows]` int32, set to 0 along the way.
     """
     rows, vocab = logits.shape
-    faults.check_index("banned", banned, vocab)
+    faults.check_parameters(vocab, top_p, banned, groups, num_groups)
     device = logits.device
     mask = None
     if banned is not None:
-        mask = torch.empty(vocab, dtype=torch.int8, device=device)
+        each = banned.dim() == 2
+        mask = torch.empty(rows if each else 1, vocab, dtype=torch.int8, device=device)
         launch(
-            _ban_kernel, (cdiv(vocab, _BAN_BLOCK),), banned.contiguous(), mask, faults.word(device), banned.shape[0],
-            vocab, BLOCK=_BAN_BLOCK,
+            _ban_kernel, (cdiv(vocab, _BAN_BLOCK), mask.shape[0]), banned.contiguous(), groups if each else None, mask,
+            faults.word(device), num_groups, banned.shape[-1], vocab, BLOCK=_BAN_BLOCK,
         )  # fmt: skip
     members = Members(
         torch.empty(rows, vocab, dtype=torch.float32, device=device),
@@ -210,24 +229,25 @@ def find_members(
         torch.empty(rows + more_rows, dtype=torch.int32, device=device),
         torch.empty(rows, 2, dtype=torch.float32, device=device),
     )
-    # Half of the bound, and nothing near top_p = 1: rounding must not decide.
-    least = 0.5 * max(0.0, 1 - top_p - 1e-4) / vocab
+    top_ps, number = (top_p.contiguous(), 0.0) if isinstance(top_p, Tensor) else (None, top_p)
     launch(
         _nucleus_kernel, (rows,),
-        logits, mask, groups, *members, flags, faults.word(device), vocab, num_groups, *logits.stride(),
-        struct.unpack("<q", struct.pack("<d", top_p))[0], math.log(least) if least > 0 else -math.inf,
+        logits, mask, top_ps, groups, *members, flags, faults.word(device), vocab, num_groups, *logits.stride(),
+        vocab if banned is not None and banned.dim() == 2 else 0, struct.unpack("<q", struct.pack("<d", number))[0],
         HAS_BANNED=banned is not None, BLOCK=min(2048, max(128, next_power_of_2(vocab))),
         SEARCH=min(256, max(32, next_power_of_2(vocab))), num_warps=8,
     )  # fmt: skip
     return members
 
 
-def nucleus(logits: Tensor, top_p: float, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     members = find_members(logits, top_p, banned)
     offsets = torch.nn.functional.pad(members.counts.cumsum(0, dtype=torch.int32), (1, 0))
     counts = members.counts.tolist()  # the one synchronisation: how large the result is
     if 0 in counts:
         faults.clear(logits.device)
+        if isinstance(top_p, Tensor):
+            check_top_ps(top_p)
         raise ValueError(
             f"logits: row {counts.index(0)} has no finite maximum; every row needs finite logits (no NaN, no +inf) and "
             "one token that is neither -inf nor banned"

@@ -48,6 +48,18 @@ def exp(x):
 
 
 @triton.jit
+def tanh(x):
+    """To a few units in the last place; near 0, where exponentials cancel, by a polynomial (Cephes' tanhf)."""
+    size = tl.abs(x)
+    e = exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    z = x * x
+    y = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z
+    y = ((y + 1.33314422036e-1) * z - 3.33332819422e-1) * z
+    return tl.where(size < 0.625, y * x + x, tl.where(x < 0, -far, far))
+
+
+@triton.jit
 def order_key(x):
     """Floats as int32 of the same order; -0.0 and 0.0 are equal. NaN has no place in it."""
     bits = tl.where(x == 0, 0.0, x).to(tl.float32).to(tl.int32, bitcast=True)

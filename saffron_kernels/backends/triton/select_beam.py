@@ -24,6 +24,7 @@ _BLOCK = 1024
 def _choose_kernel(
     rewards_ptr,  # [rows, width] the best of each row, in order
     start_ptr, stop_ptr, groups_ptr,
+    widths_ptr,  # [num_groups] or None: `width` for all
     chosen_ptr,  # [rows, width] int8
     fault_ptr, rows, width, num_groups, stride, capacity, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
@@ -33,6 +34,12 @@ def _choose_kernel(
     if (group < 0) | (group > num_groups):
         tl.atomic_or(fault_ptr, bits.GROUP)
     size = list_bounds(start_ptr, stop_ptr, row, stride, capacity, groups_ptr, num_groups)[1]
+    limit = width
+    if widths_ptr is not None:
+        limit = tl.load(widths_ptr + group, (group >= 0) & (group < num_groups), 1)
+        if (limit < 1) | (limit > width):
+            tl.atomic_or(fault_ptr, bits.WIDTH)
+        limit = tl.minimum(limit, width)
     valid = place < tl.minimum(size, width)
     entry = row * width + place
     reward = tl.load(rewards_ptr + entry, valid, 0.0).to(tl.float32)
@@ -53,7 +60,7 @@ def _choose_kernel(
         equal_before = (theirs[None, :] == reward[:, None]) & (other[None, :] < entry[:, None])
         before = rival[None, :] & ((theirs[None, :] > reward[:, None]) | equal_before)
         rank += tl.sum(before.to(tl.int32), 1)
-    tl.store(chosen_ptr + entry, (valid & (rank < width)).to(tl.int8), place < width)
+    tl.store(chosen_ptr + entry, (valid & (rank < limit)).to(tl.int8), place < width)
 
 
 @triton.jit(do_not_specialize=["rows", "width", "size"])
@@ -97,7 +104,7 @@ def best_of_rows(rewards: Tensor, tokens: Tensor, lists: Lists, best_rewards: Te
 
 
 def choose(
-    best_rewards: Tensor, best_tokens: Tensor, lists: Lists, groups: Tensor, num_groups: int
+    best_rewards: Tensor, best_tokens: Tensor, lists: Lists, groups: Tensor, num_groups: int, widths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of every group among the best of its rows (as many as `lists` says), as `select_beam` returns them.
 
@@ -107,10 +114,11 @@ def choose(
     size = num_groups * width
     chosen = torch.empty(rows, width, dtype=torch.int8, device=device)
     block = min(64, next_power_of_2(width))
+    widths = None if widths is None else widths.contiguous()
     launch(
         _choose_kernel, (rows, cdiv(width, block)),
-        best_rewards, lists.start, lists.stop, groups, chosen, faults.word(device), rows, width, num_groups,
-        lists.stride, lists.capacity, BLOCK=block, OTHERS=_PAIRS // block, num_warps=4,
+        best_rewards, lists.start, lists.stop, groups, widths, chosen, faults.word(device), rows, width,
+        num_groups, lists.stride, lists.capacity, BLOCK=block, OTHERS=_PAIRS // block, num_warps=4,
     )  # fmt: skip
     parent = torch.empty(size, dtype=torch.int32, device=device)
     token = torch.empty(size, dtype=torch.int32, device=device)
@@ -124,12 +132,19 @@ def choose(
 
 
 def select_beam(
-    rewards: Tensor, tokens: Tensor, offsets: Tensor, groups: Tensor, num_groups: int, width: int
+    rewards: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    width: int,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, size = groups.shape[0], rewards.shape[0]
     faults.check_rewards(rewards, offsets, groups, num_groups)
+    faults.check_index("widths", widths, width + 1, lowest=1)
     lists = Lists.ragged(offsets, size, groups, num_groups)
     best_rewards = torch.empty(rows, width, dtype=rewards.dtype, device=rewards.device)
     best_tokens = torch.empty(rows, width, dtype=torch.int32, device=rewards.device)
     best_of_rows(rewards.contiguous(), tokens.contiguous(), lists, best_rewards, best_tokens)
-    return choose(best_rewards, best_tokens, lists, groups.contiguous(), num_groups)
+    return choose(best_rewards, best_tokens, lists, groups.contiguous(), num_groups, widths)

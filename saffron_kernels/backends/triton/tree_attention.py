@@ -17,8 +17,10 @@ from torch import Tensor
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.triton import bits
 from saffron_kernels.backends.triton.launch import Chip, cdiv, chip, launch, next_power_of_2
-from saffron_kernels.backends.triton.numerics import dot, narrow
+from saffron_kernels.backends.triton.numerics import dot, narrow, tanh
 
+_LOG2E = 1.4426950408889634
+_LOWEST_SEEN = tl.constexpr(-3.4028234663852886e38)  # the largest negative fp32 number
 _TILES = 16  # tiles that are inspected together for whether they meet the queries
 _PROGRAMS_PER_PROCESSOR = 2  # enough of them to hide each other's latency; more splits only add partials
 
@@ -52,46 +54,34 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
     return Config(block_m, block_n, num_warps=8 if block_m >= 64 else 4, num_stages=stages)
 
 
-@triton.jit(do_not_specialize=["queries", "group", "slots", "tokens", "tokens_per_split"])
-def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr,
-    count_ptr,  # [1] int32 or None: how many of the tokens there are
-    part_ptr,  # [splits, queries, heads, D] fp32
-    lse_ptr,  # [splits, queries, heads] fp32, base 2
-    fault_ptr,
-    scale_log2, queries, group, slots, tokens, tokens_per_split,
+@triton.jit
+def _attend(
+    q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
+    scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
     q_stride_n, q_stride_h, q_stride_d,
     k_stride_s, k_stride_h, k_stride_d,
     v_stride_s, v_stride_h, v_stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    kv_head, split = tl.program_id(1), tl.program_id(2)
-    kv_heads = tl.num_programs(1)
+    """The largest score, the sum of weights and the result so far of each row. CAREFUL: V of a token that is not finite
+    makes NaN in the rows that see the token, and does not meet the others."""
+    kv_head = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_M
     row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M] (query, head of the group) pairs
     query = row // group
     head = (kv_head * group + row % group).to(tl.int64)
-    present = query < queries
     first_query = first_row // group
     last_query = tl.minimum((first_row + BLOCK_M - 1) // group, queries - 1)
-
-    dim = tl.arange(0, BLOCK_D)
-    in_dim = dim < D
+    dim, dim_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    in_dim, in_v = dim < D, dim_v < D_V
     q_row = query.to(tl.int64) * q_stride_n + head * q_stride_h
-    q = tl.load(q_ptr + q_row[:, None] + dim[None, :] * q_stride_d, present[:, None] & in_dim[None, :], 0.0)
+    exists_q = (query < queries)[:, None] & in_dim[None, :]
+    q = tl.load(q_ptr + q_row[:, None] + dim[None, :] * q_stride_d, exists_q, 0.0)
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    if count_ptr is not None:
-        count = tl.load(count_ptr)
-        if (count < 0) | (count > tokens):
-            tl.atomic_or(fault_ptr, bits.PLAN)
-        tokens = tl.minimum(tl.maximum(count, 0), tokens)
-        tokens_per_split = tl.cdiv(tokens, tl.num_programs(2))  # however many there are, all splits get their share
-    first_token = split * tokens_per_split
-    last_token = tl.minimum(first_token + tokens_per_split, tokens)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     tile = tl.arange(0, TILES)
     lane = tl.arange(0, BLOCK_N)
     for chunk in range(first_token, last_token, TILES * BLOCK_N):
@@ -102,7 +92,7 @@ def _attention_kernel(
         meets = (begin < end) & (begin <= last_query) & (end > first_query)
         if kv_head == 0:
             slot = tl.load(slot_ptr + token, begin < end, 0)
-            if tl.max(((slot < 0) | (slot >= slots)).to(tl.int32)) > 0:
+            if tl.max(((begin < end) & ((slot < 0) | (slot >= slots))).to(tl.int32)) > 0:
                 tl.atomic_or(fault_ptr, bits.SLOT)
         live = tl.max(meets.to(tl.int32), 1)  # [TILES]
         position = tl.cumsum(live, 0) - 1  # of each live tile among the live ones
@@ -117,37 +107,99 @@ def _attention_kernel(
             slot_n = tl.load(slot_ptr + token_n, needed, -1)
             needed = needed & (slot_n >= 0) & (slot_n < slots)
             slot_n = slot_n.to(tl.int64)
-            read = needed[:, None] & in_dim[None, :]  # rows that no query of this tile sees stay unread
 
-            k_row = slot_n * k_stride_s + kv_head * k_stride_h
-            k = tl.load(k_ptr + k_row[:, None] + dim[None, :] * k_stride_d, read, 0.0)  # [BLOCK_N, BLOCK_D]
-            scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale_log2
+            k_row = slot_n * k_stride_s + kv_head * k_stride_h  # rows that no query of this tile sees stay unread
+            read_k = needed[:, None] & in_dim[None, :]
+            k = tl.load(k_ptr + k_row[:, None] + dim[None, :] * k_stride_d, read_k, 0.0)  # [BLOCK_N, BLOCK_D]
+            scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            scores = tanh(scores * cap_inner) * cap_outer if CAPPED else scores * scale_log2
             seen = (begin_n[None, :] <= query[:, None]) & (query[:, None] < end_n[None, :]) & needed[None, :]
             scores = tl.where(seen, scores, float("-inf"))
 
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            # Of a row that sees anything at least _LOWEST_SEEN, even if its scores are NaN or -inf.
+            numbers = tl.where(seen, tl.where(scores > _LOWEST_SEEN, scores, _LOWEST_SEEN), float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(numbers, 1))
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # no -inf - -inf
             weight = tl.exp2(scores - base[:, None])
             decay = tl.exp2(largest - base)
             total = total * decay + tl.sum(weight, 1)
             v_row = slot_n * v_stride_s + kv_head * v_stride_h
-            v = tl.load(v_ptr + v_row[:, None] + dim[None, :] * v_stride_d, read, 0.0)
-            acc = dot(narrow(weight, v.dtype), v, acc * decay[:, None])
+            read_v = needed[:, None] & in_v[None, :]
+            v = tl.load(v_ptr + v_row[:, None] + dim_v[None, :] * v_stride_d, read_v, 0.0)
+            if CAREFUL:
+                wide = v.to(tl.float32)
+                unfit = wide - wide != 0.0
+                v = tl.where(unfit, 0.0, wide).to(v.dtype)
+                acc = dot(narrow(weight, v.dtype), v, acc * decay[:, None])
+                ones, those = tl.where(seen, 1.0, 0.0).to(v.dtype), tl.where(unfit, 1.0, 0.0).to(v.dtype)
+                touched = dot(ones, those, tl.zeros([BLOCK_M, BLOCK_V], tl.float32)) > 0.0
+                acc = tl.where(touched, float("nan"), acc)
+            else:
+                acc = dot(narrow(weight, v.dtype), v, acc * decay[:, None])
             largest = new_largest
+    return largest, total, acc
 
+
+@triton.jit(do_not_specialize=["queries", "group", "slots", "tokens", "tokens_per_split"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr,
+    count_ptr,  # [1] int32 or None: how many of the tokens there are
+    part_ptr,  # [splits, queries, heads, D_V] fp32
+    lse_ptr,  # [splits, queries, heads] fp32, base 2
+    fault_ptr,
+    scale_log2, cap_inner, cap_outer, queries, group, slots, tokens, tokens_per_split,
+    q_stride_n, q_stride_h, q_stride_d,
+    k_stride_s, k_stride_h, k_stride_d,
+    v_stride_s, v_stride_h, v_stride_d,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(2)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+        if (count < 0) | (count > tokens):
+            tl.atomic_or(fault_ptr, bits.PLAN)
+        tokens = tl.minimum(tl.maximum(count, 0), tokens)
+        tokens_per_split = tl.cdiv(tokens, tl.num_programs(2))  # however many there are, all splits get their share
+    first_token = split * tokens_per_split
+    last_token = tl.minimum(first_token + tokens_per_split, tokens)
+    largest, total, acc = _attend(
+        q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
+        scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
+        q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
+        D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=False,
+    )  # fmt: skip
+    # 0 times NaN is NaN: V of a token that only some rows see may have spoilt the others.
+    spoilt = (acc - acc != 0.0) & (total == total)[:, None]
+    if tl.max(spoilt.to(tl.int32)) > 0:
+        largest, total, acc = _attend(
+            q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
+            scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
+            q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
+            D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=True,
+        )  # fmt: skip
+
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, kv_heads = row // group, tl.num_programs(1)
+    head = (tl.program_id(1) * group + row % group).to(tl.int64)
+    present, dim = query < queries, tl.arange(0, BLOCK_V)
+    # No mass but something seen: all scores are -inf, and the result is NaN, if no other split has more.
     mass = tl.where(total == 0, 1.0, total)
-    out = acc / mass[:, None]
-    lse = tl.where(total == 0, float("-inf"), largest + tl.log2(mass))
+    out = tl.where((total == 0)[:, None], float("nan"), acc / mass[:, None])
+    lse = tl.where(total == 0, _LOWEST_SEEN, largest + tl.log2(mass))
+    lse = tl.where(largest == float("-inf"), float("-inf"), lse)
     place = (split.to(tl.int64) * queries + query) * kv_heads * group + head
     tl.store(lse_ptr + place, lse, present)
     # A partial that saw nothing is not written: its lse says so, and the join does not read it.
-    written = present & (total > 0)
-    tl.store(part_ptr + place[:, None] * D + dim[None, :], out, written[:, None] & in_dim[None, :])
+    written = present & (largest > float("-inf"))
+    tl.store(part_ptr + place[:, None] * D_V + dim[None, :], out, written[:, None] & (dim < D_V)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
+@triton.jit(do_not_specialize=["splits", "rows", "heads"])
 def _join_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, rows,
+    part_ptr, part_lse_ptr,
+    sinks_ptr,  # [heads] fp32, or None
+    out_ptr, lse_ptr, splits, rows, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # (query, head)
@@ -156,8 +208,12 @@ def _join_kernel(
     for first in range(0, splits, BLOCK_S):
         split = first + some
         lse = tl.load(part_lse_ptr + split.to(tl.int64) * rows + row, split < splits, float("-inf"))
-        largest = tl.maximum(largest, lse)
-    top = tl.max(largest)
+        largest = tl.where(lse > largest, lse, largest)  # of the numbers
+    seen = tl.max(largest)
+    top = seen
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + row % heads) * 1.4426950408889634
+        top = tl.where(sink > seen, sink, seen)
     base = tl.where(top == float("-inf"), 0.0, top)
 
     dim = tl.arange(0, BLOCK_D)
@@ -172,11 +228,15 @@ def _join_kernel(
         read = (weight > 0)[:, None] & (dim < D)[None, :]
         acc += weight[:, None] * tl.load(part_ptr + place[:, None] * D + dim[None, :], read, 0.0)
     mass = tl.sum(total)
-    nothing = mass == 0
-    mass = tl.where(nothing, 1.0, mass)
-    out = tl.sum(acc, 0) / mass
+    nothing = (seen == float("-inf")) & (mass == 0)  # not where a partial is NaN
+    empty = (seen == _LOWEST_SEEN) & (mass == mass)  # all scores are -inf
+    if sinks_ptr is not None:
+        empty = empty & (sink == float("-inf"))
+        mass += tl.exp2(sink - base)
+    out = tl.where(nothing, 0.0, tl.sum(acc, 0) / tl.where(mass == 0, 1.0, mass))
     tl.store(out_ptr + row * D + dim, narrow(out, out_ptr.dtype.element_ty), dim < D)
-    tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (base + tl.log2(mass)) * 0.6931471805599453))
+    lse = (base + tl.log2(tl.where(mass == 0, 1.0, mass))) * 0.6931471805599453
+    tl.store(lse_ptr + row, tl.where(empty | (mass == 0), float("-inf"), lse))
 
 
 def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: Chip) -> tuple[int, int]:
@@ -198,34 +258,39 @@ def tree_attention(
     count: Tensor | None = None,
     _k_scale: None = None,
     _v_scale: None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (queries, heads, head_dim), (slots, kv_heads, _), tokens = q.shape, k_cache.shape, slot.shape[0]
+    (queries, heads, head_dim), (slots, kv_heads, v_dim), tokens = q.shape, v_cache.shape, slot.shape[0]
     slot, begin, end = slot.contiguous(), begin.contiguous(), end.contiguous()
     held = faults.check_count(count, tokens)
     if faults.eager(slot):
         faults.check_index("slot", slot[:held][begin[:held] < end[:held]], slots)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(queries, heads, v_dim)
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
     if not queries:
         return out, lse
     rows = queries * heads // kv_heads
     on = chip(q.device)
-    block_m, block_n, num_warps, num_stages = config(head_dim, rows, q.element_size(), on.arch)
+    block_m, block_n, num_warps, num_stages = config(max(head_dim, v_dim), rows, q.element_size(), on.arch)
     row_tiles = cdiv(rows, block_m)
     splits, tokens_per_split = num_splits(tokens, row_tiles, kv_heads, block_n, on)
-    part = torch.empty(splits, queries, heads, head_dim, dtype=torch.float32, device=q.device)
+    part = torch.empty(splits, queries, heads, v_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, queries, heads, dtype=torch.float32, device=q.device)
-    block_d = next_power_of_2(max(16, head_dim))
+    block_d, block_v = (next_power_of_2(max(16, size)) for size in (head_dim, v_dim))
+    capped = softcap is not None
+    cap = softcap if softcap is not None else 1.0
     launch(
         _attention_kernel, (row_tiles, kv_heads, splits),
         q, k_cache, v_cache, slot, begin, end, count, part, part_lse, faults.word(q.device),
-        scale * 1.4426950408889634, queries, heads // kv_heads, slots, tokens, tokens_per_split,
+        scale * _LOG2E, scale / cap, cap * _LOG2E, queries, heads // kv_heads, slots, tokens, tokens_per_split,
         *q.stride(), *k_cache.stride(), *v_cache.stride(),
-        D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES,
+        D=head_dim, D_V=v_dim, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES,
+        CAPPED=capped,
         num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     launch(
-        _join_kernel, (queries * heads,), part, part_lse, out, lse, splits, queries * heads,
-        D=head_dim, BLOCK_D=block_d, BLOCK_S=16, num_warps=4,
+        _join_kernel, (queries * heads,), part, part_lse, None if sinks is None else sinks.float().contiguous(),
+        out, lse, splits, queries * heads, heads, D=v_dim, BLOCK_D=block_v, BLOCK_S=16, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -22,9 +22,9 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from saffron.errors import ConfigError, UnsupportedModelError
-from saffron.integrations.transformers.call import Call, answer, by_name, read
+from saffron.integrations.transformers.call import Call, answer, by_name, check_output, read
 from saffron.integrations.transformers.rows import Pass, Rows
-from saffron.models.attention import ATTENTION, TrieStep, attention_window
+from saffron.models.attention import ATTENTION, NO_GRADIENTS, TrieStep
 from saffron.models.trie_model import TrieModel
 from saffron_kernels import TreeStep
 
@@ -42,7 +42,8 @@ class TrieCache(Cache):
     The model has to be loaded with `attn_implementation="saffron"`. Rows may be padded on the left, and between turns.
     Results are those of `DynamicCache` up to rounding: where prefixes are shared, matrix products have fewer rows. Not
     safe for use from several threads. Not served, with a typed error: `inputs_embeds`, images and other inputs that are
-    not token ids, `output_attentions`, positions of one's own, texts longer than a sliding window.
+    not token ids, `output_attentions`, `output_router_logits`, positions of one's own, dropout in training mode,
+    gradients.
 
     Args:
         model: a decoder of transformers, or a PEFT model around one.
@@ -81,6 +82,10 @@ class TrieCache(Cache):
             trie = TrieModel(model, capacity=32768, grow=False)   # this many tokens, the least recently used go first
             model.generate(**inputs, past_key_values=TrieCache.from_trie(trie))
 
+        What was cached with other weights is never used: after `set_adapter`, `disable_adapter`, an optimizer's step or
+        `model.to(...)` the trie is emptied with a warning, and rows that go on are run anew. Changes through
+        `parameter.data` cannot be noticed: make a new trie after them.
+
         Args:
             trie: a model with its trie; a `Policy` too, so that Saffron search and `generate` share prompts.
             static: as above.
@@ -96,11 +101,14 @@ class TrieCache(Cache):
 
     def _begin(self, trie: TrieModel, static: bool) -> None:
         super().__init__(layers=[])
-        if not trie.model._supports_logits_to_keep():
+        if not trie.model._supports_logits_to_keep():  # type: ignore[operator]
             raise UnsupportedModelError(f"{trie.model.config.model_type} model: its forward has no logits_to_keep")
+        if trie.geometry.outputs:
+            outputs = ", ".join(trie.geometry.outputs)
+            raise UnsupportedModelError(f"{trie.model.config.model_type} model: it returns {outputs}, not served here")
         self.trie = trie
         self.static = static
-        self._rows = Rows(trie.kv, attention_window(trie.model.config))
+        self._rows = Rows(trie)
         if all(hook is not _before_forward for hook in trie.model._forward_pre_hooks.values()):
             trie.model.register_forward_pre_hook(_before_forward, with_kwargs=True)
             trie.model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
@@ -108,6 +116,9 @@ class TrieCache(Cache):
     def __repr__(self) -> str:
         rows, kv = self._rows, self.trie.kv
         return f"TrieCache({len(rows)} rows of {rows.columns} columns, {kv.num_nodes} of {kv.capacity} slots)"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a TrieCache cannot be pickled: its rows stand in the trie of a model; pickle their token ids")
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         other = type(self).from_trie(self.trie, static=self.static)
@@ -190,6 +201,7 @@ class _Running:
     cache: TrieCache
     call: Call
     planned: Pass
+    step: TrieStep
     logits_of: Tensor
     hidden_of: Tensor
 
@@ -207,6 +219,8 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     if cache.trie.model is not model:
         raise ConfigError(f"past_key_values: a TrieCache of another {type(cache.trie.model).__name__}")
     call = read(model, arguments)
+    _check_mode(model)
+    cache.trie.check_weights()
     planned = cache._rows.plan(call.ids, call.real, call.positions, call.wanted)
     tokens, plan, queries = planned.tokens, planned.step, len(planned.tokens)
     static = cache.static and planned.decode
@@ -217,16 +231,15 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     distinct = np.unique(kept)
     everything = static or len(distinct) == queries
     logits_of = kept if everything else np.searchsorted(distinct, kept)
+    step = TrieStep(cache.trie.kv, plan, static, cache.trie.geometry.windows)
     indices = [torch.from_numpy(x).to(tokens.device) for x in (logits_of, planned.outputs, distinct)]
-    _running[model] = _Running(cache, call, planned, logits_of=indices[0], hidden_of=indices[1])
+    _running[model] = _Running(cache, call, planned, step, logits_of=indices[0], hidden_of=indices[1])
     return (), {
         **call.others,
         "input_ids": tokens[None],
-        "position_ids": plan.positions[None],
         "logits_to_keep": 0 if everything else indices[2],
-        "use_cache": False,
         "return_dict": True,
-        "trie_step": TrieStep(cache.trie.kv, plan, static),
+        **step.arguments(),
     }
 
 
@@ -238,8 +251,26 @@ def _after_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
     if output is None:
         running.cache.trie.kv.abandon()
         return None
+    try:
+        running.step.finish()
+        check_output(output, len(running.planned.tokens) if not running.step.static else None)
+    except UnsupportedModelError:
+        running.cache.trie.kv.abandon()
+        raise
     running.planned.finish()
     return answer(running.call, output, running.logits_of, running.hidden_of, past_key_values=running.cache)
+
+
+def _check_mode(model: PreTrainedModel) -> None:
+    """Refuses what would be noise or gradients through shared prefixes, before anything changes."""
+    dropouts = (m for m in model.modules() if isinstance(m, nn.Dropout)) if model.training else ()
+    if any(dropout.p > 0 for dropout in dropouts):
+        raise ConfigError(
+            "model: it is in training mode and has dropout, and rows of a TrieCache share their prefixes; call "
+            "model.eval()"
+        )
+    if torch.is_grad_enabled() and model.get_input_embeddings().weight.requires_grad:
+        raise ConfigError(NO_GRADIENTS)
 
 
 def _same_shapes(tokens: Tensor, plan: TreeStep, rows: int, capacity: int) -> tuple[Tensor, TreeStep]:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.models.attention import ATTENTION
+from saffron.models.inspection import SERVED_OUTPUTS
 
 _READ = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "return_dict",
@@ -98,6 +99,12 @@ def _refuse(model: PreTrainedModel, others: Mapping[str, Any]) -> None:
     attentions = others.get("output_attentions")
     if model.config.output_attentions if attentions is None else attentions:
         raise UnsupportedModelError("output_attentions: attention over a trie has no weights to return")
+    router = others.get("output_router_logits")
+    if getattr(model.config.get_text_config(), "output_router_logits", False) if router is None else router:
+        raise UnsupportedModelError(
+            "output_router_logits: not served by a TrieCache, whose passes run every distinct prefix once: router "
+            "logits and their loss would be those of other tokens"
+        )
     tensors = [name for name, value in others.items() if isinstance(value, Tensor)]
     if tensors:
         raise UnsupportedModelError(
@@ -124,6 +131,22 @@ def _columns(keep: int | Tensor, new: int) -> NDArray[np.int64]:
 
 def _host(tensor: Tensor) -> NDArray[Any]:
     return tensor.to("cpu", torch.int64).numpy()
+
+
+def check_output(output: ModelOutput, queries: int | None) -> None:
+    """Refuses outputs that `answer` cannot give a row for every row of the caller.
+
+    Args:
+        queries: of the pass, None for not known.
+    """
+    for name, value in output.items():
+        if value is not None and name not in SERVED_OUTPUTS:
+            raise UnsupportedModelError(f"{name}: an output of the model that a TrieCache does not serve")
+    for state in output.get("hidden_states") or ():
+        if state.dim() != 3 or len(state) != 1 or queries not in (None, state.shape[1]):
+            raise UnsupportedModelError(
+                f"hidden_states: of shape {list(state.shape)}, which a TrieCache does not serve"
+            )
 
 
 def answer(call: Call, output: ModelOutput, logits_of: Tensor, hidden_of: Tensor, **fields: object) -> Any:

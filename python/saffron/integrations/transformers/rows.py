@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saffron.errors import ConfigError
-from saffron.models.attention import check_window
+from saffron.models.trie_model import TrieModel
 from saffron_kernels import Beams, KVTrie, TreeStep
 
 Ints = NDArray[np.int64]
@@ -45,18 +45,23 @@ class Rows:
     any more go with the next pass.
 
     Attributes:
-        kv: the cache. window: the longest text that the model's attention serves, None for any.
+        trie: whose cache they stand in.
         columns: columns so far, padding included.
     """
 
-    def __init__(self, kv: KVTrie, window: int | None) -> None:
-        self.kv = kv
-        self.window = window
+    def __init__(self, trie: TrieModel) -> None:
+        self.trie = trie
+        trie.dependents.add(self)
         self._clear()
+
+    @property
+    def kv(self) -> KVTrie:
+        return self.trie.kv
 
     def _clear(self) -> None:
         self.columns = 0
         self._beams: Beams | None = None
+        self._texts: list[NDArray[np.int32]] | None = None  # of the beams, where they are not cached any more
         self._beam_of_row: Ints | None = None  # -1: padding so far
         self._real: Bools | None = None  # [rows, columns], None: no padding
 
@@ -73,7 +78,7 @@ class Rows:
 
         Raises:
             ConfigError: other rows than before, rows that end in padding, positions that are not those of the text.
-            UnsupportedModelError: an attention window that is outgrown. CacheFullError: no room.
+            CacheFullError: no room.
         """
         if self._beam_of_row is not None and len(ids) != len(self):
             raise ConfigError(
@@ -86,16 +91,18 @@ class Rows:
         depth = lengths[:, None] + (np.arange(1, ids.shape[1] + 1) if real is None else real.cumsum(1)) - 1
         _check_padding(depth, real)
         _check_positions(depth, real, positions)
-        check_window(int(depth.max()) + 1, self.window)
-        if self._beam_of_row is not None and ids.shape[1] == 1 and real is None and lengths.all():
+        if self._beams is not None and ids.shape[1] == 1 and real is None and lengths.all():
             return self._decode(ids[:, 0])
         return self._extend(ids, real, wanted)
 
     def _lengths(self, rows: int) -> Ints:
         """Tokens of each row, without padding."""
-        if self._beams is None or self._beam_of_row is None:
+        if self._beam_of_row is None:
             return np.zeros(rows, dtype=np.int64)
-        return np.append(self._beams.positions, -1)[self._beam_of_row] + 1
+        if self._texts is not None:
+            return np.array([*map(len, self._texts), 0])[self._beam_of_row]
+        positions: list[int] = [] if self._beams is None else self._beams.positions.tolist()
+        return np.array([*positions, -1])[self._beam_of_row] + 1
 
     def _decode(self, tokens: Ints) -> Pass:
         assert self._beams is not None and self._beam_of_row is not None
@@ -115,7 +122,7 @@ class Rows:
         return Pass(torch.from_numpy(ids).to(self.kv.k.device), step, query[:, None], True, finish)
 
     def _extend(self, ids: Ints, real: Bools | None, wanted: Ints) -> Pass:
-        texts, text_of_row = self._texts(ids, real)
+        texts, text_of_row = self._longer(ids, real)
         mask = np.ones(ids.shape, dtype=bool) if real is None else real
         from_end = (mask.sum(1)[:, None] - mask.cumsum(1))[:, wanted]  # tokens of the row after each column
         seen = mask[:, wanted]
@@ -128,6 +135,7 @@ class Rows:
             self.kv.unfinished = None
             old = self._beams
             self._beams, number = self.kv.beams(fill.leaves)
+            self._texts = None
             self._beam_of_row = np.append(number, -1)[text_of_row].astype(np.int64)
             self._add_columns(ids.shape[1], real)
             if old is not None:
@@ -135,7 +143,7 @@ class Rows:
 
         return Pass(fill.tokens, fill.step, outputs.astype(np.int64), False, finish)
 
-    def _texts(self, ids: Ints, real: Bools | None) -> tuple[list[NDArray[np.int32]], Ints]:
+    def _longer(self, ids: Ints, real: Bools | None) -> tuple[list[NDArray[np.int32]], Ints]:
         """The distinct texts of all rows after these columns, and the text of each row, -1 for none."""
         texts: dict[tuple[int, bytes], int] = {}
         longer: list[NDArray[np.int32]] = []
@@ -151,6 +159,8 @@ class Rows:
         return longer, text_of_row
 
     def _path(self, beam: int) -> NDArray[np.int32]:
+        if self._texts is not None and beam >= 0:
+            return self._texts[beam]
         if beam < 0 or self._beams is None:
             return np.empty(0, dtype=np.int32)
         return self.kv.index.path(int(self._beams.nodes[beam]))
@@ -170,17 +180,29 @@ class Rows:
 
     def crop(self, columns: int) -> None:
         """Takes the last columns away."""
-        if self._beams is None or self._beam_of_row is None or columns == 0:
+        if self._beam_of_row is None or columns == 0:
             return
         if columns >= self.columns:
             self.release()
             return
         gone = self._real[:, -columns:].sum(1) if self._real is not None else np.full(len(self), columns)
         lengths = self._lengths(len(self)) - gone
+        self._shorten(lengths.tolist())
+        self._real = None if self._real is None else self._real[:, :-columns]
+        self.columns -= columns
+
+    def _shorten(self, lengths: list[int]) -> None:
+        """Keeps so many tokens of each row."""
+        assert self._beam_of_row is not None
+        if self._beams is None:
+            texts = [self._path(beam)[: max(n, 0)] for beam, n in zip(self._beam_of_row.tolist(), lengths, strict=True)]
+            self._texts = texts
+            self._beam_of_row = np.array([i if len(text) else -1 for i, text in enumerate(texts)], dtype=np.int64)
+            return
         nodes: dict[tuple[int, int], int] = {}
         leaf_of_row = np.full(len(self), -1, dtype=np.int64)
         leaves: list[int] = []
-        for row, (beam, length) in enumerate(zip(self._beam_of_row.tolist(), lengths.tolist(), strict=True)):
+        for row, (beam, length) in enumerate(zip(self._beam_of_row.tolist(), lengths, strict=True)):
             if beam >= 0 and length > 0:
                 leaf_of_row[row] = nodes.setdefault((beam, length), len(nodes))
                 if len(leaves) < len(nodes):
@@ -190,8 +212,13 @@ class Rows:
         self.kv.release(self._beams.nodes, discard=True)
         self._beams, number = self.kv.beams(held)
         self._beam_of_row = np.append(number, -1)[leaf_of_row].astype(np.int64)
-        self._real = None if self._real is None else self._real[:, :-columns]
-        self.columns -= columns
+
+    def detach(self) -> None:
+        """Gives the nodes up, whose K and V are of other weights: the next pass runs the texts of the rows anew."""
+        if self._beams is not None:
+            self._texts = [self.kv.index.path(int(node)) for node in self._beams.nodes]
+            self.kv.release(self._beams.nodes, discard=True)
+            self._beams = None
 
     def release(self) -> None:
         """Ends all rows. Their tokens stay cached until their slots are needed."""
@@ -202,9 +229,9 @@ class Rows:
 
     def fork(self) -> Rows:
         """The same rows once more, with holds of their own."""
-        other = Rows(self.kv, self.window)
-        other.columns, other._beams, other._beam_of_row, other._real = (
-            self.columns, self._beams, self._beam_of_row, self._real,
+        other = Rows(self.trie)
+        other.columns, other._beams, other._texts, other._beam_of_row, other._real = (
+            self.columns, self._beams, self._texts, self._beam_of_row, self._real,
         )  # fmt: skip
         if self._beams is not None:
             self.kv.index.hold(self._beams.nodes)

@@ -2,8 +2,8 @@
 
 `register` is an entry point of vLLM (`vllm.general_plugins`): with this package installed nothing else has to be done.
 
-- GPUs: `vllm serve MODEL --attention-backend SAFFRON`, or `LLM(MODEL, attention_backend="SAFFRON")`.
-- CPUs, where vLLM does not look at the name: `SAFFRON_VLLM=1`.
+`SAFFRON_VLLM=1 vllm serve MODEL` uses it on CPUs. GPUs are not served yet: the op that plans a step, `block_plan`, has no
+GPU kernel.
 """
 
 from __future__ import annotations

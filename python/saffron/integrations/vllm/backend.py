@@ -55,6 +55,11 @@ class SaffronAttentionBackend(AttentionBackend):
         return (KVCacheLayout.LBNHC,)
 
     @classmethod
+    def supports_compute_capability(cls, capability: object) -> bool:
+        """No GPU yet: `block_plan` has no kernel there."""
+        return False
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
@@ -169,7 +174,7 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
 
 
 def _rows(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V `[blocks * block_size, kv_heads, head_size]` of a cache `[blocks, kv_heads, block_size, 2 * head_size]`."""
+    """K and V `[blocks * block_size, kv_heads, head_size]` of `[blocks, kv_heads, block_size, 2 * head_size]`."""
     blocks, kv_heads, block_size, both = kv_cache.shape
     rows = kv_cache.transpose(1, 2).view(blocks * block_size, kv_heads, both)
     return rows[..., : both // 2], rows[..., both // 2 :]

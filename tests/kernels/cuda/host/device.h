@@ -33,6 +33,9 @@ using host::dim3;
 struct alignas(8) int2 {
   int32_t x, y;
 };
+struct int3 {
+  int32_t x, y, z;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -50,6 +53,7 @@ struct alignas(16) float4 {
 };
 
 inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int3 make_int3(int x, int y, int z) { return {x, y, z}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
@@ -275,7 +279,4 @@ T atomicExch(T* address, std::common_type_t<T> value) {
 template <class T>
 T atomicCAS(T* address, std::common_type_t<T> compare, std::common_type_t<T> value) {
   return host::atomic(address, [&](T old) { return old == compare ? value : old; });
-}
-inline unsigned atomicInc(unsigned* address, unsigned last) {
-  return host::atomic(address, [&](unsigned old) { return old >= last ? 0u : old + 1; });
 }

@@ -358,6 +358,8 @@ __attribute__((visibility("default"))) const char* saffron_launches() {
   return all.c_str();
 }
 
+__attribute__((visibility("default"))) void saffron_forget_launches() { host::launches.clear(); }
+
 __attribute__((visibility("default"))) unsigned saffron_launch_count() {
   return host::launch_count;
 }

@@ -124,6 +124,8 @@ extern "C" {
 /// A line for every kind of launch so far: name, threads of a block, bytes of shared memory,
 /// separated by tabs.
 const char* saffron_launches();
+/// From here on launches are listed anew.
+void saffron_forget_launches();
 /// How many launches there were.
 unsigned saffron_launch_count();
 /// `boxes_begun`.

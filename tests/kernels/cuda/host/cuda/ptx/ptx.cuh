@@ -16,6 +16,8 @@ inline float exp2(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 
+inline float reciprocal(float x) { return 1.f / x; }
+
 /// A 16-bit float of `kMantissa` explicit bits and a largest exponent of `kBias`, nearest even.
 template <int kMantissa, int kBias>
 uint32_t round_to_16_bits(float x) {
@@ -76,6 +78,15 @@ inline uint32_t multiply_half(uint32_t a, uint32_t b) {
 }
 
 // --- memory between blocks ---
+
+inline void fence() { host::may_switch(); }
+
+inline uint32_t arrive(uint32_t* counter, uint32_t value = 1) {
+  fence();
+  const uint32_t before = atomicAdd(counter, value);
+  fence();
+  return before;
+}
 
 inline uint32_t load_acquire(const uint32_t* address) {
   host::yield();

@@ -1,8 +1,9 @@
-"""One model reading the sequences of many searches: what stays cached, and what each search would cost alone."""
+"""One model scoring the prefixes of many searches: what stays cached, and what each search would cost alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,30 +15,49 @@ from saffron_kernels._native import CacheFullError, Trie
 
 Index = NDArray[np.int32]
 Tokens = tuple[int, ...]
+Search = Hashable
 
 
-class Reading:
+class PrefixScorer:
     """Reads responses behind their search's context; every prefix is run once and remembered while it is wanted.
 
     The cost of a search is counted on a host trie of its own, which sees what the cache would see were it alone.
 
     Args:
         model: with `share_prefixes` off nothing is remembered, and every read runs all of its sequences.
-        contexts: what stands before the responses, for each search.
+        contexts: what stands before the responses, for each search; a search is anything that can be hashed.
         head_rows: entries of the unembedding that each read of a sequence needs.
 
     Attributes:
         tallies: cost, for each search.
     """
 
-    def __init__(self, model: TrieModel, contexts: Sequence[Sequence[int]], head_rows: int) -> None:
-        self.model, self.contexts, self.head_rows = model, [tuple(c) for c in contexts], head_rows
-        self.tallies = [Tally() for _ in contexts]
-        self._alone = [Trie(256) for _ in contexts]
+    def __init__(self, model: TrieModel, contexts: Mapping[Search, Sequence[int]], head_rows: int) -> None:
+        self.model, self.head_rows = model, head_rows
+        self.contexts: dict[Search, Tokens] = {}
+        self.tallies: dict[Search, Tally] = {}
+        self._alone: dict[Search, Trie] = {}
         # Response prefixes that stay cached, by search: their nodes in the model's trie and in the search's own.
-        self._held: list[dict[Tokens, tuple[int, int]]] = [{} for _ in contexts]
+        self._held: dict[Search, dict[Tokens, tuple[int, int]]] = {}
+        for search, context in contexts.items():
+            self.add(search, context, Tally())
 
-    def read(self, owners: Sequence[int], responses: Sequence[Tokens], suffix: Sequence[int] = ()) -> Tensor:
+    def add(self, search: Search, context: Sequence[int], tally: Tally, leaf: Index | None = None) -> None:
+        """A search joins. `leaf`: the held node of its context, where that has been read already."""
+        self.contexts[search], self.tallies[search] = tuple(context), tally
+        self._alone[search], self._held[search] = Trie(256), {}
+        if leaf is not None:
+            (own,) = self._count([search], [list(context)], 1)
+            if len(leaf):
+                self._held[search][()] = int(leaf[0]), own
+
+    def remove(self, search: Search) -> None:
+        """A search leaves, and gives its part of the cache back; its tally stays as it is."""
+        if self.contexts.pop(search, None) is not None:
+            self.model.forget(_int32([node for node, _ in self._held.pop(search).values()]))
+            del self._alone[search], self.tallies[search]
+
+    def read(self, owners: Sequence[Search], responses: Sequence[Tokens], suffix: Sequence[int] = ()) -> Tensor:
         """The output `[responses, ...]` at the end of each `context + response + suffix`.
 
         What was read, without the suffix, stays cached until `retain` drops it.
@@ -62,14 +82,14 @@ class Reading:
             self.model.forget(leaves[:keep])
         return output[: len(full)]
 
-    def charge_head(self, owner: int, rows: int) -> None:
+    def charge_head(self, owner: Search, rows: int) -> None:
         """Counts entries of the unembedding that were read besides `head_rows`."""
         self.tallies[owner].flops += rows * self.model.flops.per_head_row
 
-    def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
+    def retain(self, wanted: Callable[[Any, Tokens], bool]) -> None:
         """Drops every response that is not wanted, given its search and its tokens, from the cache."""
         dropped: list[int] = []
-        for g, held in enumerate(self._held):
+        for g, held in self._held.items():
             gone = [response for response in held if not wanted(g, response)]
             nodes = [held.pop(response) for response in gone]
             dropped += [node for node, _ in nodes]
@@ -80,7 +100,7 @@ class Reading:
         """Gives the cache back."""
         self.retain(lambda owner, response: False)
 
-    def _hold(self, owners: Sequence[int], responses: Sequence[Tokens], leaves: Index, alone: list[int]) -> None:
+    def _hold(self, owners: Sequence[Search], responses: Sequence[Tokens], leaves: Index, alone: list[int]) -> None:
         """One hold for each response; those that were held already give up the second one."""
         for g, response, leaf, own in zip(owners, responses, leaves.tolist(), alone, strict=True):
             if response in self._held[g]:
@@ -89,7 +109,7 @@ class Reading:
             else:
                 self._held[g][response] = leaf, own
 
-    def _count(self, owners: Sequence[int], sequences: list[list[int]], calls: int) -> list[int]:
+    def _count(self, owners: Sequence[Search], sequences: list[list[int]], calls: int) -> list[int]:
         """Charges each search for the tokens that its own trie lacks.
 
         Args:
@@ -100,7 +120,7 @@ class Reading:
             the nodes of the last `calls` sequences in their search's trie, held once for each.
         """
         kept = [0] * calls
-        rows_of: dict[int, list[int]] = {}
+        rows_of: dict[Search, list[int]] = {}
         for i, owner in enumerate(owners):
             rows_of.setdefault(owner, []).append(i)
         for g, rows in rows_of.items():
@@ -116,11 +136,9 @@ class Reading:
                 kept[i] = node
         return kept
 
-    def _charge(self, owner: int, tokens: int, flops: int, calls: int) -> None:
-        tally = self.tallies[owner]
-        tally.tokens += tokens
-        tally.calls += calls
-        tally.flops += flops + calls * self.head_rows * self.model.flops.per_head_row
+    def _charge(self, owner: Search, tokens: int, flops: int, calls: int) -> None:
+        flops += calls * self.head_rows * self.model.flops.per_head_row
+        self.tallies[owner].add(flops, tokens, calls)
 
 
 def _insert(trie: Trie, sequences: list[list[int]]) -> tuple[Index, int, int]:

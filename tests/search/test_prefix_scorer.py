@@ -1,4 +1,4 @@
-"""`Reading`: outputs, what stays cached, and costs, against a set of the prefixes that are held."""
+"""`PrefixScorer`: outputs, what stays cached, and costs, against a set of the prefixes that are held."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saffron.errors import PromptTooLongError
 from saffron.models.policy import Policy
-from saffron.search.reading import Reading
+from saffron.search.prefix_scorer import PrefixScorer
 
 Tokens = tuple[int, ...]
 CONTEXTS: list[Tokens] = [(0, 3, 4), (0, 3, 4), (0, 3), (0, 7, 8, 9)]  # equal ones, and one that begins another
@@ -57,7 +57,7 @@ class Model:
 @settings(max_examples=40)
 @given(reads=READS, suffix=st.sampled_from([(), (6, 7)]), keep=st.integers(0, 2))
 def test_costs_and_cache_of_every_search(policy: Policy, reads: list, suffix: Tokens, keep: int) -> None:
-    reading = Reading(policy, CONTEXTS, head_rows=2)
+    reading = PrefixScorer(policy, dict(enumerate(CONTEXTS)), head_rows=2)
     models = [Model(policy, context) for context in CONTEXTS]
     try:
         for asked in reads:
@@ -83,7 +83,7 @@ def test_costs_and_cache_of_every_search(policy: Policy, reads: list, suffix: To
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_held(policy: Policy) -> None:
-    reading = Reading(policy, [(0, 3)], head_rows=0)
+    reading = PrefixScorer(policy, {0: (0, 3)}, head_rows=0)
     with pytest.raises(PromptTooLongError, match="response 1: 262 tokens"):
         reading.read([0, 0], [(3,), (3,) * 258], (4, 5))
     assert policy.kv.num_nodes == 0
@@ -94,7 +94,7 @@ def test_prefixes_that_are_kept_cost_as_if_they_were_not() -> None:
     policy = Policy(tiny.model(num_hidden_layers=1), keep_prefixes=True)
     costs = []
     for _ in range(2):
-        reading = Reading(policy, [(0, 3, 4)], head_rows=1)
+        reading = PrefixScorer(policy, {0: (0, 3, 4)}, head_rows=1)
         reading.read([0], [(5, 6)])
         reading.close()
         costs.append(reading.tallies[0])

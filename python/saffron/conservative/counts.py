@@ -1,0 +1,107 @@
+"""What was seen: visits, transitions and rewards of each step, state and action. Counts of replicas add."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saffron.errors import ConfigError
+
+
+class Counts:
+    """Counts of transitions, with a leading axis of independent runs.
+
+    Attributes:
+        transitions: float64 [runs, steps, states, actions, states], N_h(s,a,s'). Floating-point numbers hold
+            integers up to 2^53 exactly, are what a matrix product reads, and can be decayed.
+        visits: float64 [runs, steps, states, actions], N_h(s,a).
+        rewards, squares: float64 of that shape: sums of the observed rewards and of their squares.
+    """
+
+    __slots__ = ("transitions", "visits", "rewards", "squares")
+
+    def __init__(self, transitions: np.ndarray, visits: np.ndarray, rewards: np.ndarray, squares: np.ndarray) -> None:
+        self.transitions, self.visits, self.rewards, self.squares = transitions, visits, rewards, squares
+
+    @classmethod
+    def zeros(cls, runs: int, steps: int, states: int, actions: int) -> Counts:
+        shape = (runs, steps, states, actions)
+        return cls(np.zeros((*shape, states)), np.zeros(shape), np.zeros(shape), np.zeros(shape))
+
+    @classmethod
+    def from_trajectories(
+        cls,
+        states: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray | None = None,
+        *,
+        num_states: int,
+        num_actions: int,
+    ) -> Counts:
+        """Counts of logged episodes of one problem (runs = 1).
+
+        Args:
+            states: int [episodes, steps + 1]. actions: int [episodes, steps].
+            rewards: float [episodes, steps], as observed; None: not used (the rewards are known).
+
+        Raises:
+            ConfigError: shapes do not fit, or a state or an action is out of range.
+        """
+        states, actions = np.asarray(states), np.asarray(actions)
+        if states.ndim != 2 or actions.shape != (states.shape[0], states.shape[1] - 1):
+            raise ConfigError(
+                f"actions: got shape {actions.shape} with states of shape {states.shape}, expected [episodes, steps] "
+                "and [episodes, steps + 1]"
+            )
+        for name, given, limit in (("states", states, num_states), ("actions", actions, num_actions)):
+            if given.size and not (given.min() >= 0 and given.max() < limit):
+                raise ConfigError(f"{name}: got {given.min()} to {given.max()}, expected 0 to {limit - 1}")
+        counts = cls.zeros(1, actions.shape[1], num_states, num_actions)
+        runs = np.zeros(actions.shape, dtype=np.intp)
+        counts.add(runs, states, actions, rewards)
+        return counts
+
+    @property
+    def runs(self) -> int:
+        return self.visits.shape[0]
+
+    def add(self, runs: np.ndarray, states: np.ndarray, actions: np.ndarray, rewards: np.ndarray | None = None) -> None:
+        """Adds episodes in place. runs, actions, rewards: [episodes, steps]; states: [episodes, steps + 1]."""
+        steps = np.broadcast_to(np.arange(actions.shape[1]), actions.shape)
+        cells = np.ravel_multi_index((runs, steps, states[:, :-1], actions), self.visits.shape).ravel()
+        transitions = cells * self.transitions.shape[-1] + states[:, 1:].ravel()
+        _add_at(self.transitions, transitions, None)
+        _add_at(self.visits, cells, None)
+        if rewards is not None:
+            observed = np.asarray(rewards, dtype=np.float64).ravel()
+            _add_at(self.rewards, cells, observed)
+            _add_at(self.squares, cells, observed * observed)
+
+    def copy(self) -> Counts:
+        return Counts(*(array.copy() for array in self.arrays()))
+
+    def of(self, runs: np.ndarray) -> Counts:
+        """The counts of some runs, copied."""
+        return Counts(*(array[runs] for array in self.arrays()))
+
+    def scaled(self, factor: float) -> Counts:
+        """Counts as if every episode counted `factor` times."""
+        return Counts(*(array * factor for array in self.arrays()))
+
+    def __add__(self, other: Counts) -> Counts:
+        if self.transitions.shape != other.transitions.shape:
+            raise ConfigError(
+                f"counts: got shape {other.transitions.shape} to add to {self.transitions.shape}, expected equal shapes"
+            )
+        return Counts(*(a + b for a, b in zip(self.arrays(), other.arrays(), strict=True)))
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.transitions, self.visits, self.rewards, self.squares
+
+
+def _add_at(target: np.ndarray, places: np.ndarray, amounts: np.ndarray | None) -> None:
+    """target.ravel()[places] += amounts (1 if None), repeated places counted each time. In the order of `places`."""
+    if places.size * 8 < target.size:  # a table of the whole target would cost more than the sorted places
+        unique, inverse = np.unique(places, return_inverse=True)
+        target.reshape(-1)[unique] += np.bincount(inverse, amounts, len(unique))
+    else:
+        target.reshape(-1)[:] += np.bincount(places, amounts, target.size)

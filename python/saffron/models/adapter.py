@@ -1,0 +1,112 @@
+"""A PEFT adapter merged into its base model, so that the merged model is the adapted one to the last weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saffron.errors import CheckpointError
+from saffron.models.loading import quiet, some
+
+CONFIG = "adapter_config.json"
+
+
+def adapter_base(folder: Path) -> str | Path:
+    """The checkpoint that an adapter says it was trained on; a relative path is taken from the adapter's folder.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    named = _config(folder).get("base_model_name_or_path")
+    if not named or not isinstance(named, str):
+        raise CheckpointError(f"{folder / CONFIG}: names no base model; say which with base=")
+    beside = folder / named
+    return beside if beside.is_dir() else named
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapter's weights merged. The model given is changed.
+
+    Embeddings that are tied and that the adapter changes are untied first: merging would change both at once.
+
+    Raises:
+        CheckpointError: another kind of adapter than LoRA, an option that cannot be merged, weights that do not belong
+            to the model's modules or are missing, or that are not finite.
+    """
+    _check_kind(folder, _config(folder))
+    from peft import PeftModel, load_peft_weights  # its import takes as long as that of transformers
+
+    with quiet():
+        try:
+            weights = load_peft_weights(str(folder), device="cpu")
+            wrapped = PeftModel.from_pretrained(model, str(folder))
+        except Exception as error:  # peft, safetensors and torch each raise types of their own for a damaged adapter
+            raise CheckpointError(
+                f"{folder}: its adapter cannot be applied to the base model ({_reason(error)})"
+            ) from error
+        _check_keys(folder, wrapped, weights)
+        for name, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise CheckpointError(f"{folder}: the adapter's weight {name} holds NaN or infinity")
+        _untie(wrapped.get_base_model())
+        try:
+            merged = wrapped.merge_and_unload()
+        except Exception as error:  # as above
+            raise CheckpointError(f"{folder}: its adapter cannot be merged ({_reason(error)})") from error
+    left = [name for name, module in merged.named_modules() if type(module).__module__.startswith("peft.")]
+    if left:
+        raise CheckpointError(f"{folder}: its adapter cannot be merged: PEFT leaves its own modules at {some(left)}")
+    return merged
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not an adapter configuration ({_reason(error)})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not an adapter configuration (a {type(config).__name__}, not an object)")
+    return config
+
+
+def _check_kind(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses what cannot be merged, or what nobody has compared with the unmerged model."""
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG}: peft_type: got {config.get('peft_type')!r}, expected 'LORA'")
+    for option in ("alora_invocation_tokens", "layer_replication", "arrow_config", "megatron_config", "use_qalora"):
+        if config.get(option):
+            raise CheckpointError(f"{folder / CONFIG}: {option} is not supported: such an adapter cannot be merged")
+
+
+def _check_keys(folder: Path, wrapped: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Every weight of the file has a place in the model, and every place a weight."""
+    from peft import get_peft_model_state_dict
+
+    needed = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    allowed = needed | set(get_peft_model_state_dict(wrapped, save_embedding_layers=True))
+    unknown, missing = sorted(weights.keys() - allowed), sorted(needed - weights.keys())
+    if unknown or missing:
+        parts = [f"weights that the base model has no module for: {some(unknown)}"] if unknown else []
+        parts += [f"weights are missing: {some(missing)}"] if missing else []
+        raise CheckpointError(f"{folder}: its adapter does not fit the base model; {'; '.join(parts)}")
+
+
+def _untie(model: Any) -> None:
+    """Gives input and output embeddings a weight each where they share one and an adapter is on one of them."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    bare = [getattr(layer, "base_layer", layer) for layer in layers]
+    weights = [getattr(layer, "weight", None) for layer in bare]
+    if weights[0] is None or weights[0] is not weights[1] or bare == list(layers):
+        return
+    bare[1].weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,16 @@
+"""Objects that callers hand in by mistake, named before anything is run."""
+
+from __future__ import annotations
+
+from saffron.errors import ConfigError
+
+
+def kind(value: object) -> str:
+    """What a value is, for a message."""
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def expect(name: str, value: object, *kinds: type) -> None:
+    """Raises `ConfigError` that names the argument, unless the value is of one of these types."""
+    if not isinstance(value, kinds):
+        raise ConfigError(f"{name}: got {kind(value)}, expected {' or '.join(k.__name__ for k in kinds)}")

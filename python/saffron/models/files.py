@@ -1,0 +1,97 @@
+"""The checkpoints a command was given: checked before anything is loaded, loaded, tried, told apart."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saffron.errors import CheckpointError, ConfigError, outside
+from saffron.models.bundled import FOLDER, Models
+from saffron.models.devices import find_device
+from saffron.models.policy import Policy
+from saffron.models.provenance import fingerprint_all
+from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.trie_model import TrieModel
+from saffron.storage.paths import check_checkpoint
+
+VARIANTS = ("", "no unseen mask", "no trie cache")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Checkpoints to load; None: the bundled one.
+
+    Attributes:
+        policy, mrm, base, prm: the policy, the MRM, the checkpoint its adapter belongs to, the guard.
+        device: None: the GPU if there is one.
+        variant: one of `VARIANTS`. "no unseen mask": the MRM scores tokens that its corpus never had; "no trie cache":
+            every read runs whole sequences, each for itself.
+    """
+
+    policy: str | None = None
+    mrm: str | None = None
+    base: str | None = None
+    prm: str | None = None
+    device: str | None = None
+    variant: str = ""
+
+    def check(self) -> None:
+        """Raises `ConfigError` or `CheckpointError` for what cannot be loaded, before anything is."""
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
+        for name in ("policy", "mrm", "base", "prm"):
+            check_checkpoint(name, getattr(self, name))
+        find_device(self.device)
+
+    def fingerprint(self, guard: bool = True) -> str:
+        """Of what is in the checkpoints: results of other weights are other results."""
+        named: list[str | Path | None] = [self.policy or FOLDER / "policy", self.mrm or FOLDER / "mrm"]
+        return fingerprint_all([*named, (self.prm or FOLDER / "guard") if guard else None, self.base])
+
+    def load(self) -> Models:
+        return Models(self.load_policy(), self.load_mrm(), self.load_guard())
+
+    def load_policy(self) -> Policy:
+        """Raises `CheckpointError` if it cannot be loaded or does not run."""
+        path = self.policy or FOLDER / "policy"
+        with outside(f"{path}: cannot be used as a policy", CheckpointError):
+            policy = Policy.from_pretrained(path, **self._options())
+            size = policy.vocab_size
+            if not all(isinstance(token, int) and 0 <= token < size for token in policy.end_tokens):
+                raise CheckpointError(f"{path}: eos_token_id is {policy.end_tokens}, expected ids from 0 to {size - 1}")
+            _try(policy, policy.chat("x") if policy.tokenizer is not None else [0])
+        return policy
+
+    def load_mrm(self) -> MultifurcationRewardModel:
+        """Raises `CheckpointError` if it cannot be loaded or does not run."""
+        path = self.mrm or FOLDER / "mrm"
+        with outside(f"{path}: cannot be used as an MRM", CheckpointError):
+            mrm = MultifurcationRewardModel.from_pretrained(path, base=self.base, **self._options())
+            _try(mrm, mrm.context_tokens("x") if mrm.tokenizer is not None else [0])
+        if self.variant == "no unseen mask":
+            mrm = copy.copy(mrm)
+            mrm.unseen = None
+        return mrm
+
+    def load_guard(self) -> ProcessRewardModel:
+        """Raises `CheckpointError` if it cannot be loaded or does not run."""
+        path = self.prm or FOLDER / "guard"
+        with outside(f"{path}: cannot be used as a guard", CheckpointError):
+            guard = ProcessRewardModel.from_pretrained(path, **self._options())
+            _try(guard, guard.sequence("x", "y"))
+        return guard
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"device": self.device}
+        if self.variant == "no trie cache":
+            options["share_prefixes"] = False
+        return options
+
+
+def _try(model: TrieModel, tokens: Sequence[int]) -> None:
+    """One forward pass: some configurations fail only there."""
+    rows, _ = model.prefill([tokens])
+    model.release(rows)

@@ -1,0 +1,482 @@
+"""A step with buffers of fixed size: captured once in a CUDA graph, then replayed.
+
+Nothing in a step waits for the host or depends on what it does: rows, finished nodes and cached tokens have as many
+places as there can ever be, and the device says which are used. The host launches a few steps, looks at what they
+recorded, and follows then. Searches join and leave between looks: what is live is then laid out anew.
+
+The K and V of prompts are copied out of the trie into caches of the step's own, so that their addresses stay. A row of
+a search that joins is the last token of its prompt; so all steps are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saffron.errors import ConfigError, NumericalError, SaffronError
+from saffron.models.attention import TrieStep
+from saffron.models.trie_model import TrieModel
+from saffron.search.config import SearchConfig
+from saffron.search.eager_step import EagerStep, ModelPair
+from saffron.search.handle import Handle
+from saffron.search.readers import Reader, Row
+from saffron.search.step import Batch, StepRecord
+from saffron_kernels import KVTrie, TreeStep, advance_tree, multifurcate
+from saffron_kernels.checks import FP8
+
+_FINISHED, _ENDED, _EMPTY = 1, 2, 3  # kinds of chosen nodes; 0: a live child
+EVERY = 8  # steps between looks
+_SHARED = ("eos_score", "unseen_reward", "lm_head_bias", "ranking")  # by all searches of a forest
+MAX_END_TOKENS = 8  # ids that end a response, of one search
+
+Replay = Callable[[], object]
+Index = NDArray[np.int32]
+
+
+def capture_on_gpu(body: Replay) -> Replay:
+    """Captures `body`, which has run before, in a CUDA graph; returns what replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph.replay
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """K and V `[layers, slots, kv_heads, head_dim]` at addresses that stay, with the scales of fp8."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    @classmethod
+    def like(cls, trie: KVTrie, slots: int) -> _Cache:
+        k, v = (torch.zeros(x.shape[0], slots, *x.shape[2:], dtype=x.dtype, device=x.device) for x in (trie.k, trie.v))
+        return cls(k, v, trie.k_scale, trie.v_scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tokens to be laid out: which slots of whose caches, and the interval of new rows that sees each."""
+
+    caches: _Cache | KVTrie
+    slot: Index
+    begin: Index
+    end: Index
+
+
+def intervals(begin: Index, end: Index, query: Index, own: Index) -> tuple[Index, Index, Index]:
+    """A plan for rows in another order: row `r` is old query `query[r]`, and does not see token `own[r]` any more.
+
+    That order need not be depth first: a token whose rows are not contiguous stands there several times.
+
+    Returns:
+        which token of the old plan stands at each place, and the interval of rows that sees it.
+    """
+    seen = (begin[:, None] <= query) & (query < end[:, None])  # [tokens, rows]
+    seen[own, np.arange(len(query))] = False
+    edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    token, first = np.nonzero(edges == 1)
+    _, last = np.nonzero(edges == -1)
+    return token.astype(np.int32), first.astype(np.int32), last.astype(np.int32)
+
+
+class _Side:
+    """One model's part of the step: its cache, its plan, and where its rows stand.
+
+    Args:
+        counts: `[1]` int32, places of the plan that are taken.
+        write_slots: `[rows]` int32, where the rows' K and V go. positions: `[rows]` int64.
+        lengths: `[groups + 1]` int64, tokens of each search's prompt before its last one; 0 for rows of no search.
+    """
+
+    def __init__(
+        self, model: TrieModel, capacity: int, count: Tensor, write_slots: Tensor, positions: Tensor, lengths: Tensor
+    ) -> None:
+        self.model, self.capacity = model, capacity
+        self.count, self.write_slots, self.positions, self.lengths = count, write_slots, positions, lengths
+        self.cache = _Cache.like(model.kv, capacity)
+        self.slot, self.begin, self.end = torch.zeros(3, capacity, dtype=torch.int32, device=model.device)
+
+    def plan(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.slot, self.begin, self.end
+
+    def kept(self, rows: Index) -> _Part:
+        """What rows that go on see, but for their own tokens, which have not been run."""
+        count = int(self.count)
+        slot, begin, end = (x[:count].cpu().numpy() for x in self.plan())
+        write = self.write_slots.cpu().numpy()[rows]
+        place = np.empty(self.capacity, dtype=np.int32)
+        place[slot] = np.arange(count, dtype=np.int32)
+        token, first, last = intervals(begin, end, rows, place[write])
+        return _Part(self.cache, slot[token], first, last)
+
+    def load(self, parts: Sequence[_Part], lengths: list[int]) -> None:
+        """Lays the parts out one after the other: the token at place `i` has slot `i`."""
+        gathered = []
+        for part in parts:
+            slots = torch.from_numpy(part.slot).long().to(self.slot.device)
+            gathered.append([_indexable(x)[:, slots] for x in (part.caches.k, part.caches.v)])
+        at = 0
+        for k, v in gathered:
+            for mine, rows in ((self.cache.k, k), (self.cache.v, v)):
+                _indexable(mine)[:, at : at + rows.shape[1]] = rows
+            at += k.shape[1]
+        plan = (np.arange(at), np.concatenate([p.begin for p in parts]), np.concatenate([p.end for p in parts]))
+        for buffer, values in zip(self.plan(), plan, strict=True):
+            buffer.zero_()
+            buffer[:at] = torch.from_numpy(values.astype(np.int32))
+        self.count.fill_(at)
+        self.lengths.zero_()
+        self.lengths[: len(lengths)] = torch.tensor(lengths)
+
+    def output(self, tokens: Tensor, length: int) -> Tensor:
+        """The model's output for all rows, used or not; `length` is the longest that a text can get."""
+        keep = torch.arange(len(tokens), device=tokens.device)
+        plan = TreeStep(self.positions, self.write_slots, *self.plan(), length=length, count=self.count)
+        return self.model._output(tokens[None], self.positions[None], TrieStep(self.cache, plan, True), keep)
+
+
+class StaticForest:
+    """The buffers of a forest of searches, and the step that works on them.
+
+    Args:
+        models: policy and MRM.
+        config: what is the same for all searches: `eos_score`, `unseen_reward`, `lm_head_bias`; and the largest width.
+        groups: places for searches.
+        tokens: places for cached tokens of policy and MRM.
+        capture: makes a replay of a step; None: every step is run as it is.
+    """
+
+    def __init__(
+        self, models: ModelPair, config: SearchConfig, groups: int, tokens: tuple[int, int],
+        capture: Callable[[Replay], Replay] | None,
+    ) -> None:  # fmt: skip
+        self.config, self.groups, self.head = config, groups, models.head(config.lm_head_bias)
+        self.rows = rows = groups * config.width
+        self._capture, self._warm = capture, False
+        self._replay: Replay | None = None
+        device = models.policy.device
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        # Of both models together, so that few small kernels do the work of a step.
+        self._counts, self._write_slots, self._tokens = zeros(2, 1), zeros(2, rows), zeros(2, rows)
+        self._positions, self._lengths = zeros(2, rows, dtype=torch.int64), zeros(2, groups + 1, dtype=torch.int64)
+        both = (models.policy, models.mrm), tokens, self._counts, self._write_slots, self._positions, self._lengths
+        self.policy, self.mrm = (_Side(*parts) for parts in zip(*both, strict=True))
+        # Nodes: the rows, as many finished ones, and one that is none. Parent, token, group, score (its bits) of each.
+        self._nodes = zeros(4, 2 * rows + 1)
+        self._nothing = torch.tensor([[rows], [0], [groups], [0]], dtype=torch.int32, device=device).expand(
+            self._nodes.shape
+        )
+        self._groups, self._scores = self._nodes[2], self._nodes[3].view(torch.float32)
+        self._place = torch.arange(rows, dtype=torch.int32, device=device)
+        # Live children come before finished nodes, these before children that have ended, and empty places are last.
+        self._kind = zeros(2 * rows + 1)
+        self._kind[rows:], self._kind[2 * rows :] = _FINISHED, _EMPTY
+        # Per search: response tokens of its rows, least and most of them; nucleus mass, width, end tokens (-1 pads).
+        self._depth, self._least, self._most = zeros(3, groups + 1, dtype=torch.int64)
+        self._top_p, self._widths = zeros(groups + 1, dtype=torch.float64), zeros(groups)
+        self._ends = zeros(groups + 1, MAX_END_TOKENS)
+        # Group, parent, token, reward (its bits), nucleus size, largest logit and largest |hidden| (their bits) of each
+        # row; for each search whether the MRM knew no candidate.
+        self._step = zeros(1, dtype=torch.int64)
+        self._records = zeros(EVERY, 7 * rows + groups)
+
+    def lay_out(
+        self, rows: list[Row], finished: list[Row], searches: list[Handle], parts: Sequence[list[_Part]]
+    ) -> None:
+        """Makes these the rows and finished nodes; search `i` is group `i`.
+
+        Args:
+            parts: for each model what the rows see, but for their own tokens.
+        """
+        number = {search: i for i, search in enumerate(searches)}
+        for side, mine, tokens in zip(
+            (self.policy, self.mrm), parts, zip(*((s.request.policy, s.request.reward) for s in searches), strict=True),
+            strict=True,
+        ):  # fmt: skip
+            side.load(mine, [len(t) - 1 for t in tokens])
+        self._nodes.copy_(self._nothing)
+        # A root stands for the last token of the prompt, which is another one for each model.
+        values = [
+            [*range(len(rows))],
+            [node.token if node.parent else search.request.policy[-1] for search, node in rows],
+            [number[search] for search, _ in rows],
+        ]
+        scores = torch.tensor([node.score for _, node in rows])
+        self._nodes[:3, : len(rows)] = torch.tensor(values, dtype=torch.int32).reshape(3, -1)
+        self._scores[: len(rows)] = scores
+        at = slice(self.rows, self.rows + len(finished))
+        self._groups[at] = torch.tensor([number[search] for search, _ in finished], dtype=torch.int32)
+        self._scores[at] = torch.tensor([node.score for _, node in finished])
+        self._ends.fill_(-1)
+        for i, search in enumerate(searches):
+            config = search.config
+            self._depth[i] = len(search.tree.steps)
+            self._least[i], self._most[i], self._top_p[i] = config.min_new_tokens, config.max_new_tokens, config.top_p
+            self._ends[i, : len(search.end_tokens)] = torch.tensor(sorted(search.end_tokens), dtype=torch.int32)
+        self._top_p[len(searches) :] = 1.0
+        self._widths.fill_(1)
+        self._advance()
+        for i, (search, node) in enumerate(rows):
+            if node.parent is None:
+                self._tokens[1, i] = search.request.reward[-1]
+
+    def run(self, steps: int, widths: list[int], length: int) -> Tensor:
+        """Runs some steps and returns what they recorded, on the host: the one synchronisation.
+
+        Args:
+            widths: of each search. length: the longest that a text can get.
+        """
+        self._widths[: len(widths)] = torch.tensor(widths, dtype=torch.int32)
+        self._step.zero_()
+
+        def body() -> None:
+            self._choose(*(side.output(t, length) for side, t in zip((self.policy, self.mrm), self._tokens.long(),
+                                                                     strict=True)))  # fmt: skip
+
+        for _ in range(steps):
+            if self._replay is not None:
+                self._replay()
+            elif self._capture is None or not self._warm:
+                body()  # once as it is: what is made at a first call must not be made within a capture
+                self._warm = True
+            else:
+                try:
+                    self._replay = replay = self._capture(body)
+                except RuntimeError as error:
+                    reason = str(error).strip().split("\n")[0]
+                    raise ConfigError(f"capture: a step of these models cannot be captured ({reason})") from error
+                replay()
+        return self._records[:steps].cpu()
+
+    def _choose(self, logits: Tensor, hidden: Tensor) -> None:
+        """`multifurcate`, and from its answer the next rows, finished nodes and plans."""
+        config, rows, inherits = self.config, self.rows, self.config.eos_score == "parent"
+        groups = self._groups[:rows]
+        ends = self._ends.index_select(0, groups)
+        early = (self._depth < self._least).index_select(0, groups)
+        parent, token, reward, counts, all_unseen = multifurcate(
+            logits, hidden, self.head.weight, self.head.bias, self.head.unseen, config.unseen_reward,
+            groups, self.groups, config.width, self._top_p.index_select(0, groups),
+            banned=torch.where(early[:, None], ends, -1),
+            scores=self._scores[:rows] if inherits else None,
+            end_tokens=ends if inherits else None,
+            carried_scores=self._scores[rows:-1], carried_groups=self._groups[rows:-1], widths=self._widths,
+        )  # fmt: skip
+        # The norm of NaN is NaN, as is the maximum: the host sees in them whether an output was finite.
+        finite = logits.amax(1), torch.linalg.vector_norm(hidden, torch.inf, 1)
+        record = [groups, parent, token, _bits(reward), counts, *map(_bits, finite), all_unseen.int()]
+        self._records.index_copy_(0, self._step, torch.cat(record)[None])
+
+        group = self._groups.index_select(0, parent)
+        chosen = torch.stack([parent, token, group, _bits(reward)])
+        self._depth.add_(1)
+        ended = (token[:, None] == self._ends.index_select(0, group)).any(1)
+        ended |= (self._depth >= self._most).index_select(0, group)
+        kind = torch.add(self._kind.index_select(0, parent), ended & (parent < rows), alpha=_ENDED)
+        key, order = torch.add(self._place, kind, alpha=rows).sort()  # by kind; among equals as they are
+        is_row = key < rows
+        place = torch.where(is_row, self._place, self._place + is_row.sum().neg() + rows)
+        self._nodes.copy_(self._nothing)
+        self._nodes.scatter_(1, place.long().expand(4, -1), chosen[:, order])
+        self._step.add_(1)
+        self._advance()
+
+    def _advance(self) -> None:
+        """The plans of the new rows; those that are used write their K and V at the end of it."""
+        rows = self.rows
+        parents, groups = self._nodes[0, :rows], self._groups[:rows]
+        new_slots = self._counts + self._place
+        plans: list[Tensor] = []
+        for side, slots in zip((self.policy, self.mrm), new_slots, strict=True):
+            plans += advance_tree(side.slot, side.begin, side.end, parents, slots, rows, count=side.count)
+        torch._foreach_copy_([*self.policy.plan(), *self.mrm.plan()], plans)
+        self._write_slots.copy_(torch.where(groups < self.groups, new_slots, -1))
+        self._counts.add_(rows)
+        self._positions.copy_((self._lengths + self._depth).index_select(1, groups))
+        self._tokens.copy_(self._nodes[1, :rows].expand(2, -1))
+
+
+class CapturedStep(EagerStep):
+    """See `Step`. Prompts are read as in `EagerStep`.
+
+    Args:
+        models, config, groups, capture: as for `StaticForest`.
+    """
+
+    def __init__(
+        self,
+        models: ModelPair,
+        config: SearchConfig,
+        groups: int,
+        capture: Callable[[Replay], Replay] | None = capture_on_gpu,
+    ) -> None:
+        super().__init__(models)
+        self.config, self.groups, self._capture = config, groups, capture
+        self.forest: StaticForest | None = None
+        self._searches: list[Handle] = []  # by group
+        self._changed = False
+
+    def check(self, search: Handle) -> None:
+        """Raises `ConfigError` for a search that cannot run in this forest."""
+        config, ours = search.config, self.config
+        for name in _SHARED:
+            if getattr(config, name) != getattr(ours, name):
+                raise ConfigError(f"{name}: got {getattr(config, name)!r}; captured steps were made for "
+                                  f"{getattr(ours, name)!r}")  # fmt: skip
+        if search.max_width > ours.width:
+            raise ConfigError(f"width: got {search.max_width}; captured steps were made for {ours.width} at most")
+        if len(search.end_tokens) > MAX_END_TOKENS:
+            raise ConfigError(f"end_tokens: got {len(search.end_tokens)}; captured steps take {MAX_END_TOKENS} at most")
+        if search.tree.trace is not None:
+            raise ConfigError("trace: captured steps keep no candidates; leave it out")
+
+    def serves(self, config: SearchConfig, groups: int) -> bool:
+        """Whether the buffers are of the right size for a forest of such searches."""
+        ours = self.config
+        same = (getattr(config, name) == getattr(ours, name) for name in (*_SHARED, "width"))
+        return self.groups == groups and all(same)
+
+    @property
+    def room(self) -> int:
+        """Places for further searches."""
+        return self.groups - len({*self._searches, *self.policy.prompts})
+
+    def step(self, batch: Batch) -> list[StepRecord]:
+        joining = self._read()
+        if joining or self._changed:
+            batch.rows = [*batch.rows, *(Row(search, search.tree.beam[0]) for search in joining)]
+        if not batch.rows:
+            return []
+        searches = list(dict.fromkeys(row.search for row in batch.rows))
+        left = max(search.config.max_new_tokens - len(search.tree.steps) for search in searches)
+        steps = min(left, 1 if self.policy.prompts.keys() - set(joining) else EVERY)
+        if joining or self._changed or not self._fits(steps):
+            self._rebuild(batch, searches, joining, left)
+        assert self.forest is not None
+        models = self.models.policy, self.models.mrm
+        length = max(model.context or 0 for model in models)
+        widths = [search.step_width for search in self._searches]
+        records = []
+        for record in self.forest.run(steps, widths, length):
+            records.append(self._record(record))
+            if len(records[-1].nucleus_sizes) == 0:
+                records.pop()
+                break
+        return records
+
+    def leave(self, searches: Collection[Handle]) -> None:
+        for reader in (self.policy, self.mrm):
+            reader.leave(searches, None)
+        self._changed |= any(search in searches for search in self._searches)
+
+    def close(self) -> None:
+        self.leave({*self.policy.prompts, *self.mrm.prompts})
+        self._searches, self._changed = [], False
+
+    def _fits(self, steps: int) -> bool:
+        forest = self.forest
+        return forest is not None and all(
+            int(side.count) + steps * forest.rows <= side.capacity for side in (forest.policy, forest.mrm)
+        )
+
+    def _rebuild(self, batch: Batch, searches: list[Handle], joining: list[Handle], left: int) -> None:
+        """Lays out what goes on and what joins; in new buffers, where the old ones are too small."""
+        going_on = np.array([i for i, row in enumerate(batch.rows) if row.search not in joining], dtype=np.int32)
+        parts: list[list[_Part]] = [[], []]
+        if len(going_on):
+            assert self.forest is not None
+            device_rows = self._device_rows(batch.rows, going_on)
+            for mine, side in zip(parts, (self.forest.policy, self.forest.mrm), strict=True):
+                mine.append(side.kept(device_rows))
+        if joining:
+            for mine, reader in zip(parts, (self.policy, self.mrm), strict=True):
+                mine.append(_prompts(reader, joining, len(going_on)))
+        rows = self.groups * self.config.width
+        wanted = [sum(len(part.slot) for part in mine) + (left + 1) * rows for mine in parts]
+        forest = self.forest
+        if forest is None or wanted[0] > forest.policy.capacity or wanted[1] > forest.mrm.capacity:
+            room = [1 << (n - 1).bit_length() for n in wanted]
+            forest = StaticForest(self.models, self.config, self.groups, (room[0], room[1]), self._capture)
+        forest.lay_out(batch.rows, batch.finished, searches, parts)
+        self.forest, self._searches, self._changed = forest, searches, False
+        for reader in (self.policy, self.mrm):
+            reader.leave(joining, None)  # their prompts are in the buffers
+
+    def _device_rows(self, rows: list[Row], going_on: Index) -> Index:
+        """Where the device has the rows that go on: those of the searches that left are still among its own."""
+        assert self.forest is not None
+        groups = self.forest._groups[: self.forest.rows].cpu().numpy()
+        own = {search: np.flatnonzero(groups == g).astype(np.int32) for g, search in enumerate(self._searches)}
+        return np.concatenate([own[s] for s in dict.fromkeys(rows[i].search for i in going_on)])
+
+    def _record(self, record: Tensor) -> StepRecord:
+        assert self.forest is not None
+        rows = self.forest.rows
+        group, parent, token, reward, counts, logit, hidden, unseen = record.split([*[rows] * 7, self.groups])
+        live = int((group < self.groups).sum())
+        failures: dict[Handle, SaffronError] = {}
+        for model, largest in (("policy", logit), ("mrm", hidden)):
+            good = largest[:live].view(torch.float32).isfinite().tolist()
+            for g, fine in zip(group[:live].tolist(), good, strict=True):
+                if not fine:
+                    failures.setdefault(self._searches[g], NumericalError(
+                        f"{model}: its output is not finite (NaN or infinity); the search was stopped"
+                    ))  # fmt: skip
+        chosen = list(zip(parent.tolist(), token.tolist(), reward.view(torch.float32).tolist(), strict=True))
+        return StepRecord(
+            children=[node for node in chosen if node[0] < rows],
+            kept=[p - rows for p, _, _ in chosen if rows <= p < 2 * rows],
+            nucleus_sizes=counts[:live].tolist(),
+            all_unseen=dict(zip(self._searches, unseen.bool().tolist(), strict=False)),
+            failures=failures,
+        )
+
+
+def _prompts(reader: Reader, searches: list[Handle], first: int) -> _Part:
+    """What the rows of searches that join see: their prompts but for the last tokens; they stand from `first` on."""
+    kv = reader.model.kv
+    leaves = np.concatenate([reader.prompts[search].leaf for search in searches])
+    nodes, query = np.unique(leaves, return_inverse=True)
+    order, slot, begin, end, _ = kv.index.plan(nodes)
+    number = np.empty(len(nodes), dtype=np.int32)
+    number[order] = np.arange(len(nodes), dtype=np.int32)
+    place = np.empty(kv.capacity, dtype=np.int32)
+    place[slot] = np.arange(len(slot), dtype=np.int32)
+    token, begin, end = intervals(begin, end, number[query], place[leaves])
+    return _Part(kv, slot[token], begin + first, end + first)
+
+
+def why_not_captured(models: ModelPair, config: SearchConfig) -> str | None:
+    """Why a search cannot run in captured steps; None if it can."""
+    policy, mrm = models.policy, models.mrm
+    if policy.device.type != "cuda":
+        return f"a CUDA graph needs a GPU, and the policy is on {policy.device}"
+    if mrm.device != policy.device:
+        return f"one graph runs on one device, and the models are on {policy.device} and {mrm.device}"
+    if config.ranking != "paper":
+        return f'ranking="{config.ranking}" is decided on the host; expected "paper"'
+    if not models.same:
+        return "policy and MRM have different tokenizers, so every response passes through text on the host"
+    if not (policy.share_prefixes and mrm.share_prefixes):
+        return "share_prefixes is off: there is no cache whose addresses could stay"
+    return None
+
+
+def _indexable(cache: Tensor) -> Tensor:
+    """The same memory in a dtype that PyTorch indexes on every device, which fp8 is not."""
+    return cache.view(torch.uint8) if cache.dtype == FP8 else cache
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.float().view(torch.int32)

@@ -1,0 +1,428 @@
+"""The engine: one forest of searches, which join and leave between steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import torch
+
+from saffron.errors import CapacityError, EngineClosedError, QueueFullError
+from saffron.models.trie_model import TrieModel
+from saffron.search.config import Request, SearchConfig
+from saffron.search.eager_step import EagerStep, ModelPair
+from saffron.search.handle import Handle
+from saffron.search.readers import Row
+from saffron.search.result import StepStatistics
+from saffron.search.step import Batch, Step, StepRecord
+from saffron.search.trace import trace_step
+from saffron.search.tree import Node
+
+
+class Engine:
+    """Runs many searches over one policy and one MRM, a step of all of them at a time.
+
+    `submit` may be called from any thread. Steps are taken by one thread at a time: either the caller's (`step`, or
+    `run` until nothing is left), or one of the engine's own between `start` and `close`.
+
+    What a search answers does not depend on what else is in the forest, but for rounding: matrix products of the models
+    and sums over the tokens of attention are ordered by the number of rows and tokens of a forward pass, so that scores
+    may differ in the last bits, and two candidates that are equal but for those may change places.
+
+    An error that one request causes (outputs that are not finite, a response that outgrows the MRM's context) ends that
+    search alone; after any other error every running search ends with an `EngineError`, the cache is given back, and
+    the engine goes on with what waits.
+
+    Args:
+        models: a policy and an MRM.
+        config: of requests that bring none.
+        end_tokens: ids that end a response, for requests that bring none; None: the policy's own.
+        queue: requests that may wait; None: any number.
+        max_searches: searches that may run at once; None: any number.
+        cache_tokens: slots of either K/V cache that searches may need together; None: as many as a cache that does not
+            grow has, or any number. A search waits until what it may need at most is free.
+        prefill_tokens: prompt tokens that each model reads between two steps, so that a long prompt does not stop the
+            others; None: whole prompts.
+        step: how steps are run; None: eagerly.
+    """
+
+    def __init__(
+        self,
+        models: ModelPair,
+        config: SearchConfig | None = None,
+        *,
+        end_tokens: Iterable[int] | None = None,
+        queue: int | None = None,
+        max_searches: int | None = None,
+        cache_tokens: int | None = None,
+        prefill_tokens: int | None = 512,
+        step: Step | None = None,
+    ) -> None:
+        self.policy, self.mrm, self.models = models.policy, models.mrm, models
+        self.config = config or SearchConfig()
+        self.end_tokens = frozenset(self.policy.end_tokens if end_tokens is None else end_tokens)
+        self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
+        self.prefill_tokens = prefill_tokens
+        self._step: Step = step or EagerStep(models)
+        self._vocab = self.policy.vocab_size
+        # Of the forest: held during a step.
+        self._lock, self._stepping = threading.RLock(), False
+        self._searches: dict[Handle, tuple[int, int]] = {}  # that prefill or run: slots set aside for each
+        self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
+        # Of the queue.
+        self._changed, self._waiting = threading.Condition(), deque[Handle]()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    # --- requests: any thread ---
+
+    def submit(
+        self,
+        request: Request,
+        config: SearchConfig | None = None,
+        *,
+        end_tokens: Iterable[int] | None = None,
+        max_width: int | None = None,
+        trace: bool = False,
+        on_step: Callable[[Handle], None] | None = None,
+        index: int | None = None,
+    ) -> Handle:
+        """Queues a search.
+
+        Args:
+            config, end_tokens: of this search; None: the engine's.
+            max_width: the largest `width` that the handle may be set to; None: that of the configuration.
+            trace: record every candidate of every step.
+            on_step: called by the stepping thread after each step of the search; an error in it ends the search.
+            index: its number in a list of requests, for messages.
+
+        Raises:
+            ConfigError, PromptTooLongError: a request that cannot be run. CapacityError: one that could need more than
+            the cache holds. QueueFullError, EngineClosedError.
+        """
+        ends = self.end_tokens if end_tokens is None else frozenset(end_tokens)
+        handle = Handle(self, request, config or self.config, ends, trace=trace, max_width=max_width, on_step=on_step)
+        self._check(handle, index)
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the engine is closed")
+            if self.queue is not None and len(self._waiting) >= self.queue:
+                raise QueueFullError(f"queue: {self.queue} requests are waiting already")
+            self._waiting.append(handle)
+            self._changed.notify_all()
+        return handle
+
+    add = submit
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a search without an answer; its slots come back at once, or after the step that is running."""
+        handle.cancelled = True
+        self.reap()
+
+    def reap(self) -> None:
+        """Drops the searches that were cancelled or have ended, unless a step is running: that does it at its end."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._stepping:
+                    self._drop()
+            finally:
+                self._lock.release()
+
+    # --- steps: one thread at a time ---
+
+    def step(self, *, linger: bool = False) -> bool:
+        """One step of all searches, before which some join and after which some leave. False if there are none.
+
+        Args:
+            linger: searches that end in it keep their slots until the next step or `close`.
+        """
+        with self._lock, torch.inference_mode():
+            self._stepping = True
+            try:
+                self._drop()
+                self._admit()
+                went_on = self._run()
+            except Exception as error:
+                self._end_all(error)
+                went_on = True
+            except BaseException as error:  # an interrupt is the caller's
+                self._end_all(error)
+                raise
+            finally:
+                self._stepping = False
+        if not linger:
+            self.reap()  # also those cancelled meanwhile
+        return went_on
+
+    def run(self, *handles: Handle) -> None:
+        """Steps until the handles are done; without any, until there is nothing left to do."""
+        while not all(handle.done for handle in handles) if handles else self.busy:
+            if not self.step():
+                time.sleep(0.001)  # others hold the cache that the next search needs
+
+    @property
+    def busy(self) -> bool:
+        """Whether any search runs or waits."""
+        return bool(self._searches or self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Searches that have been admitted."""
+        return len(self._searches)
+
+    @property
+    def waiting(self) -> int:
+        """Searches in the queue."""
+        return len(self._waiting)
+
+    def start(self) -> Engine:
+        """Lets a thread of the engine take the steps."""
+        with self._changed:
+            if self._closed:
+                raise EngineClosedError("the engine is closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="saffron-engine", daemon=True)
+                self._thread.start()
+        return self
+
+    def close(self, *, drain: bool = True) -> None:
+        """Takes no more requests, and ends: after all of them are answered, or at once (`drain=False`)."""
+        with self._changed:
+            self._closed = True
+            if not drain:
+                for handle in [*self._waiting, *self._searches]:
+                    handle.cancelled = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self.run()
+        with self._lock:
+            self._step.close()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self.busy)
+                if self._closed and not self.busy:
+                    return
+            if not self.step():
+                time.sleep(0.001)
+
+    # --- joining and leaving ---
+
+    def _check(self, search: Handle, index: int | None) -> None:
+        request, config = search.request, search.config
+        name, prompt = ("request", "prompt") if index is None else (f"requests[{index}]", f"prompt {index}")
+        models: tuple[TrieModel, TrieModel] = self.policy, self.mrm
+        for model, tokens in zip(models, (request.policy, request.reward), strict=True):
+            model.check_tokens(name, tokens)
+            model.check_length(prompt, len(tokens), config.max_new_tokens)
+        self._step.check(search)
+        for model, needed in zip(models, self._needs(search), strict=True):
+            kv = model.kv
+            limits = [self.cache_tokens, None if kv.grow else kv.capacity]
+            limit = min((x for x in limits if x is not None), default=needed)
+            if needed > limit:
+                raise CapacityError(
+                    f"the request could need {needed} slots of the {type(model).__name__}'s cache, which holds {limit}:"
+                    f" {config.max_new_tokens} new tokens at width {search.max_width}"
+                )
+
+    def _needs(self, search: Handle) -> tuple[int, int]:
+        """Slots that a search needs at most in the caches of policy and MRM (Proposition 2: one per live prefix).
+
+        A response that reaches the MRM through text may take more tokens there, and two steps of it meet in the cache.
+        """
+        request, config = search.request, search.config
+        new = search.max_width * (config.max_new_tokens - 1)
+        through_text = new if self.models.same else 4 * new
+        shared = self.policy.share_prefixes, self.mrm.share_prefixes
+        return (
+            (len(request.policy) + new) * shared[0],
+            (len(request.reward) + through_text) * shared[1],
+        )
+
+    def _admit(self) -> None:
+        """Lets those that wait join, in their order, as far as there is room."""
+        most = self.max_searches
+        while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
+            search = self._waiting[0]
+            needs = self._needs(search)
+            if not self.policy.kv.reserve(needs[0], self.cache_tokens):
+                return
+            if not self.mrm.kv.reserve(needs[1], self.cache_tokens):
+                self.policy.kv.reserve(-needs[0])
+                return
+            self._searches[search] = needs
+            with self._changed:
+                self._waiting.remove(search)
+            self._step.add(search)
+
+    def _drop(self) -> None:
+        with self._changed:
+            for search in [search for search in self._waiting if search.cancelled]:
+                self._waiting.remove(search)
+                search.fail(None)
+        self._leave([search for search in self._searches if search.cancelled or search.done], None)
+
+    def _leave(self, searches: Iterable[Handle], error: BaseException | None) -> None:
+        """Searches that end now, with an answer if they have one: they give back what they hold."""
+        gone = dict.fromkeys(searches)
+        if not gone:
+            return
+        self._stale = True
+        try:
+            self._step.leave(gone.keys())
+        finally:
+            for search in gone:
+                for model, slots in zip((self.policy, self.mrm), self._searches.pop(search), strict=True):
+                    model.kv.reserve(-slots)
+                search.fail(error)
+
+    def _end_all(self, error: BaseException) -> None:
+        """After an error that is nobody's own: gives everything back."""
+        self._records.clear()
+        self._batch, self._stale = Batch(), False
+        try:
+            self._step.close()
+        finally:
+            for search, needs in list(self._searches.items()):
+                self.policy.kv.reserve(-needs[0])
+                self.mrm.kv.reserve(-needs[1])
+                search.fail(error)
+            self._searches.clear()
+
+    # --- one step ---
+
+    def _run(self) -> bool:
+        started = time.perf_counter()
+        for search in self._searches:
+            search.step_width = search.width
+        for search, error in self._step.prefill(self.prefill_tokens).items():
+            self._leave([search], error)
+        if self._stale and not any(row.search in self._searches for row in self._batch.rows):
+            self._records.clear()
+        if not self._records:
+            if self._stale:  # the records of one call count the rows of all searches that there were
+                rows, finished = self._batch.rows, self._batch.finished
+                self._batch = Batch(*([row for row in x if row.search in self._searches] for x in (rows, finished)))
+                self._stale = False
+            self._records.extend(self._step.step(self._batch))
+        running = self._apply(self._records.popleft()) if self._records else []
+        seconds = time.perf_counter() - started
+        for search in running:
+            search.seconds += seconds / len(running)
+            self._report(search)
+        for search in running:
+            if not search.done and self._ended(search):
+                search.finish(self._text)
+        return bool(running or self._searches)
+
+    def _apply(self, record: StepRecord) -> list[Handle]:
+        """What one step chose becomes the trees' new beams, and the batch of the next step."""
+        rows, finished = self._batch.rows, self._batch.finished
+        mine: dict[Handle, list[int]] = {}
+        for i, row in enumerate(rows):
+            mine.setdefault(row.search, []).append(i)
+        children: dict[Handle, list[tuple[int, int, float]]] = {search: [] for search in mine}
+        for child in record.children:
+            children[rows[child[0]].search].append(child)
+        kept = [finished[i] for i in record.kept]
+        self._charge(rows)
+        new, ended = list[Row](), list[Row]()
+        for search, indices in mine.items():
+            if search in record.failures and search not in record.all_unseen:
+                continue  # nothing was chosen for it
+            tree, ends = search.tree, search.end_tokens
+            expanded = [rows[i].node for i in indices]
+            nodes = [tree.child(rows[i].node, token, score, token in ends) for i, token, score in children[search]]
+            if search.config.ranking == "paper":
+                stay = [node for other, node in kept if other is search]
+            else:
+                stay = [node for node in tree.beam if node.finished]
+            live = tree.expand(nodes, stay, search.config.ranking, search.step_width)
+            self._count(search, expanded, [record.nucleus_sizes[i] for i in indices], record.all_unseen[search])
+            if tree.trace is not None and record.outputs is not None:
+                self._trace(search, expanded, indices, record)
+            if len(tree.steps) == search.config.max_new_tokens:
+                live = []
+            going_on = set(live)
+            new += [Row(search, node) for node in live]
+            ended += [Row(search, node) for node in nodes if node not in going_on]
+        for search, error in record.failures.items():
+            search.fail(error)
+        self._batch = Batch(new, [*kept, *ended])
+        return [search for search in {**mine, **record.failures} if search in self._searches]
+
+    def _charge(self, rows: list[Row]) -> None:
+        """Counts what running the rows has cost, each search as if alone; what reads text keeps its own account."""
+        for side, model in enumerate((self.policy, self.mrm)):
+            if side and not self.models.same:
+                return
+            flops, shared = model.flops, model.share_prefixes
+            for search, node in rows:
+                request = search.request
+                length = len(request.reward if side else request.policy) + node.depth
+                tally = search.tree.tallies[side]
+                if node.depth and shared:
+                    tally.add(flops.token(length - 1), 1)
+                else:
+                    tally.add(flops.prompt(length), length)
+
+    def _ended(self, search: Handle) -> bool:
+        tree = search.tree
+        return len(tree.steps) == search.config.max_new_tokens or not tree.live
+
+    def _count(self, search: Handle, expanded: list[Node], sizes: list[int], all_unseen: bool) -> None:
+        tree = search.tree
+        policy, reward = tree.tallies
+        policy.flops += len(expanded) * self._vocab * self.policy.flops.per_head_row
+        reward.flops += sum(sizes) * self.mrm.flops.per_head_row
+        live, steps = len(tree.live), tree.steps
+        steps.append(
+            StepStatistics(
+                step=len(steps),
+                live=live,
+                finished=len(tree.beam) - live,
+                nucleus_sizes=sizes,
+                candidates=sum(sizes),
+                trie_nodes=len(search.request.policy) + tree.cached,
+                reward_model_calls=len(expanded),
+                policy_flops=policy.flops - sum(s.policy_flops for s in steps),
+                reward_flops=reward.flops - sum(s.reward_flops for s in steps),
+                blind=all_unseen,
+            )
+        )
+
+    def _trace(self, search: Handle, expanded: list[Node], rows: list[int], record: StepRecord) -> None:
+        assert search.tree.trace is not None and record.outputs is not None
+        logits, hidden = (x[rows] for x in record.outputs)
+        config, tokenizer = search.config, self.policy.tokenizer
+        banned = expanded[0].depth < config.min_new_tokens
+        ends = torch.tensor(sorted(search.end_tokens), dtype=torch.int32, device=logits.device) if banned else None
+        search.tree.trace.append(
+            trace_step(
+                search.tree, expanded, logits, hidden, self.models.head(config.lm_head_bias), config.unseen_reward,
+                config.top_p, ends, record.all_unseen[search],
+                lambda token: "" if tokenizer is None else str(tokenizer.decode([token])),
+            )
+        )  # fmt: skip
+
+    def _report(self, search: Handle) -> None:
+        if search.on_step is not None and search.error is None:
+            try:
+                search.on_step(search)
+            except Exception as error:
+                search.fail(error)
+        search.notify()
+
+    def _text(self, tokens: list[int]) -> str:
+        return "" if self.policy.tokenizer is None else self.policy.decode(tokens)

@@ -1,0 +1,168 @@
+"""One search in an engine, as its caller sees it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError
+from saffron.search.config import Request, SearchConfig
+from saffron.search.result import Cost, SearchResult
+from saffron.search.tree import Node, Tree, common_prefix
+
+if TYPE_CHECKING:
+    from saffron.search.engine import Engine
+
+
+class Handle:
+    """One search in an `Engine`. May be used from any thread.
+
+    Attributes:
+        request, config: as they were submitted.
+        end_tokens: ids that end its response.
+        max_width: the largest width it may be set to.
+        tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
+        error: why it ended without an answer.
+        step_width: the width of the step that is running.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        config: SearchConfig,
+        end_tokens: frozenset[int],
+        *,
+        trace: bool = False,
+        max_width: int | None = None,
+        on_step: Callable[[Handle], None] | None = None,
+    ) -> None:
+        self.request, self.config, self.end_tokens = request, config, end_tokens
+        self.max_width = config.width if max_width is None else max_width
+        self.tree = Tree(trace=[] if trace else None)
+        self.error: SaffronError | None = None
+        self.on_step, self.seconds, self.cancelled = on_step, 0.0, False
+        self._engine, self._width, self.step_width = engine, config.width, config.width
+        self._result: SearchResult | None = None
+        self._changed, self._said = threading.Condition(), ""
+
+    def __repr__(self) -> str:
+        state = "done" if self._result else repr(self.error) if self.error else f"{len(self.tree.steps)} steps"
+        return f"<Handle: {len(self.request.policy)} prompt tokens, width {self.width}, {state}>"
+
+    @property
+    def width(self) -> int:
+        """Beams kept in the next step. It may be set at any time, to `max_width` at most; captured steps read it
+        when they look at what the device did."""
+        return self._width
+
+    @width.setter
+    def width(self, width: int) -> None:
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= self.max_width:
+            raise ConfigError(f"width: got {width!r}, expected a whole number from 1 to {self.max_width} (max_width)")
+        self._width = width
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None or self.error is not None
+
+    @property
+    def answer(self) -> Node:
+        """The response that would be the answer if the search ended now."""
+        return self.tree.answer if self.config.ranking == "paper" else self.tree.beam[0]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The beginning of the answer that no live beam can change any more; after the search the answer."""
+        beam = self.tree.beam
+        return (self.answer if self._result is not None else common_prefix(beam)).tokens()
+
+    @property
+    def text(self) -> str:
+        """`tokens` as text; a later one begins with it. A character that is there in part is left out."""
+        if self._result is not None:
+            return self._result.text
+        text = self._engine.policy.decode(self.tokens)
+        if text.startswith(self._said) and not text.endswith("\ufffd"):
+            self._said = text
+        return self._said
+
+    def pieces(self, wait: Callable[[], object] | None = None) -> Iterator[str]:
+        """Yields the answer as it becomes final. `wait` is called between looks; None: waits for the next step.
+
+        Raises:
+            SaffronError: the search ended without an answer.
+        """
+        said = ""
+        while True:
+            ended, steps = self.done, len(self.tree.steps)
+            text = self.result().text if ended else self.text
+            if text[len(said) :]:
+                yield text[len(said) :]
+                said = text
+            if ended:
+                return
+            if wait is not None:
+                wait()
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda before=steps: self.done or len(self.tree.steps) > before)  # type: ignore[misc]
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for the end; False if it has not come within `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, timeout)
+
+    def result(self, timeout: float | None = None) -> SearchResult:
+        """Waits for the answer.
+
+        Raises:
+            TimeoutError: it has not come within `timeout` seconds; the search goes on. CancelledError: it was
+            cancelled. SaffronError: what ended it without an answer.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"the search has not ended within {timeout} seconds")
+        if self._result is None:
+            assert self.error is not None
+            raise self.error
+        return self._result
+
+    def cancel(self) -> None:
+        """Ends the search without an answer; its slots come back at once, or after the step that is running."""
+        self.cancelled = True
+        self._engine.reap()
+
+    # What follows is for the engine.
+
+    def finish(self, policy_text: Callable[[list[int]], str]) -> None:
+        answer = self.answer
+        tokens = answer.tokens()
+        self._result = SearchResult(
+            policy_text(tokens),
+            tokens,
+            answer.score,
+            "eos" if answer.finished else "length",
+            Cost.of(*self.tree.tallies, self.seconds),
+            self.tree.steps,
+            trace=self.tree.trace,
+        )
+        self.notify()
+
+    def fail(self, error: BaseException | None) -> None:
+        """Ends it with a typed error; None: it was cancelled."""
+        if self.done:
+            return
+        if error is None:
+            self.error = CancelledError("the search was cancelled")
+        elif isinstance(error, SaffronError):
+            self.error = error
+        else:
+            reason = (str(error).strip().split("\n") or [""])[0]
+            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason})")
+            self.error.__cause__ = error
+        self.notify()
+
+    def notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,90 @@
+"""`saffron stepmix`: what it writes, that it resumes, and that help and the package do without torch."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saffron.cli import main
+from saffron.conservative import controller, experiment
+from saffron.conservative.report import at_most, mean_interval
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_example_of_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten lines put a floor under a two-action problem."""
+    found = doctest.DocTestFinder().find(controller.StepMixController, "controller", globs={})
+    examples = [test for test in found if test.examples]
+    assert len(examples) == 1 and len(examples[0].examples) <= 10
+    assert doctest.DocTestRunner().run(examples[0]).failed == 0
+
+
+def test_the_snippets_of_the_page_run() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conservative.md").read_text(), re.S)
+    assert snippets
+    names: dict = {}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/conservative.md", "exec"), names)
+
+
+def test_nothing_imports_torch() -> None:
+    for code in ("import saffron.conservative, saffron.conservative.experiment, saffron.conservative.report", HELP):
+        check = (
+            "import sys\nloaded = {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\nassert not loaded, loaded"
+        )
+        result = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
+HELP = """
+from saffron.cli import main
+try:
+    main(["stepmix", "--help"])
+except SystemExit:
+    pass
+"""
+
+
+def test_it_writes_resumes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["stepmix", "--quick", "--experiment", "paper", "offline", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--docs", str(tmp_path / "docs")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "results-conservative.md")
+    file = tmp_path / "out" / "records.jsonl"
+    whole = file.read_text()
+    for folder in ("out", "docs"):
+        page = (tmp_path / folder / "results-conservative.md").read_text()
+        assert "## The paper's experiment" in page and "## A baseline learned from a log" in page
+        for target in re.findall(r"!\[.*?\]\((.*?)\)", page):
+            assert (tmp_path / folder / target).exists()
+    assert not (tmp_path / "docs" / "records.jsonl").exists()
+
+    lines = whole.splitlines()
+    file.write_text("\n".join([*lines[:5], lines[5][:40]]))  # killed while writing
+    assert main([*arguments, "--json"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sorted(printed) == sorted(file.read_text().splitlines())
+    assert sorted(json.loads(line)["regret"] for line in printed if "regret" in line) == sorted(
+        json.loads(line)["regret"] for line in lines if "regret" in line
+    )
+    before = file.read_text()
+    assert main(["stepmix", "--quick", "--experiment", "offline", "--out", str(tmp_path / "out")]) == 0
+    assert sorted(file.read_text().splitlines()) == sorted(before.splitlines())  # a part of it leaves the rest alone
+
+
+def test_a_job_is_the_same_alone_and_among_more_trials() -> None:
+    few, more = (experiment.run_job(experiment.Job("paper", "stepmix", n, 3000)) for n in (2, 5))
+    for a, b in zip(few, more, strict=False):
+        assert a["regret"] == pytest.approx(b["regret"], rel=1e-9) and a["below"] == b["below"]
+
+
+def test_intervals() -> None:
+    assert at_most(0, 20) == pytest.approx(1 - 0.05 ** (1 / 20)) and at_most(3, 3) == 1
+    middle, low, high = map(float, re.findall(r"[\d.]+", mean_interval([0.0, 1.0] * 50)))
+    assert middle == 0.5 and 0.37 < low < 0.43 and 0.57 < high < 0.63
