@@ -7,6 +7,7 @@ from saffron_kernels.kv_trie import Beams, KVTrie, Prefill, TreeStep
 from saffron_kernels.ops import (
     advance_tree,
     append_kv,
+    block_plan,
     gather_kv,
     merge_attention,
     multifurcate,
@@ -26,6 +27,7 @@ __all__ = [
     "advance_tree",
     "append_kv",
     "backend",
+    "block_plan",
     "describe",
     "gather_kv",
     "merge_attention",

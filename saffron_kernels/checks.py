@@ -313,3 +313,15 @@ def check_advance_tree(
     others = (("begin", begin), ("end", end), ("parents", parents), ("new_slots", new_slots))
     same_device(("slot", slot), *others)
     check_count(count, ("slot", slot))
+
+
+def check_block_plan(
+    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int | None
+) -> None:
+    index("block_table", block_table, ["requests", "blocks"])
+    index("seq_lens", seq_lens, [block_table.shape[0]])
+    index("query_start", query_start, [block_table.shape[0] + 1])
+    expect(block_size >= 1, "block_size", block_size, "at least 1")
+    expect(queries >= 0, "queries", queries, "at least 0")
+    expect(size is None or size >= 0, "size", size, "at least 0")
+    same_device(("block_table", block_table), ("seq_lens", seq_lens), ("query_start", query_start))

@@ -356,3 +356,44 @@ def advance_tree(
             `count`.
     """
     return schemas.advance_tree(slot, begin, end, parents, new_slots, queries, count)
+
+
+def block_plan(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    block_size: int,
+    queries: int,
+    size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The plan for `tree_attention` over a paged KV cache, in which requests share blocks: no trie is built.
+
+    Requests are sorted by their rows of the block table, so that requests with a common prefix are neighbours. A block
+    that is full and stands in the same column of neighbouring rows becomes one run of tokens that all of them see; it
+    is read once. Tokens of this step, and those of a block that is not full yet, belong to their own request. For
+    request `r`, whose `n` queries are its last tokens, position `p` and `context = seq_lens[r] - n`, this is the mask::
+
+        slot = block_table[r, p // block_size] * block_size + p % block_size
+        visible = p <= context + arange(n)[:, None]                              # causal
+
+    Args:
+        block_table: `[requests, blocks]` int32, the block of each `block_size` tokens of a request; only the first
+            `ceil(seq_lens[r] / block_size)` are read.
+        seq_lens: `[requests]` int32, tokens of each request, the queries of this step included.
+        query_start: `[requests + 1]` int32, ascending from 0 to `queries`: request `r` owns the queries
+            `query_start[r]` to `query_start[r + 1]`. A request without queries is left out (padding).
+        block_size: tokens per block.
+        queries: number of queries.
+        size: tokens for which there is room (buffers of a captured CUDA graph); the sum of `seq_lens` is always enough.
+            None: as many as the plan has, for which the host waits.
+
+    Returns:
+        order `[queries]`: the caller's query at each place of the plan, so that `tree_attention` is called with
+        `q[order]` and its result belongs to `out[order]`; slot, begin, end `[size]`, the plan; count `[1]`, how many
+        tokens it has. Behind them slot is -1 and the interval 0 to 0. All int32.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; a request with more queries than tokens
+            or more tokens than blocks; no room.
+    """
+    return schemas.block_plan(block_table, seq_lens, query_start, block_size, queries, size)

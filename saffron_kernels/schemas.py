@@ -220,3 +220,17 @@ advance_tree = register(
         slot.new_empty(slot.shape[0] + (parents.shape[0] if count is None else 0)) for _ in range(3)
     ),
 )
+
+
+def _fake_block_plan(
+    _table: Tensor, seq_lens: Tensor, _start: Tensor, _block_size: int, queries: int, size: int | None
+) -> tuple[Tensor, ...]:
+    tokens = torch.library.get_ctx().new_dynamic_size() if size is None else size
+    return tuple(seq_lens.new_empty(n) for n in (queries, tokens, tokens, tokens, 1))
+
+
+block_plan = register(
+    "block_plan(Tensor block_table, Tensor seq_lens, Tensor query_start, SymInt block_size, SymInt queries,"
+    " SymInt? size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_block_plan,
+)

@@ -88,6 +88,18 @@ void run_multifurcate(const Tensor& logits, const Tensor& hidden, const Tensor& 
                {parent, token, reward}, counts, blind, threads);
 }
 
+py::tuple run_block_plan(const Tensor& block_table, const Tensor& seq_lens,
+                         const Tensor& query_start, int64_t block_size, int64_t queries,
+                         int64_t most) {
+  PagedPlan plan;
+  {
+    const py::gil_scoped_release released;
+    plan = block_plan(block_table, seq_lens, query_start, block_size, queries, most);
+  }
+  return py::make_tuple(numpy(std::move(plan.order)), numpy(std::move(plan.slot)),
+                        numpy(std::move(plan.begin)), numpy(std::move(plan.end)));
+}
+
 }  // namespace
 
 void bind(py::module_& native) {
@@ -103,6 +115,7 @@ void bind(py::module_& native) {
   m.def("select_beam", &run_select_beam, Unlocked());
   m.def("multifurcate", &run_multifurcate, Unlocked());
   m.def("advance_tree", &advance_tree, Unlocked());
+  m.def("block_plan", &run_block_plan);
 }
 
 }  // namespace saffron::cpu

@@ -78,6 +78,15 @@ void advance_tree(const Tensor& slot, const Tensor& begin, const Tensor& end, co
                   const Tensor& new_slots, int64_t queries, const Tensor& new_slot,
                   const Tensor& new_begin, const Tensor& new_end);
 
+/// A plan of a paged KV cache, and the caller's query at each of its places.
+struct PagedPlan {
+  std::vector<int32_t> order, slot, begin, end;
+};
+
+/// The rows of the table are contiguous. More than `most` tokens are refused, unless it is below 0.
+PagedPlan block_plan(const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start,
+                     int64_t block_size, int64_t queries, int64_t most);
+
 // Parts that multifurcate shares with the ops above.
 
 /// Rewards of candidates whose rows are numbered; those with `skip` set keep what `rewards` holds.

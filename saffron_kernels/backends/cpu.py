@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saffron_kernels._native import cpu as _native
 from saffron_kernels.backends.reference import apart, checked_count, turned
@@ -191,6 +192,20 @@ def advance_tree(
     for x, dead in zip(plan, (-1, 0, 0), strict=True):
         x[used:] = dead
     return plan
+
+
+def block_plan(
+    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    block_table = _rows(block_table)  # held until the native function returns
+    inputs = _view(block_table), _view(seq_lens), _view(query_start), block_size, queries
+    order, *plan = map(torch.from_numpy, _native.block_plan(*inputs, -1 if size is None else size))
+    count = seq_lens.new_tensor([len(plan[0])])
+    room = 0 if size is None else size - len(plan[0])
+    if room:
+        plan = [pad(x, (0, room), value=dead) for x, dead in zip(plan, (-1, 0, 0), strict=True)]
+    slot, begin, end = plan
+    return order, slot, begin, end, count
 
 
 def _view(tensor: Tensor) -> _View:

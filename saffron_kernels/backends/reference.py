@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saffron_kernels.backends.reference_paged import block_plan as block_plan
 from saffron_kernels.checks import FP8, compute_dtype
 
 # Scores held at once by `tree_attention`: bounds its memory at 256 MiB in fp32, whatever the size of a prefill.

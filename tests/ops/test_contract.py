@@ -26,8 +26,9 @@ NAMES = [
     "select_beam",
     "multifurcate",
     "advance_tree",
+    "block_plan",
 ]
-INDICES_ONLY = {"advance_tree"}
+INDICES_ONLY = {"advance_tree", "block_plan"}
 IN_PLACE = {"append_kv": ("k_cache", "v_cache")}
 Arguments = dict[str, Any]
 

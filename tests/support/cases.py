@@ -233,6 +233,11 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
             "carried_groups": i32([0, 1], dev),
         }
         return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit, **widths}
+    if op == "block_plan":
+        table = i32([[4, 2, 9], [8, 1, 0], [4, 2, 7]], dev)
+        lengths, starts = i32([5, 3, 6], dev), i32([0, 1, 3, 4], dev)
+        sizes = {"block_size": 2, "queries": 4, "size": 20}
+        return {"block_table": table, "seq_lens": lengths, "query_start": starts, **sizes}
     assert op == "advance_tree"
     parents = i32([0, 0, 2, 3, 3, forest.queries], dev)
     return {**plan, "parents": parents, "new_slots": i32(range(20, 26), dev), "queries": forest.queries, "count": None}

@@ -1,0 +1,51 @@
+"""Tree attention inside vLLM: requests that share a prefix read its K and V once.
+
+`register` is an entry point of vLLM (`vllm.general_plugins`): with this package installed nothing else has to be done.
+
+`SAFFRON_VLLM=1 vllm serve MODEL` uses it on CPUs. GPUs are not served yet: the op that plans a step, `block_plan`, has no
+GPU kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+VERSIONS = ("0.32",)  # minor versions of vLLM that the tests ran with
+NAME = "SAFFRON"
+BACKEND = "saffron.integrations.vllm.backend.SaffronAttentionBackend"
+
+
+def why_not(version: str) -> str | None:
+    """Why this version of vLLM is not served; None if it is."""
+    if version.startswith(tuple(f"{minor}." for minor in VERSIONS)) or os.environ.get("SAFFRON_VLLM") == "force":
+        return None
+    return (
+        f"vLLM {version} is not one of the versions that were tested ({', '.join(VERSIONS)}); "
+        "SAFFRON_VLLM=force uses it nevertheless"
+    )
+
+
+def register() -> None:
+    """Makes the attention backend known to vLLM. Called in each of its processes, more than once.
+
+    Raises:
+        ValueError: `SAFFRON_VLLM` has another value than 0, 1 or force.
+        RuntimeError: `SAFFRON_VLLM=1`, and this version of vLLM is not served.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    asked = os.environ.get("SAFFRON_VLLM", "0")
+    if asked not in ("0", "1", "force"):
+        raise ValueError(f"SAFFRON_VLLM: got {asked!r}, expected 0, 1 or force")
+    reason = why_not(vllm.__version__)
+    if reason is not None:
+        if asked == "1":
+            raise RuntimeError(reason)
+        logging.getLogger(__name__).info("the attention backend %s is not offered: %s", NAME, reason)
+        return
+    register_backend(NAME, BACKEND)
+    if asked != "0" and current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
