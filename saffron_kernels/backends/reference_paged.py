@@ -20,7 +20,8 @@ def block_plan(
     first = [0, *itertools.accumulate(counts[r] for r in rows)]
     common = [0, *(_common(full[a], full[b]) for a, b in itertools.pairwise(rows)), 0]
 
-    order, plan = [], []
+    order: list[int] = []
+    plan: list[tuple[int, int, int]] = []
     for i, r in enumerate(rows):
         order += range(starts[r], starts[r + 1])
         context = lengths[r] - counts[r]

@@ -1,4 +1,4 @@
-"""Generates with vLLM on a CPU and prints the tokens as JSON: `vllm_run.py MODEL BLOCK_SIZE CACHING`, run twice by a test.
+"""Generates with vLLM on a CPU and prints the tokens as JSON: `vllm_run.py MODEL BLOCK_SIZE CACHING`, run by a test.
 
 `SAFFRON_VLLM=1` in the environment makes it use our attention backend.
 """
