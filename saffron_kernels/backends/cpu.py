@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saffron_kernels._native import cpu as _native
-from saffron_kernels.backends.reference import apart, checked_count, turned
+from saffron_kernels.backends.contents import checked_count
+from saffron_kernels.backends.reference import apart, turned
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3, torch.float64: 4}

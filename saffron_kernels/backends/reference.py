@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saffron_kernels.backends.contents import (
+    check_index,
+    check_no_nan,
+    check_offsets,
+    check_top_ps,
+    checked_count,
+)
 from saffron_kernels.backends.reference_paged import block_plan as block_plan
 from saffron_kernels.checks import FP8, compute_dtype
 
@@ -33,7 +40,7 @@ def append_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    _check_index("slots", slots, k_cache.shape[0], lowest=-1)
+    check_index("slots", slots, k_cache.shape[0], lowest=-1)
     keep = slots >= 0
     dtype = compute_dtype(k.dtype)
     k, v = k[keep].to(dtype), v[keep].to(dtype)
@@ -101,7 +108,7 @@ def tree_attention(
         slot, begin, end = (x[: checked_count(count, slot.shape[0])] for x in (slot, begin, end))
     visible = begin < end  # a token that no query sees is not read: its slot may be -1, or already someone else's
     slot, begin, end = slot[visible], begin[visible], end[visible]
-    _check_index("slot", slot, k_cache.shape[0])
+    check_index("slot", slot, k_cache.shape[0])
     k = _loaded(k_cache, slot, k_scale, dtype).permute(1, 2, 0)  # [kv_heads, head_dim, tokens]
     v = _loaded(v_cache, slot, v_scale, dtype).transpose(0, 1)  # [kv_heads, tokens, v_dim]
     # A weight of 0 times NaN is NaN: what is not finite in V must not meet the queries that do not see its token.
@@ -149,7 +156,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 
 def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    _check_index("slots", slots, k_cache.shape[0], lowest=-1)
+    check_index("slots", slots, k_cache.shape[0], lowest=-1)
     present = slots >= 0
 
     def gathered(cache: Tensor) -> Tensor:
@@ -170,7 +177,7 @@ def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tup
     else:
         limit = torch.full((rows,), top_p, dtype=torch.float64, device=logits.device)
     if banned is not None:
-        _check_index("banned", banned, vocab, lowest=-1)
+        check_index("banned", banned, vocab, lowest=-1)
         mask = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=logits.device)  # padding bans the last, unused one
         mask.scatter_(1, torch.where(banned < 0, vocab, banned).long().expand(rows, -1), True)
         logits = logits.masked_fill(mask[:, :vocab], -torch.inf)
@@ -222,8 +229,8 @@ def multifurcation_head(
     tokens: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    _check_index("tokens", tokens, weight.shape[0])
-    _check_offsets(offsets, tokens.shape[0])
+    check_index("tokens", tokens, weight.shape[0])
+    check_offsets(offsets, tokens.shape[0])
     dtype = compute_dtype(hidden.dtype)
     named, column = tokens.unique(return_inverse=True)  # each named weight row is read once for all rows
     scores = hidden.to(dtype) @ weight[named].to(dtype).T
@@ -245,11 +252,11 @@ def select_beam(
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, count = groups.shape[0], rewards.shape[0]
-    _check_index("groups", groups, num_groups + 1)
+    check_index("groups", groups, num_groups + 1)
     if widths is None:
         widths = groups.new_full((num_groups,), width)
-    _check_index("widths", widths, width + 1, lowest=1)
-    _check_offsets(offsets, count)
+    check_index("widths", widths, width + 1, lowest=1)
+    check_offsets(offsets, count)
     row = _rows(offsets, count)
     unknown = rewards.isnan() & (groups[row] < num_groups)
     if bool(unknown.any()):
@@ -288,9 +295,9 @@ def multifurcate(
     carried_groups: Tensor | None,
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_index("groups", groups, num_groups + 1)
+    check_index("groups", groups, num_groups + 1)
     if carried_groups is not None:
-        _check_index("carried_groups", carried_groups, num_groups + 1)
+        check_index("carried_groups", carried_groups, num_groups + 1)
     used = groups < num_groups  # all rows but the last ones
     top_p = top_p[used] if isinstance(top_p, Tensor) else top_p
     tokens, _, offsets = nucleus(logits[used], top_p, _of_rows(banned, used))
@@ -309,7 +316,7 @@ def multifurcate(
     blind[groups[row[seen & ~ends]].long()] = False
     if scores is not None:
         inherits = ends | blind[groups[row].long()]
-        _check_no_nan("scores: row", scores, row[inherits])
+        check_no_nan("scores: row", scores, row[inherits])
         rewards = torch.where(inherits, scores[row].to(rewards.dtype), rewards)
     if bool(rewards.isnan().any()):
         bad = int(rewards.isnan().nonzero()[0])
@@ -319,7 +326,7 @@ def multifurcate(
     counts[used] = offsets.diff()
     offsets = _offsets(counts)
     if carried_scores is not None and carried_groups is not None:
-        _check_no_nan("carried_scores: node", carried_scores, (carried_groups < num_groups).nonzero()[:, 0])
+        check_no_nan("carried_scores: node", carried_scores, (carried_groups < num_groups).nonzero()[:, 0])
         tokens = torch.cat([tokens, tokens.new_full(carried_scores.shape, -1)])
         rewards = torch.cat([rewards, carried_scores.to(rewards.dtype)])
         groups = torch.cat([groups, carried_groups])
@@ -350,9 +357,9 @@ def advance_tree(
         return slot, begin, end
     if bool((parents.diff() < 0).any()):
         raise ValueError("parents: must be ascending (the new queries are numbered by parent)")
-    _check_index("parents", parents, 1 << 31)  # not negative; `queries` and above is no parent
-    _check_index("begin", begin, queries + 1)
-    _check_index("end", end, queries + 1)
+    check_index("parents", parents, 1 << 31)  # not negative; `queries` and above is no parent
+    check_index("begin", begin, queries + 1)
+    check_index("end", end, queries + 1)
     # children_before[i] = children of the queries before i: the exclusive prefix sum of the child counts.
     old = torch.arange(queries + 1, device=parents.device, dtype=torch.int32)
     children_before = torch.searchsorted(parents.contiguous(), old, out_int32=True)
@@ -373,40 +380,3 @@ def _rows(offsets: Tensor, count: int) -> Tensor:
     """The row each of `count` candidates belongs to."""
     rows = torch.arange(offsets.shape[0] - 1, device=offsets.device, dtype=torch.int32)
     return rows.repeat_interleave(offsets.diff(), output_size=count)
-
-
-def _check_index(name: str, index: Tensor, size: int, lowest: int = 0) -> None:
-    """PyTorch lets negative indices wrap around; here they are errors (or, where `lowest` is -1, padding)."""
-    if index.numel():
-        smallest, largest = (int(x) for x in index.aminmax())
-        if smallest < lowest or largest >= size:
-            raise ValueError(f"{name}: holds values from {smallest} to {largest}, allowed are {lowest} to {size - 1}")
-
-
-def _check_no_nan(name: str, scores: Tensor, used: Tensor) -> None:
-    """Of `scores` those that `used` names are numbers."""
-    bad = used[scores[used].isnan()]
-    if bad.numel():
-        raise ValueError(f"{name} {int(bad[0])} has NaN; scores must be numbers")
-
-
-def check_top_ps(top_p: Tensor) -> None:
-    """Raises ValueError if the `top_p` of a row is NaN or out of range."""
-    bad = ((top_p > 0) & (top_p <= 1)).logical_not()
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"top_p: row {row} holds {float(top_p[row])}, expected a number above 0 and at most 1")
-
-
-def checked_count(count: Tensor, most: int) -> int:
-    """The number of tokens that `count` holds. Raises ValueError where it is not from 0 to `most`."""
-    held = int(count)
-    if not 0 <= held <= most:
-        raise ValueError(f"count: holds {held}, allowed are 0 to {most}")
-    return held
-
-
-def _check_offsets(offsets: Tensor, count: int) -> None:
-    """Row after row owns the next candidates, and all of them have a row."""
-    if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets: must ascend from 0 to {count}, the number of candidates")

@@ -7,8 +7,7 @@
 // `Math` supplies the two matrix products and the exponentials between them: FloatMath in
 // attention_float.h, AmxMath in attention_amx.h.
 
-#include "cpu/simd/kernels.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/attention_memory.h"
 
 namespace saffron::cpu::SAFFRON_ISA {
 
@@ -19,40 +18,6 @@ constexpr float kSlack = 8.f;
 // The maximum of a row that has seen a token is at least this, even if its scores are NaN or
 // -infinity: -infinity is the maximum of a row that has seen nothing, and of no other.
 constexpr float kLowestSeen = -__FLT_MAX__;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-/// Hands out parts of a buffer; with no buffer it only counts.
-struct Carver {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* part = reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
-  }
-};
-
-/// Floats of a column's outputs: [v_dim, lane], with v_dim rounded up to what AMX needs.
-inline int64_t column_size(int64_t v_dim) { return round_up(v_dim, 32) * kLanes; }
-
-inline void clear(float* to, int64_t count) {
-  std::memset(to, 0, static_cast<size_t>(count) * sizeof *to);
-}
-
-/// A partial result: outputs [column, v_dim, lane], then maxima and sums [column, lane]. A row
-/// whose maximum is -infinity saw nothing, and its outputs and its sum are undefined.
-struct Partial {
-  float *out, *maximum, *sum;
-  Partial(float* base, int64_t columns, int64_t v_dim)
-      : out(base), maximum(base + columns * column_size(v_dim)), sum(maximum + columns * kLanes) {}
-};
-
-inline int64_t partial_size(int64_t rows, int64_t v_dim) {
-  return ceil_div(rows, kLanes) * (column_size(v_dim) + 2 * kLanes);
-}
 
 /// Walks over the K and V rows of the next tile, those of all the task's heads at once: if there
 /// are several they lie side by side. Brings them into the second-level cache, line by line between

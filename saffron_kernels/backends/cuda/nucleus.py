@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from saffron_kernels.backends import faults
+from saffron_kernels.backends.contents import check_top_ps
 from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.counters import counters
 from saffron_kernels.backends.cuda.native import CODE, of_each_row, view
-from saffron_kernels.backends.reference import check_top_ps
 from saffron_kernels.checks import expect
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saffron_kernels.backends import faults
-from saffron_kernels.backends.reference import check_top_ps
+from saffron_kernels.backends.contents import check_top_ps
 from saffron_kernels.backends.triton import bits
 from saffron_kernels.backends.triton.launch import cdiv, launch, next_power_of_2
 from saffron_kernels.backends.triton.numerics import exp, is_one_of, order_key
