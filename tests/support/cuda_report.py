@@ -97,12 +97,12 @@ def compile_kernels(arch: str) -> dict[str, tuple[Compiled, ...]]:
     """Machine code for one architecture: cubin file -> its kernels. Compiled once for the same sources.
 
     Raises:
-        CalledProcessError: a warning, a spill or an error; the compiler's messages went to stderr.
+        CalledProcessError: a warning or an error; the compiler's messages went to stderr.
     """
-    return {cubin: tuple(_kernels(log)) for cubin, log in compile_sources(arch).items()}
+    return {cubin: tuple(kernels_of(log)) for cubin, log in compile_sources(arch).items()}
 
 
-def _kernels(log: str) -> Iterator[Compiled]:
+def kernels_of(log: str) -> Iterator[Compiled]:
     """What `ptxas -v` says."""
     for entry in log.split("Compiling entry function ")[1:]:
         says = re.search(r"'(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers", entry, re.S)
