@@ -142,6 +142,39 @@ def _attend(
     return largest, total, acc
 
 
+@triton.jit
+def _tokens_of_split(count_ptr, fault_ptr, tokens, tokens_per_split):
+    """The first token of this program's split and the one past its last."""
+    split = tl.program_id(2)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+        if (count < 0) | (count > tokens):
+            tl.atomic_or(fault_ptr, bits.PLAN)
+        tokens = tl.minimum(tl.maximum(count, 0), tokens)
+        tokens_per_split = tl.cdiv(tokens, tl.num_programs(2))  # however many there are, all splits get their share
+    first_token = split * tokens_per_split
+    return first_token, tl.minimum(first_token + tokens_per_split, tokens)
+
+
+@triton.jit
+def _rows_of_program(queries, group, BLOCK_M: tl.constexpr):
+    """Where the partial results of this program's rows lie, and which rows there are."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, kv_heads = row // group, tl.num_programs(1)
+    head = (tl.program_id(1) * group + row % group).to(tl.int64)
+    place = (tl.program_id(2).to(tl.int64) * queries + query) * kv_heads * group + head
+    return place, query < queries
+
+
+@triton.jit
+def _result(largest, total, acc):
+    """Outputs and LSE (base 2). No mass but something seen: all scores are -inf; NaN, if no other split has more."""
+    mass = tl.where(total == 0, 1.0, total)
+    out = tl.where((total == 0)[:, None], float("nan"), acc / mass[:, None])
+    lse = tl.where(total == 0, _LOWEST_SEEN, largest + tl.log2(mass))
+    return out, tl.where(largest == float("-inf"), float("-inf"), lse)
+
+
 @triton.jit(do_not_specialize=["queries", "group", "slots", "tokens", "tokens_per_split"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr,
@@ -156,48 +189,52 @@ def _attention_kernel(
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(2)
-    if count_ptr is not None:
-        count = tl.load(count_ptr)
-        if (count < 0) | (count > tokens):
-            tl.atomic_or(fault_ptr, bits.PLAN)
-        tokens = tl.minimum(tl.maximum(count, 0), tokens)
-        tokens_per_split = tl.cdiv(tokens, tl.num_programs(2))  # however many there are, all splits get their share
-    first_token = split * tokens_per_split
-    last_token = tl.minimum(first_token + tokens_per_split, tokens)
+    first_token, last_token = _tokens_of_split(count_ptr, fault_ptr, tokens, tokens_per_split)
     largest, total, acc = _attend(
         q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
         scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
         q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
         D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=0,
     )  # fmt: skip
-    # 0 times NaN is NaN: V of a token that only some rows see may have spoilt the others.
-    spoilt = (acc - acc != 0.0) & (total == total)[:, None]
-    again = tl.max(spoilt.to(tl.int32)) > 0
-    if again:
+    out, lse = _result(largest, total, acc)
+    place, present = _rows_of_program(queries, group, BLOCK_M)
+    tl.store(lse_ptr + place, lse, present)
+    # A partial that saw nothing is not written: its lse says so, and the join does not read it.
+    written, dim = present & (largest > float("-inf")), tl.arange(0, BLOCK_V)
+    elements = written[:, None] & (dim < D_V)[None, :]
+    tl.store(part_ptr + place[:, None] * D_V + dim[None, :], out, elements)
+
+
+@triton.jit(do_not_specialize=["queries", "group", "slots", "tokens", "tokens_per_split"])
+def _mend_kernel(
+    q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, count_ptr, part_ptr, lse_ptr, fault_ptr,
+    scale_log2, cap_inner, cap_outer, queries, group, slots, tokens, tokens_per_split,
+    q_stride_n, q_stride_h, q_stride_d,
+    k_stride_s, k_stride_h, k_stride_d,
+    v_stride_s, v_stride_h, v_stride_d,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Computes again the partial results of `_attention_kernel` that are not finite, and ends at once where all are.
+
+    0 times NaN is NaN: V of a token that only some rows see may have spoilt the others. A kernel of its own, as the
+    registers of the usual one do not hold two results.
+    """
+    place, present = _rows_of_program(queries, group, BLOCK_M)
+    dim = tl.arange(0, BLOCK_V)
+    lse = tl.load(lse_ptr + place, present, float("-inf"))
+    elements = (present & (lse > float("-inf")))[:, None] & (dim < D_V)[None, :]  # a NaN lse is right as it is
+    out = tl.load(part_ptr + place[:, None] * D_V + dim[None, :], elements, 0.0)
+    if tl.max((out - out != 0.0).to(tl.int32)) > 0:
+        first_token, last_token = _tokens_of_split(count_ptr, fault_ptr, tokens, tokens_per_split)
         largest, total, acc = _attend(
             q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
             scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
             q_stride_n, q_stride_h, q_stride_d, k_stride_s, k_stride_h, k_stride_d, v_stride_s, v_stride_h, v_stride_d,
             D, D_V, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, TILES, CAPPED, CAREFUL=1,
         )  # fmt: skip
-
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    query, kv_heads = row // group, tl.num_programs(1)
-    head = (tl.program_id(1) * group + row % group).to(tl.int64)
-    present, dim = query < queries, tl.arange(0, BLOCK_V)
-    # No mass but something seen: all scores are -inf, and the result is NaN, if no other split has more.
-    mass = tl.where(total == 0, 1.0, total)
-    out = tl.where((total == 0)[:, None], float("nan"), acc / mass[:, None])
-    lse = tl.where(total == 0, _LOWEST_SEEN, largest + tl.log2(mass))
-    lse = tl.where(largest == float("-inf"), float("-inf"), lse)
-    place = (split.to(tl.int64) * queries + query) * kv_heads * group + head
-    tl.store(lse_ptr + place, lse, present)
-    # A partial that saw nothing is not written: its lse says so, and the join does not read it.
-    written = present & (largest > float("-inf"))
-    elements = written[:, None] & (dim < D_V)[None, :]
-    tl.store(part_ptr + place[:, None] * D_V + dim[None, :], out, elements)
-    if again:  # apart, as registers do not hold two results
+        out, _ = _result(largest, total, acc)
+        tl.store(part_ptr + place[:, None] * D_V + dim[None, :], out, elements)
         _, _, touched = _attend(
             q_ptr, k_ptr, v_ptr, slot_ptr, begin_ptr, end_ptr, fault_ptr,
             scale_log2, cap_inner, cap_outer, queries, group, slots, first_token, last_token,
@@ -293,15 +330,16 @@ def tree_attention(
     block_d, block_v = (next_power_of_2(max(16, size)) for size in (head_dim, v_dim))
     capped = softcap is not None
     cap = softcap if softcap is not None else 1.0
-    launch(
-        _attention_kernel, (row_tiles, kv_heads, splits),
-        q, k_cache, v_cache, slot, begin, end, count, part, part_lse, faults.word(q.device),
-        scale * _LOG2E, scale / cap, cap * _LOG2E, queries, heads // kv_heads, slots, tokens, tokens_per_split,
-        *q.stride(), *k_cache.stride(), *v_cache.stride(),
-        D=head_dim, D_V=v_dim, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES,
-        CAPPED=capped,
-        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    for kernel in (_attention_kernel, _mend_kernel):
+        launch(
+            kernel, (row_tiles, kv_heads, splits),
+            q, k_cache, v_cache, slot, begin, end, count, part, part_lse, faults.word(q.device),
+            scale * _LOG2E, scale / cap, cap * _LOG2E, queries, heads // kv_heads, slots, tokens, tokens_per_split,
+            *q.stride(), *k_cache.stride(), *v_cache.stride(),
+            D=head_dim, D_V=v_dim, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_M=block_m, BLOCK_N=block_n, TILES=_TILES,
+            CAPPED=capped,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
     launch(
         _join_kernel, (queries * heads,), part, part_lse, None if sinks is None else sinks.float().contiguous(),
         out, lse, splits, queries * heads, heads, D=v_dim, BLOCK_D=block_v, BLOCK_S=16, num_warps=4,
