@@ -53,7 +53,7 @@ except SystemExit:
 
 
 def test_it_writes_resumes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["stepmix", "--quick", "--experiment", "paper", "offline", "--out", str(tmp_path / "out")]
+    arguments = ["stepmix", "--quick", "--experiment", "paper", "offline", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--docs", str(tmp_path / "docs")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "results-conservative.md")
     file = tmp_path / "out" / "records.jsonl"
@@ -74,7 +74,7 @@ def test_it_writes_resumes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixt
         json.loads(line)["regret"] for line in lines if "regret" in line
     )
     before = file.read_text()
-    assert main(["stepmix", "--quick", "--experiment", "offline", "--out", str(tmp_path / "out")]) == 0
+    assert main(["stepmix", "--quick", "--experiment", "offline", "--output", str(tmp_path / "out")]) == 0
     assert sorted(file.read_text().splitlines()) == sorted(before.splitlines())  # a part of it leaves the rest alone
 
 

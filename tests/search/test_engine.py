@@ -33,7 +33,7 @@ def test_rounding_stays_below_a_ten_thousandth() -> None:
     engine.run(*handles)
     for handle, request in zip(handles, PROMPTS, strict=True):
         (result,) = SaffronSearch(policy, mrm, CONFIG).search([request])
-        assert handle.result().tokens == result.token_ids
+        assert handle.result().token_ids == result.token_ids
         assert handle.result().score == pytest.approx(result.score, abs=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_bounds_of_the_queue_and_the_cache() -> None:
     assert not other.step() and not fourth.done
     engine.run(third)
     other.run(fourth)
-    assert fourth.result().tokens == second.result().tokens
+    assert fourth.result().token_ids == second.result().token_ids
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.submit(PROMPTS[0])
@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_stop_one_search(monkeypatch: pytest.MonkeyP
         with pytest.raises(NumericalError, match="policy"):
             handle.result()
     assert not bad.tree.steps and late.tree.steps
-    assert good.result().tokens == expected.token_ids
+    assert good.result().token_ids == expected.token_ids
     assert policy.kv.num_nodes == mrm.kv.num_nodes == policy.kv.reserved == 0
 
 
@@ -164,7 +164,7 @@ def test_errors_of_a_caller_are_the_callers() -> None:
     engine.run()
     with pytest.raises(EngineError, match="KeyError"):
         bad.result()
-    assert good.result().tokens
+    assert good.result().token_ids
     with pytest.raises(TimeoutError):
         engine.submit(PROMPTS[0]).result(timeout=0.01)
     engine.close(drain=False)
@@ -218,7 +218,7 @@ def test_other_methods_run_between_the_steps() -> None:
     assert isinstance(stopped.error, CancelledError) and not long.done
     for job, method in zip(jobs, methods, strict=True):
         (alone,) = method.search([prompt])  # type: ignore[attr-defined]
-        assert job.result(0).tokens == alone.token_ids and job.result(0).cost == alone.cost
+        assert job.result(0).token_ids == alone.token_ids and job.result(0).cost == alone.cost
     engine.close(drain=False)
     assert models.policy.kv.num_nodes == models.mrm.kv.num_nodes == models.guard.kv.num_nodes == 0
 
@@ -240,7 +240,7 @@ def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
                 which = (first + i) % len(PROMPTS)
                 (result,) = search.search([PROMPTS[which]])
                 (plain,) = greedy.search([PROMPTS[which]])
-                if result.token_ids != expected[which].tokens or plain.token_ids != undefended[which]:
+                if result.token_ids != expected[which].token_ids or plain.token_ids != undefended[which]:
                     wrong.append((which, result))
         except BaseException as error:
             wrong.append(error)
@@ -258,3 +258,26 @@ def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
     assert not wrong
     for model in (policy, mrm):
         assert model.kv.num_nodes == model.kv.reserved == 0 and model.kv.capacity == model.kv.k.shape[1] > 4
+
+
+@pytest.mark.parametrize("limit", ["queue", "max_searches", "cache_tokens", "prefill_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 0.5, "a", True])
+def test_limits_are_whole_numbers(limit: str, value: object) -> None:
+    search = SaffronSearch(*tiny.pair(0))
+    with pytest.raises(ConfigError, match=limit):
+        search.engine(**{limit: value})
+
+
+@pytest.mark.parametrize("ends", [[-1], [1.5], [10**9], "x", 5, [True]])
+def test_ends_are_token_ids(ends: object) -> None:
+    policy, mrm = tiny.pair(0)
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        SaffronSearch(policy, mrm, eos_token_id=ends)
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        SaffronSearch(policy, mrm).engine().submit(Request((0, 5), (0, 5)), eos_token_id=ends)
+
+
+def test_token_ids_are_whole_numbers() -> None:
+    search = SaffronSearch(*tiny.pair(0))
+    with pytest.raises(ConfigError, match="whole numbers"):
+        search.search([Request((0, 5.7), (0, 5))])  # type: ignore[arg-type]

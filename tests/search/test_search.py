@@ -237,7 +237,7 @@ def test_a_string_is_one_prompt_and_a_call_has_its_own_configuration() -> None:
     (one,) = search.generate("hello there", config=replace(CONFIG, max_new_tokens=2))
     assert one.prompt == "hello there" and len(one.token_ids) == 2
     (greedy,) = GreedyDecoding(models.policy, config=GreedyConfig(max_new_tokens=3)).generate("hello there")
-    assert len(greedy.tokens) <= 3
+    assert len(greedy.token_ids) <= 3
 
 
 # --- with text ---

@@ -52,8 +52,8 @@ def same(handle: Handle, other: Handle, tolerance: float) -> None:
     """Equal in all but the last bits of scores, and the time it took."""
     one, two = handle.result(), other.result()
     assert (
-        one.token_ids == two.tokens
-        and one.finish_reason == two.stop
+        one.token_ids == two.token_ids
+        and one.finish_reason == two.finish_reason
         and one.cost == two.cost
         and one.steps == two.steps
     )

@@ -131,7 +131,7 @@ def _search(
             for record in new:
                 _print(record, options)
             done += len(new)
-            tokens += sum(len(record.get("tokens", ())) for record in records)
+            tokens += sum(len(record.get("token_ids", ())) for record in records)
             show(done, total)
     return tokens
 

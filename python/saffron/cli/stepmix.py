@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from saffron.cli.options import Commands, add_worker_options, positive, workers
+from saffron.cli.options import Commands, add_worker_options, positive, seed, workers
 
 
 def add(commands: Commands) -> None:
@@ -17,9 +17,7 @@ def add(commands: Commands) -> None:
         "sweeps of the interval scale, the floor and the offline log. Writes records.jsonl, results-conservative.md "
         "and figures/. Run it again after an interruption: finished jobs are kept.",
     )
-    stepmix.add_argument(
-        "--out", type=Path, default=Path("stepmix"), metavar="DIR", help="folder to write (%(default)s)"
-    )
+    stepmix.add_argument("--output", type=Path, default=Path("stepmix"), metavar="DIR", help="folder to write")
     stepmix.add_argument("--docs", type=Path, metavar="DIR", help="also write the page and its figures there")
     stepmix.add_argument(
         "--experiment",
@@ -29,7 +27,7 @@ def add(commands: Commands) -> None:
     )
     stepmix.add_argument("--trials", type=positive, default=20, help="MDPs of each setting (default %(default)s)")
     stepmix.add_argument("--episodes", type=positive, default=40_000, help="of each trial (default %(default)s)")
-    stepmix.add_argument("--seed", type=int, default=0, help="of MDPs and episodes (default %(default)s)")
+    stepmix.add_argument("--seed", type=seed, default=0, help="of MDPs and episodes (default %(default)s)")
     stepmix.add_argument("--json", action="store_true", help="print the records as JSON lines instead of the tables")
     stepmix.add_argument("--quick", action="store_true", help="little of everything: does it run?")
     add_worker_options(stepmix)
@@ -53,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
         task = bar.add_task("jobs", total=len(jobs))
         records = experiment.run(
             jobs,
-            options.out / "records.jsonl",
+            options.output / "records.jsonl",
             workers(options).run,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    page = report.write(records, options.out)
+    page = report.write(records, options.output)
     if options.docs:
         report.write(records, options.docs)
     if options.json:

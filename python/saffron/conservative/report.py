@@ -74,7 +74,7 @@ def at_most(failures: int, trials: int) -> float:
 
 _HEAD = f"""# Conservative exploration: results
 
-Written by `saffron stepmix --out DIR --docs docs --workers 2` from its records; no figure here was typed. What the
+Written by `saffron stepmix --output DIR --docs docs --workers 2` from its records; no figure here was typed. What the
 words mean, and what is guaranteed, is in [conservative.md](conservative.md).
 
 Random MDPs of 5 states, 5 actions and 3 steps, rewards uniform in [0, 1] and known, kernels uniform on the simplex. The

@@ -14,3 +14,10 @@ def expect(name: str, value: object, *kinds: type) -> None:
     """Raises `ConfigError` that names the argument, unless the value is of one of these types."""
     if not isinstance(value, kinds):
         raise ConfigError(f"{name}: got {kind(value)}, expected {' or '.join(k.__name__ for k in kinds)}")
+
+
+def expect_limits(**limits: object) -> None:
+    """Raises `ConfigError` unless each is None or a whole number of at least 1."""
+    for name, limit in limits.items():
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(f"{name}: got {limit!r}, expected None or a whole number of at least 1")

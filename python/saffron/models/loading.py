@@ -73,7 +73,9 @@ def _check_generation_config(path: str) -> None:
         content = json.loads(Path(found).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got a {type(content).__name__}")
-        GenerationConfig.from_dict(content)
+        ends = GenerationConfig.from_dict(content).eos_token_id
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+            raise ValueError(f"eos_token_id: got {ends!r}, expected token ids")
     except Exception as error:  # whatever a class of transformers makes of wrong values
         raise CheckpointError(f"{found}: not a generation configuration ({_reason(error)})") from error
 

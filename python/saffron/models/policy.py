@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,3 +115,19 @@ class Policy(TrieModel):
 
 
 _check_weights = check_weights
+
+
+def end_tokens(policy: Policy, given: Iterable[int] | None) -> frozenset[int]:
+    """The token ids that end a response: those given, or the policy's own.
+
+    Raises:
+        ConfigError: something else than ids of the policy's vocabulary.
+    """
+    ids = policy.eos_token_id if given is None else given
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise ConfigError(f"eos_token_id: got {ids!r}, expected token ids")
+    found = list(ids)
+    for one in found:
+        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < policy.vocab_size:
+            raise ConfigError(f"eos_token_id: got {one!r}, expected ids from 0 to {policy.vocab_size - 1}")
+    return frozenset(found)

@@ -162,8 +162,11 @@ class TrieModel:
             )
 
     def check_tokens(self, name: str, tokens: Sequence[int]) -> None:
-        """Raises `ConfigError` for token ids outside the vocabulary."""
+        """Raises `ConfigError` for what is not a token id of the vocabulary."""
         size = self._input_size
+        for token in tokens:
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                raise ConfigError(f"{name}: got {token!r} among the ids, expected whole numbers")
         if len(tokens) == 0 or min(tokens) < 0 or max(tokens) >= size:
             given = f"ids from {min(tokens)} to {max(tokens)}" if tokens else "no tokens"
             raise ConfigError(f"{name}: got {given}, expected at least one id from 0 to {size - 1}")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from saffron.errors import CapacityError, ConfigError, EngineClosedError, QueueFullError
-from saffron.models.checks import expect
+from saffron.models.checks import expect, expect_limits
+from saffron.models.policy import end_tokens
 from saffron.models.trie_model import TrieModel
 from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import EagerStep
@@ -65,7 +66,9 @@ class Engine:
         self.policy, self.mrm, self.models = models.policy, models.mrm, models
         self.config = SearchConfig() if config is None else config
         expect("config", self.config, SearchConfig)
-        self.eos_token_id = frozenset(self.policy.eos_token_id if eos_token_id is None else eos_token_id)
+        self.eos_token_id = end_tokens(self.policy, eos_token_id)
+        limits = {"queue": queue, "max_searches": max_searches, "cache_tokens": cache_tokens}
+        expect_limits(**limits, prefill_tokens=prefill_tokens)
         self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
         self.prefill_tokens = prefill_tokens
         self._step: Step = step or EagerStep(models)
@@ -104,7 +107,7 @@ class Engine:
             ConfigError, PromptTooLongError: a request that cannot be run. CapacityError: one that could need more than
             the cache holds. QueueFullError, EngineClosedError.
         """
-        ends = self.eos_token_id if eos_token_id is None else frozenset(eos_token_id)
+        ends = self.eos_token_id if eos_token_id is None else end_tokens(self.policy, eos_token_id)
         settings = self.config if config is None else config
         expect("config", settings, SearchConfig)
         handle = Handle(self, request, settings, ends, trace=trace, max_width=max_width, on_step=on_step)

@@ -14,7 +14,7 @@ from typing import Any
 from saffron.errors import ConfigError
 from saffron.models.chat import Prompt, as_conversations
 from saffron.models.checks import expect
-from saffron.models.policy import Policy
+from saffron.models.policy import Policy, end_tokens
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured_step import CapturedStep, why_not_captured
 from saffron.search.config import Request, SearchConfig
@@ -57,7 +57,7 @@ class SaffronSearch:
         self.policy, self.mrm = policy, mrm
         self.config = SearchConfig() if config is None else config
         expect("config", self.config, SearchConfig)
-        self.eos_token_id = frozenset(policy.eos_token_id if eos_token_id is None else eos_token_id)
+        self.eos_token_id = end_tokens(policy, eos_token_id)
         self.models = ModelPair(policy, mrm)
         self.capture = capture
         self._captured: CapturedStep | None = None  # the buffers of the last call, for the next one of its size
@@ -110,13 +110,14 @@ class SaffronSearch:
         progress: Progress | None = None,
     ) -> list[SearchResult]:
         """`generate` for token ids. Equal requests are searched once."""
+        started = time.perf_counter()
         handles: list[Handle] = []
         for handles in self.run(requests, config=config, trace=trace):
             if progress is not None:
                 progress(max(len(handle.tree.steps) for handle in handles), handles[0].config.max_new_tokens)
-        share = len(set(handles)) / max(len(handles), 1)
         results = [handle.result() for handle in handles]
-        return [replace(r, cost=replace(r.cost, seconds=r.cost.seconds * share)) for r in results]
+        seconds = (time.perf_counter() - started) / max(len(requests), 1)  # of one prompt of the batch
+        return [replace(r, cost=replace(r.cost, seconds=seconds)) for r in results]
 
     def stream(self, prompt: Prompt, prefill: str = "", *, config: SearchConfig | None = None) -> Iterator[str]:
         """Yields the answer in pieces, each as soon as no live beam can change it any more."""
