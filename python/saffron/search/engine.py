@@ -35,8 +35,8 @@ class Engine:
     may differ in the last bits, and two candidates that are equal but for those may change places.
 
     An error that one request causes (outputs that are not finite, a response that outgrows the MRM's context) ends that
-    search alone; after any other error every running search ends with an `EngineError`, the cache is given back, and
-    the engine goes on with what waits.
+    search alone; after any other error every running search ends with an `EngineError`, and the engine goes on. `close`
+    it, or use it in a `with` block: until then it keeps the room in the caches that its searches have set aside.
 
     Args:
         models: a policy and an MRM.
@@ -67,10 +67,9 @@ class Engine:
         self.config = SearchConfig() if config is None else config
         expect("config", self.config, SearchConfig)
         self.eos_token_id = end_tokens(self.policy, eos_token_id)
-        limits = {"queue": queue, "max_searches": max_searches, "cache_tokens": cache_tokens}
-        expect_limits(**limits, prefill_tokens=prefill_tokens)
-        self.queue, self.max_searches, self.cache_tokens = queue, max_searches, cache_tokens
-        self.prefill_tokens = prefill_tokens
+        expect_limits(queue=queue, max_searches=max_searches, cache_tokens=cache_tokens, prefill_tokens=prefill_tokens)
+        self.queue, self.max_searches = queue, max_searches
+        self.cache_tokens, self.prefill_tokens = cache_tokens, prefill_tokens
         self._step: Step = step or EagerStep(models)
         # Of the forest: held during a step.
         self._lock, self._stepping = threading.RLock(), False
@@ -80,8 +79,6 @@ class Engine:
         self._changed, self._waiting, self._jobs = threading.Condition(), deque[Handle](), list[Job]()
         self._closed = False
         self._thread: threading.Thread | None = None
-
-    # --- requests: any thread ---
 
     def submit(
         self,
@@ -241,8 +238,6 @@ class Engine:
                     return
             if not self.step():
                 time.sleep(0.001)
-
-    # --- joining and leaving ---
 
     def _check(self, search: Handle, index: int | None) -> None:
         request, config = search.request, search.config
