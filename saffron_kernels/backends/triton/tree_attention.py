@@ -42,7 +42,7 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
     dim = max(64, next_power_of_2(head_dim))
     if element_size > 2:  # fp32 products run on the ordinary cores: small tiles
         if dim == 64:
-            return Config(16, 32, num_warps=4, num_stages=1)
+            return Config(16, 32, num_warps=8 if arch >= 100 else 4, num_stages=1)
         if dim == 128 and arch < 90:
             return Config(16, 16, num_warps=4, num_stages=2)
         return Config(16, 32, num_warps=8, num_stages=2)
