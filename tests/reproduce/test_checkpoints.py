@@ -20,7 +20,7 @@ from reproduce.checkpoints.tokenizer import GUARD_TEMPLATE, POLICY_TEMPLATE, tra
 from saffron import cli, world
 from saffron.cli.annotate import annotate_config
 from saffron.cli.train_mrm import train_config
-from saffron.errors import ConfigError
+from saffron.errors import CheckpointError
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
 from saffron.training.conversations import Conversation as Turns
@@ -209,5 +209,5 @@ def test_whole_training_end_to_end(tmp_path, monkeypatch):
 
 
 def test_training_stops_where_there_is_no_corpus(tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.jsonl"):
+    with pytest.raises(CheckpointError, match=r"train\.jsonl"):
         reward_and_train(tmp_path, tmp_path, epochs=1, seed=1)
