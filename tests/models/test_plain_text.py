@@ -80,14 +80,14 @@ def test_a_chat_holds_the_control_tokens_of_its_template_alone(kind: str, before
     assert names == ["<s>", "<|user|>", "<|end|>", "<|user|>"]
 
 
+@pytest.mark.xfail(strict=True, reason="the template's own begin token becomes text where it cuts what people wrote")
 def test_templates_may_cut_and_look_at_what_is_marked() -> None:
     made = tokenizer_kinds.make("byte BPE")
     encoder = ConversationEncoder(made, "policy")
     cut = "{{ bos_token }}{% for m in messages %}{{ m['content'].split('</s>')[-1] }}<|end|>{% endfor %}"
     say = [{"role": "user", "content": "thoughts</s> hello<s> "}]
     assert made.decode(encoder.chat(say, cut)) == "<s> hello<s> <|end|>"
-    # At most the template's own: where a template cuts what people wrote, even that one may become text.
-    assert [made.convert_ids_to_tokens(i) for i in encoder.chat(say, cut)].count("<s>") <= 1
+    assert [made.convert_ids_to_tokens(i) for i in encoder.chat(say, cut)].count("<s>") == 1
     clipped = "{{ bos_token }}{{ messages[0]['content'][:-1] }}<|end|>"  # loses the mark behind the name
     ids = encoder.chat([{"role": "user", "content": "hello</s>"}], clipped)
     assert made.decode(ids) == "<s>hello</s><|end|>" and made.eos_token_id not in ids
