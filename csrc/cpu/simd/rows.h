@@ -22,8 +22,11 @@ inline Vec exp(Vec x) {
 /// The value that a token has where there is none.
 template <class T>
 inline T no_logit() {
-  if constexpr (sizeof(T) == 2) return T{0xff80};
-  return -__builtin_inff();
+  if constexpr (sizeof(T) == 2) {
+    return T{0xff80};  // bf16
+  } else {
+    return -__builtin_inff();
+  }
 }
 
 /// Lane by lane, so that nothing has to be added up across a vector: the largest of a block's
