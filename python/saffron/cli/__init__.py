@@ -22,6 +22,7 @@ from saffron.cli import (
     parity,
     report,
     reproduce,
+    serve,
     stepmix,
     train_mrm,
 )
@@ -107,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (
         demo,
         generate,
+        serve,
         parity,
         doctor,
         annotate,

@@ -29,6 +29,7 @@ class Pending:
         self._engine = engine
         self._result: SearchResult | None = None
         self._changed = threading.Condition()
+        self._listener: Callable[[], object] | None = None
 
     @property
     def done(self) -> bool:
@@ -72,9 +73,17 @@ class Pending:
             self.error.__cause__ = error
         self.notify()
 
+    def listen(self, listener: Callable[[], object]) -> None:
+        """Calls `listener` after every step and at the end, from the thread where that happens; it must not block."""
+        self._listener = listener
+        if self.done:
+            listener()
+
     def notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
+        if self._listener is not None:
+            self._listener()
 
 
 class Job(Pending):

@@ -1,0 +1,74 @@
+"""Log-probabilities of tokens under the policy alone, by a second pass: no search enters them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saffron.models.policy import Policy
+from saffron.serving.ask import Ask
+from saffron.serving.running import Choice
+from saffron.serving.service import Service
+
+CHUNK = 64  # positions whose logits are held at once
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChance:
+    """A token, its log-probability after those before it, and the most probable tokens there."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@torch.inference_mode()
+def likelihoods(policy: Policy, tokens: list[int], first: int, top: int) -> list[TokenChance]:
+    """`tokens[first:]` under the policy.
+
+    Args:
+        first: at least 1: nothing stands before the first token.
+        top: alternatives per token.
+    """
+    found, held = [], []
+    try:
+        for start in range(first, len(tokens), CHUNK):
+            places = range(start, min(start + CHUNK, len(tokens)))
+            leaves, logits = policy.read([tokens[:place] for place in places])
+            held.append(leaves)
+            chances = logits.float().log_softmax(-1)
+            best = chances.topk(min(top, chances.shape[1])) if top else None
+            for row, place in enumerate(places):
+                alike = [] if best is None else list(
+                    zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+                )  # fmt: skip
+                found.append(TokenChance(tokens[place], float(chances[row, tokens[place]]), alike))
+    finally:
+        for leaves in held:
+            policy.forget(leaves)
+    return found
+
+
+def token_text(policy: Policy, token: int) -> str:
+    """What one token says; control tokens are shown."""
+    return str(policy.require_tokenizer().decode([token]))
+
+
+def chat_logprobs(service: Service, ask: Ask, choice: Choice) -> dict[str, Any]:
+    """`choices[i].logprobs` of a chat completion."""
+    policy = service.policy
+    assert ask.logprobs is not None
+    before = list(ask.request.policy)
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = token_text(policy, token)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    found = likelihoods(policy, before + choice.tokens, len(before), ask.logprobs)
+    content = [
+        {**entry(one.token, one.logprob), "top_logprobs": [entry(token, value) for token, value in one.top]}
+        for one in found
+    ]
+    return {"content": content, "refusal": None}
