@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from saffron.lazy import attach
 
 if TYPE_CHECKING:
+    from saffron.adaptive import AdaptiveWidth, WidthSettings
     from saffron.errors import SaffronError
     from saffron.integrations.custom_generate import generate
     from saffron.integrations.guidance import RewardGuidance
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from saffron.search import (
         MCTS,
         METHODS,
+        AdaptiveSearch,
         BeamSearch,
         BestOfN,
         DeAL,
@@ -41,6 +43,8 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AdaptiveSearch": "search",
+        "AdaptiveWidth": "adaptive",
         "BeamSearch": "search",
         "BestOfN": "search",
         "Cost": "search.result",
@@ -63,6 +67,7 @@ __getattr__, __dir__, __all__ = attach(
         "SearchConfig": "search.config",
         "SearchResult": "search.result",
         "TrieModel": "models.trie_model",
+        "WidthSettings": "adaptive",
         "generate": "integrations.custom_generate",
         "load_bundled": "models.bundled",
         "parse_method": "search",

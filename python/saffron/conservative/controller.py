@@ -58,6 +58,7 @@ class StepMixController:
         method: "stepmix", "epsmix" or "baseline".
         replan: "doubling" (as soon as any count has doubled) or a number of episodes.
         offline: counts of a log. What they say of the baseline has to reach the floor.
+        trusted: the baseline is known to reach the floor on other grounds, whatever `offline` says.
         drift: measures against traffic that changes.
         seed: of the random numbers that choose policies and actions.
 
@@ -73,6 +74,7 @@ class StepMixController:
         method: str = "stepmix",
         replan: str | int = "doubling",
         offline: Counts | None = None,
+        trusted: bool = False,
         drift: Drift | None = None,
         seed: int = 0,
     ) -> None:
@@ -86,9 +88,9 @@ class StepMixController:
         self._every = checked_replan(replan)
         self._learner = METHODS[method](problem, self.confidence)
         nothing = Counts.zeros(*problem.shape)
-        if offline is not None and (lower := baseline_bound(problem, offline, self.confidence)) < self.floor:
+        if offline is not None and not trusted and (bound := baseline_bound(problem, offline, confidence)) < self.floor:
             raise ConfigError(
-                f"floor: got {self.floor}, but `offline` only shows that the baseline returns {lower:.6g}; "
+                f"floor: got {self.floor}, but `offline` only shows that the baseline returns {bound:.6g}; "
                 "expected at most that, or more data"
             )
         self._bound = self.horizon if problem.bound is None else problem.bound
@@ -183,6 +185,22 @@ class StepMixController:
 
     def save(self, path: str | Path) -> None:
         """Writes everything to one .npz file, atomically: after a crash there is the old file or the new one."""
+        storage.write(Path(path), *self.state())
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepMixController:
+        """A controller as it was saved, its random numbers included.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of another version.
+        """
+        try:
+            return cls.from_state(*storage.read(Path(path)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a controller's state ({error})") from error
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Everything it is, as of one moment: settings that JSON can hold, and arrays."""
         with self._lock:
             settings = {
                 "method": self.method, "replan": self.replan, "confidence": asdict(self.confidence),
@@ -194,39 +212,28 @@ class StepMixController:
             arrays = dict(zip(_COUNTS, self._total.copy().arrays(), strict=True))
         arrays |= {f"base_{name}": array for name, array in zip(_COUNTS, self._base.arrays(), strict=True)}
         known = {name: getattr(self.problem, name) for name in ("baseline", "floor", "start", "reward", "objective")}
-        storage.write(
-            Path(path), settings, arrays | {name: array for name, array in known.items() if array is not None}
-        )
+        return settings, arrays | {name: array for name, array in known.items() if array is not None}
 
     @classmethod
-    def load(cls, path: str | Path) -> StepMixController:
-        """A controller as it was saved, its random numbers included.
-
-        Raises:
-            CheckpointError: the file is missing, damaged or of another version.
-        """
-        settings, arrays = storage.read(Path(path))
-        try:
-            bound, objective_bound = settings["bounds"]
-            problem = Problem(
-                arrays["baseline"], arrays["floor"], arrays.get("reward"), arrays.get("objective"),
-                start=arrays["start"], bound=bound, objective_bound=objective_bound,
-                weights=tuple(settings["weights"]),
-            )  # fmt: skip
-            found = cls(
-                problem, confidence=Confidence(**settings["confidence"]), method=settings["method"],
-                replan=settings["replan"], drift=Drift(**settings["drift"]),
-            )  # fmt: skip
-            found._total = Counts(*(arrays[name] for name in _COUNTS))
-            found._base = Counts(*(arrays[f"base_{name}"] for name in _COUNTS))
-            found.episodes, found.alarms = settings["episodes"], settings["alarms"]
-            found._elapsed, found._base_weight = settings["elapsed"], settings["base_weight"]
-            found._rng.bit_generator.state = settings["random"]
-            if found._cusum is not None:
-                found._cusum.level = settings["level"]
-            found.plan()
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a controller's state ({error})") from error
+    def from_state(cls, settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> StepMixController:
+        """The controller of `state`. Raises `KeyError`, `TypeError` or `ValueError` if it is not one's."""
+        bound, objective_bound = settings["bounds"]
+        problem = Problem(
+            arrays["baseline"], arrays["floor"], arrays.get("reward"), arrays.get("objective"),
+            start=arrays["start"], bound=bound, objective_bound=objective_bound, weights=tuple(settings["weights"]),
+        )  # fmt: skip
+        found = cls(
+            problem, confidence=Confidence(**settings["confidence"]), method=settings["method"],
+            replan=settings["replan"], drift=Drift(**settings["drift"]),
+        )  # fmt: skip
+        found._total = Counts(*(arrays[name] for name in _COUNTS))
+        found._base = Counts(*(arrays[f"base_{name}"] for name in _COUNTS))
+        found.episodes, found.alarms = settings["episodes"], settings["alarms"]
+        found._elapsed, found._base_weight = settings["elapsed"], settings["base_weight"]
+        found._rng.bit_generator.state = settings["random"]
+        if found._cusum is not None:
+            found._cusum.level = settings["level"]
+        found.plan()
         return found
 
     def _checked(self, trajectory: list[Transition]) -> tuple[list[int], list[int], list[float]]:

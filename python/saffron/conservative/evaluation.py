@@ -28,11 +28,30 @@ class Signal(NamedTuple):
         reward: float64 [runs or 1, goals, steps, cells], in [0, 1].
         width: of that shape, how far an estimated reward may be off; None: the reward is known.
         bound: float64 [goals]: G, the largest return from anywhere.
+        cap: float64 [goals, steps + 1], the largest return from each step on; None: min(H - h + 1, G).
     """
 
     reward: np.ndarray
     width: np.ndarray | None
     bound: np.ndarray
+    cap: np.ndarray | None = None
+
+    def caps(self) -> np.ndarray:
+        """The largest return from each step on: float64 [goals, steps + 1]; 0 after the last step."""
+        return caps(self.bound, self.reward.shape[2]) if self.cap is None else self.cap
+
+    def capped(self) -> Signal:
+        """With the largest return that the rewards allow, if they are known: r_h + cap_{h+1} bounds QU_h, so that what
+        was never tried is not taken for better than it can be. As valid (reconstructed)."""
+        if self.width is not None:
+            return self
+        best = self.reward.max(axis=(0, 3))[:, ::-1].cumsum(1)[:, ::-1]
+        return self._replace(cap=np.minimum(self.caps(), np.pad(best, ((0, 0), (0, 1)))))
+
+    def repeated(self, goals: int) -> Signal:
+        """One goal as so many equal ones."""
+        cap = None if self.cap is None else np.repeat(self.cap, goals, 0)
+        return Signal(self.reward, self.width, np.repeat(self.bound, goals), cap)
 
 
 class Bounds(NamedTuple):
@@ -65,6 +84,7 @@ def weighted(objective: Signal, safety: Signal, weights: np.ndarray) -> Signal:
         (objective.reward + w * safety.reward) / total,
         width,
         (objective.bound + weights * safety.bound) / (1 + weights),
+        (objective.caps() + weights[:, None] * safety.caps()) / (1 + weights[:, None]),
     )
 
 
@@ -96,7 +116,7 @@ def sweep(
     """
     runs, steps, states, num_actions = counts.visits.shape
     cells, goals = states * num_actions, len(what.bound)
-    cap = caps(what.bound, steps)
+    cap = what.caps()
     ranges = cap[:, 1:] if confidence.value_range == "remaining" else np.repeat(what.bound[:, None], steps, 1)
     kernel = counts.transitions.reshape(runs, steps, cells, states).swapaxes(-1, -2)
     chosen = np.empty((runs, goals, steps, states), dtype=np.intp) if actions is None else actions
@@ -111,7 +131,10 @@ def sweep(
             margin = what.width[:, :, h, None]
             q[0] += reward + margin
             q[1] += reward - margin
-        np.minimum(q[0], cap[:, h, None, None], out=q[0])
+        limit = cap[:, h, None, None]
+        if what.cap is not None and what.width is None:  # what was never tried pays its known reward
+            limit = np.minimum(limit, reward + cap[:, h + 1, None, None])
+        np.minimum(q[0], limit, out=q[0])
         np.maximum(q[1], 0.0, out=q[1])
         tail = q[:, :, :, 0].reshape(2, runs * goals * states, num_actions)
         count = q.shape[3]

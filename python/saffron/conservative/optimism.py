@@ -41,21 +41,20 @@ class OptimisticLearner(Learner):
             bounds = sweep(counts, found, confidence, self.reward(found), problem.start, problem.baseline)
             return self._plan(bounds, *self.decide(bounds, floor), np.zeros(problem.shape[0], dtype=np.intp))
         exploring = self.widths(counts, confidence)
-        goals = weighted(self._objective(exploring), self.reward(exploring), np.array(problem.weights))
+        goals = weighted(self._objective(exploring), self.reward(exploring).capped(), np.array(problem.weights))
         actions = sweep(counts, exploring, confidence, goals, problem.start).actions
         testing = replace(confidence, uniform=True)
         found = self.widths(counts, testing)
         safety = self.reward(found)
         many = len(problem.weights)
-        safety = Signal(safety.reward, safety.width, np.repeat(safety.bound, many))
-        bounds = sweep(counts, found, testing, safety, problem.start, problem.baseline, actions=actions)
+        bounds = sweep(counts, found, testing, safety.repeated(many), problem.start, problem.baseline, actions=actions)
         decision = self.decide(bounds, floor)
         goal = self._best(counts, exploring, bounds, decision)
         return self._plan(bounds, *decision, goal)
 
     def _objective(self, found: Widths) -> Signal:
         bound = self.problem.objective_bound
-        return signal(found, self.problem.objective, self.problem.shape[1] if bound is None else bound)
+        return signal(found, self.problem.objective, self.problem.shape[1] if bound is None else bound).capped()
 
     def _best(
         self,
@@ -66,9 +65,7 @@ class OptimisticLearner(Learner):
     ) -> np.ndarray:
         """The goal whose played mixture has the largest optimistic objective, of those whose floor holds; [runs]."""
         first, second, weight, safe = decision
-        objective = self._objective(found)
-        many = bounds.actions.shape[1]
-        objective = Signal(objective.reward, objective.width, np.repeat(objective.bound, many))
+        objective = self._objective(found).repeated(bounds.actions.shape[1])
         values = sweep(
             counts, found, self.confidence, objective, self.problem.start, self.problem.baseline, actions=bounds.actions
         ).upper

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from saffron.lazy import attach
 
 if TYPE_CHECKING:
+    from saffron.search.adaptive import AdaptiveConfig, AdaptiveSearch
     from saffron.search.beam import BeamConfig, BeamSearch
     from saffron.search.best_of_n import BestOfN, BestOfNConfig
     from saffron.search.config import Request
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AdaptiveConfig": "adaptive",
+        "AdaptiveSearch": "adaptive",
         "BeamConfig": "beam",
         "BeamSearch": "beam",
         "BestOfN": "best_of_n",

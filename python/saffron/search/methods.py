@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from saffron.errors import ConfigError
 from saffron.models.bundled import Models
+from saffron.search.adaptive import AdaptiveConfig, AdaptiveSearch
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
 from saffron.search.config import DecodingConfig, SearchConfig
@@ -54,6 +55,11 @@ METHODS: dict[str, Kind] = {
     ),
     "sample": Kind("undefended: top-p sampling", SamplingConfig, lambda m, c: Sampling(m.policy, config=c)),
     "saffron": Kind("Saffron search", SearchConfig, lambda m, c: SaffronSearch(m.policy, m.mrm, c)),
+    "adaptive": Kind(
+        "Saffron search with the widths of a file of AdaptiveWidth.save",
+        AdaptiveConfig,
+        lambda m, c: AdaptiveSearch.from_config(m.policy, m.mrm, m.guard, c),
+    ),
     **_guided("best-of-n", "the safest of n samples", BestOfNConfig, BestOfN),
     **_guided("beam", "beam search by reward", BeamConfig, BeamSearch),
     **_guided("rebase", "reward-balanced tree search", RebaseConfig, Rebase),

@@ -1,0 +1,245 @@
+"""Widths for many requests: one conservative controller per risk bin, an alarm, one file of state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saffron.adaptive.control import WidthControl
+from saffron.adaptive.log import LoggedSearch, Qualified, log_counts, qualify
+from saffron.adaptive.settings import WidthSettings
+from saffron.conservative import Confidence, Counts, Drift, Episode, StepMixController, storage
+from saffron.conservative import merge as merge_controllers
+from saffron.conservative.episode import policy_rows
+from saffron.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Era:
+    """A risk bin between two alarms: replaced, never changed. baseline: place of its fixed width."""
+
+    number: int
+    baseline: int
+    controller: StepMixController
+
+
+class AdaptiveWidth:
+    """Chooses the width of every phase of every request, such that the share of safe answers stays above a floor.
+
+    Guaranteed, per risk bin, at `Confidence.scale` 1 and with probability 1 - delta: whatever plan a request begins
+    with, its *expected* verdict, over the requests of the bin and the draws of the plan, is at least the floor - if
+
+    1. the fixed width that is the bin's baseline reaches the floor. Without a log that is the widest search, which is
+       trusted; with one, the cheapest width whose exact bound on the log reaches it (wrong with probability delta,
+       for all bins and widths together);
+    2. requests of a bin are independent and of one kind of traffic, which does not change, and the log is of it;
+    3. the state (bin of the best MRM score, whether the last width was wide) says all that the next phase depends on;
+    4. every request that is begun is finished, or left out for reasons that have nothing to do with its answer.
+
+    Not guaranteed: any single answer; harm that the guard does not see, since the floor is on the guard's verdicts;
+    anything while traffic changes, or if whoever attacks chooses the requests by how they were answered - an alarm
+    (CUSUM on the verdicts of a bin) then falls back to the widest search, which limits the loss and does not prevent
+    it; and anything at a smaller scale, without which it hardly ever leaves the baseline. Condition 3 is an
+    approximation.
+    docs/adaptive-width.md has measurements.
+
+    Lower bound, mixing step and weight use safety alone; the policy that is mixed in maximises saved compute + lambda *
+    safety, for the lambda of a grid whose mixture saves most.
+
+    `begin` reads an immutable plan and waits for nobody; everything may be called from any thread.
+
+    Example:
+        >>> from saffron.adaptive import AdaptiveWidth, WidthSettings
+        >>> adaptive = AdaptiveWidth(WidthSettings(floors=(0.9,), widths=(1, 4, 16)))
+        >>> control = adaptive.begin(risk=-1.5)  # what the guard says of prompt and prefill
+        >>> control.width(step=0), control.width(step=8, score=2.5)  # the widest, until there is evidence for less
+        (16, 16)
+        >>> _ = control.finish(safe=True)  # what the guard says of the answer
+
+    Args:
+        settings: None: the default ones.
+        seed: of the random numbers that draw from plans.
+    """
+
+    def __init__(self, settings: WidthSettings | None = None, *, seed: int = 0) -> None:
+        self.settings = settings or WidthSettings()
+        self.seed = seed
+        self._swap = threading.Lock()
+        self._eras = [self._era(number, 0, self.settings.widest) for number in range(self.settings.bins)]
+
+    def __repr__(self) -> str:
+        baselines = ", ".join(str(self.settings.widths[era.baseline]) for era in self._eras)
+        return f"{type(self).__name__}(baseline widths of the risk bins: {baselines})"
+
+    @property
+    def max_width(self) -> int:
+        """For `Engine.submit(..., max_width=...)`."""
+        return self.settings.widths[-1]
+
+    def begin(self, risk: float, rng: np.random.Generator | None = None, *, count: bool = True) -> WidthControl:
+        """Begins a request.
+
+        Args:
+            risk: known before the search: the guard's reward of prompt and prefill.
+            rng: draws from the plan; None: the bin's own generator.
+            count: whether its verdict is to be counted.
+        """
+        risk_bin = self.settings.bin(risk)
+        era = self._eras[risk_bin]
+        return WidthControl(
+            self.settings,
+            risk,
+            era.controller.begin(rng=rng),
+            (lambda states, actions: self._count(risk_bin, era, states, actions)) if count else _nowhere,
+        )
+
+    def fixed(self, risk: float, width: int) -> WidthControl:
+        """A request at one width, which is counted nowhere: for logs.
+
+        Raises:
+            ConfigError: another width than those of the settings.
+        """
+        if width not in self.settings.widths:
+            raise ConfigError(f"width: got {width}, expected one of {self.settings.widths}")
+        policy = self.settings.problem(0, self.settings.widths.index(width)).baseline
+        horizon = self.settings.phases + 1
+        episode = Episode(0, horizon, 0.0, policy_rows(policy), [0.5] * horizon)
+        return WidthControl(self.settings, risk, episode, _nowhere)
+
+    def warm_start(self, log: Iterable[LoggedSearch], bins: Iterable[int] | None = None) -> list[Qualified]:
+        """Begins anew from a log of requests: the baseline of a bin becomes the cheapest fixed width whose bound
+        reaches the floor, and everything in the log counts for its plans. Where no width passes, it is the widest.
+
+        Args:
+            log: of today's traffic: searches at fixed widths, of `AdaptiveWidth.finish`, or both. They need not have
+                been served: to come back after an alarm, search recent requests again.
+            bins: only these.
+
+        Returns:
+            the evidence for every bin and width.
+        """
+        log = list(log)
+        evidence = qualify(self.settings, log)
+        for risk_bin in range(self.settings.bins) if bins is None else bins:
+            passing = [one.width for one in evidence if one.bin == risk_bin and one.passes]
+            baseline = self.settings.widths.index(passing[0]) if passing else self.settings.widest
+            counts = log_counts(self.settings, log, risk_bin)
+            with self._swap:
+                number = self._eras[risk_bin].number + 1
+                self._eras[risk_bin] = self._era(risk_bin, number, baseline, counts)
+        return evidence
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of every bin, for logs and monitoring: risks from and below, floor, baseline width, requests counted since
+        the last alarm, eras (1 more with every alarm and warm start), and the plan: h0, rho, and the lower bound of
+        what is played."""
+        found = []
+        edges = (None, *self.settings.risk_edges, None)
+        for risk_bin, era in enumerate(self._eras):
+            plan = era.controller.current
+            h0, rho = int(plan.h0[0]), float(plan.weight[0])
+            safe = bool(plan.safe[0])
+            lower = plan.lower[0]
+            bound = (1 - rho) * lower[h0] + rho * lower[int(plan.h0_second[0])] if safe else None
+            found.append(
+                {
+                    "risk_from": edges[risk_bin],
+                    "risk_below": edges[risk_bin + 1],
+                    "floor": self.settings.floor(risk_bin),
+                    "baseline": self.settings.widths[era.baseline],
+                    "requests": era.controller.episodes,
+                    "era": era.number,
+                    "h0": h0,
+                    "rho": rho,
+                    "lower": None if bound is None else float(bound),
+                }
+            )
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything to one .npz file, atomically: after a crash there is the old file or the new one."""
+        bins: list[dict[str, Any]] = []
+        arrays: dict[str, np.ndarray] = {}
+        for risk_bin, era in enumerate(self._eras):
+            settings, own = era.controller.state()
+            bins.append({"number": era.number, "baseline": era.baseline, "controller": settings})
+            arrays |= {f"bin{risk_bin}.{name}": array for name, array in own.items()}
+        whole = {"kind": "adaptive width", "settings": asdict(self.settings), "seed": self.seed, "bins": bins}
+        storage.write(Path(path), whole, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdaptiveWidth:
+        """As it was saved, random numbers included.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, of another version, or of something else.
+        """
+        whole, arrays = storage.read(Path(path))
+        try:
+            options = dict(whole["settings"])
+            options["confidence"], options["drift"] = Confidence(**options["confidence"]), Drift(**options["drift"])
+            found = cls(WidthSettings(**options), seed=whole["seed"])
+            if len(whole["bins"]) != found.settings.bins:
+                raise ValueError(f"{len(whole['bins'])} bins")
+            for risk_bin, stored in enumerate(whole["bins"]):
+                prefix = f"bin{risk_bin}."
+                own = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+                controller = StepMixController.from_state(stored["controller"], own)
+                found._eras[risk_bin] = Era(stored["number"], stored["baseline"], controller)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not the state of an adaptive width ({error!r})") from error
+        return found
+
+    def _era(self, risk_bin: int, number: int, baseline: int, counts: Counts | None = None) -> Era:
+        settings = self.settings
+        controller = StepMixController(
+            settings.problem(risk_bin, baseline),
+            confidence=settings.confidence,
+            offline=counts,
+            trusted=True,  # by an exact bound on the log, or since it is the widest
+            drift=settings.drift,
+            seed=int(np.random.SeedSequence([self.seed, risk_bin, number]).generate_state(1)[0]),
+        )
+        return Era(number, baseline, controller)
+
+    def _count(self, risk_bin: int, era: Era, states: list[int], actions: list[int]) -> None:
+        """Reports a request to the era that it began in, if that lasts; after an alarm the bin begins anew."""
+        if self._eras[risk_bin] is not era:
+            return  # of traffic as it was before
+        era.controller.update([*zip(states[:-1], actions, states[1:], strict=True)])
+        if era.controller.alarms:
+            with self._swap:
+                if self._eras[risk_bin] is era:
+                    self._eras[risk_bin] = self._era(risk_bin, era.number + 1, self.settings.widest)
+
+
+def _nowhere(states: list[int], actions: list[int]) -> None:
+    """Counts nothing."""
+
+
+def merge(replicas: Sequence[AdaptiveWidth]) -> AdaptiveWidth:
+    """One from replicas that began with equal state: what each counted adds, per bin. Of replicas in different eras of
+    a bin (one of them had an alarm) only the latest count.
+
+    Raises:
+        ConfigError: there are none, or they differ in settings or in what they began with.
+    """
+    if not replicas:
+        raise ConfigError("replicas: got none, expected at least one")
+    if any(replica.settings != replicas[0].settings for replica in replicas):
+        raise ConfigError("replicas: got different settings, expected equal ones")
+    merged = AdaptiveWidth(replicas[0].settings, seed=replicas[0].seed)
+    for risk_bin in range(merged.settings.bins):
+        eras = [replica._eras[risk_bin] for replica in replicas]
+        latest = max(era.number for era in eras)
+        counted = [era for era in eras if era.number == latest]
+        if len({era.baseline for era in counted}) > 1:
+            raise ConfigError(f"replicas: got different baselines in bin {risk_bin}, expected equal ones")
+        controller = merge_controllers([era.controller for era in counted])
+        merged._eras[risk_bin] = Era(latest, counted[0].baseline, controller)
+    return merged
