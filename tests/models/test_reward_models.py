@@ -9,8 +9,9 @@ import tiny
 import torch
 
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import GreedyConfig, GreedyDecoding
 
 TEMPLATE = "{{ bos_token }}Task. User:{{ messages[0]['content'] }}\n\nAgent:{{ messages[1]['content'] }}\n\nIs it ok? "

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.plain_text import control_tokens
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import TrieModel
 
 # Patterns that cut a text into words, of Llama 3, Qwen 2 and GPT-4. In each of them a space between two letters or

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError, NumericalError, SaffronError
-from saffron.models.cuda_graph import Replay, capture_on_gpu, reads_on_the_host
+from saffron.models.cuda_graph import Replay, capture_on_gpu
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle
@@ -196,8 +196,8 @@ def why_not_captured(models: ModelPair, config: SearchConfig) -> str | None:
     if not (policy.share_prefixes and mrm.share_prefixes):
         return "share_prefixes is off: there is no cache whose addresses could stay"
     for name, model in (("policy", policy), ("MRM", mrm)):
-        if reason := reads_on_the_host(model.model):
-            return f"the {name} reads from the device within a step: {reason}"
+        if model.geometry.longest is not None:
+            return f"the {name}'s RoPE depends on the text's length, so that a step compares positions on the host"
     is_fp8 = FP8 in (policy.kv.k.dtype, mrm.kv.k.dtype)
     if is_fp8 and backends.chosen("tree_attention", policy.device, FP8) == "reference":
         return "no kernel here reads fp8 caches, and the reference reads from the device within a step"

@@ -122,7 +122,7 @@ class Handle(Pending):
         eos_token_id: ids that end its response.
         max_width: the largest width it may be set to.
         tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
-        mrm_slots: set aside for it in the MRM's cache, where that has a limit.
+        slots: of the caches of policy and MRM that it may need; mrm_slots: the latter, where that cache has a limit.
         step_width: the width of the step that is running.
     """
 
@@ -142,6 +142,7 @@ class Handle(Pending):
         self.max_width = config.width if max_width is None else max_width
         self.tree = Tree(trace=[] if trace else None)
         self.on_step, self.seconds = on_step, 0.0
+        self.slots = 0, 0
         self.mrm_slots: int | None = None
         self._width = self.step_width = config.width
         self._said = ""

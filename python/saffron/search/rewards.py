@@ -13,8 +13,9 @@ from torch import Tensor
 
 from saffron.errors import NumericalError
 from saffron.models.checks import expect
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally

@@ -37,25 +37,10 @@ Index = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class _Cache:
-    """K and V `[layers, slots, kv_heads, head_dim]` at addresses that stay, with the scales of fp8."""
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-
-    @classmethod
-    def like(cls, trie: KVTrie, slots: int) -> _Cache:
-        k, v = (torch.zeros(x.shape[0], slots, *x.shape[2:], dtype=x.dtype, device=x.device) for x in (trie.k, trie.v))
-        return cls(k, v, trie.k_scale, trie.v_scale)
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """Tokens to be laid out: which slots of whose caches, and the interval of new rows that sees each."""
 
-    caches: _Cache | KVTrie
+    caches: KVTrie
     slot: Index
     begin: Index
     end: Index
@@ -91,7 +76,7 @@ class _Side:
     ) -> None:
         self.model, self.capacity = model, capacity
         self.count, self.write_slots, self.positions, self.lengths = count, write_slots, positions, lengths
-        self.cache = _Cache.like(model.kv, capacity)
+        self.cache = model.scratch(capacity)
         self.slot, self.begin, self.end = torch.zeros(3, capacity, dtype=torch.int32, device=model.device)
 
     def plan(self) -> tuple[Tensor, Tensor, Tensor]:
