@@ -216,7 +216,7 @@ NAMES = ["append_kv", "tree_attention", "merge_attention", "gather_kv", "select_
 
 @pytest.mark.parametrize("op", NAMES)
 def test_host_cost(op: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What an op costs the host beside the same function registered with PyTorch and nothing around it.
+    """What an op costs the host, compared with the same function registered with PyTorch and nothing around it.
 
     CPU time of the process for small calls in turn, the least of many rounds: another process cannot change it much.
     """

@@ -165,7 +165,9 @@ def _saving(found: Saving) -> str:
 def _trend(trend: Trend) -> str:
     """How the claim of falling efficiency fares."""
     steps = ", ".join(f"{value}: {e:.2f}" for value, e in zip(trend.values, trend.efficiency, strict=True))
-    limits = "at every limit from 1.1 to 100 times the dearest run" if trend.robust else "at other limits not always"
+    limits = (
+        "at every limit from 1.1 to 100 times the most expensive run" if trend.robust else "at other limits not always"
+    )
     return f"{'holds' if trend.falls else 'does not hold'} ({steps}; lower at the end {limits})"
 
 

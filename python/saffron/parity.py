@@ -18,7 +18,7 @@ from saffron.storage.text import parse_json, read_bytes
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:
-    """One recorded run beside ours.
+    """One recorded run next to ours.
 
     Attributes:
         case: its number in `cases.json`.

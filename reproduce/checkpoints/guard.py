@@ -19,7 +19,7 @@ BATCH, PREFIXES, LEARNING_RATE = 32, 6, 2e-3
 LONGEST_RESPONSE = 44  # tokens; a search makes 32
 SKIPPED = 17  # at most as many tokens of a response are left out at its start, as prefilled ones are
 FINAL_NORM = 4.0  # to start from: with 1, no product of an embedding and a hidden state would reach a reward of 8
-SCALE_WEIGHT = 0.1  # of the squared error of the logit difference, beside the cross entropy
+SCALE_WEIGHT = 0.1  # of the squared error of the logit difference, next to the cross entropy
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_cuda_kernels_are_launched_before(architecture, monkeypatch) -> None:
 
 
 def specialisation(kernel: object, arguments: tuple[object, ...], options: dict[str, object]) -> object:
-    """What Triton compiles a kernel anew for: dtypes, None, alignment, integers of 1 and multiples of 16, constants."""
+    """What makes Triton compile a kernel again: dtypes, None, alignment, integers (1, multiples of 16), constants."""
     fixed = kernel.kwargs.get("do_not_specialize") or ()  # type: ignore[attr-defined]
     key: list[object] = [kernel.fn.__name__]  # type: ignore[attr-defined]
     for name, x in zip(kernel.arg_names, arguments, strict=False):  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def test_triton_kernels_are_specialised_before(architecture, monkeypatch) -> Non
 
 
 def test_counters_of_a_graph_live_as_long_as_its_capture(monkeypatch) -> None:
-    """One tensor a stream: a service that captures anew, for other sizes, does not keep those of before."""
+    """One tensor a stream: a service that captures again, for other sizes, does not keep those of before."""
     graph = 0
     launchers = SimpleNamespace(COUNTERS=8, capture_id=lambda stream: graph)
     monkeypatch.setattr(cuda.native, "module", lambda tensor: launchers)

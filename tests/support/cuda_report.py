@@ -1,7 +1,7 @@
 """Compiles every CUDA kernel for GPUs that need not be here, and reports what each uses: docs/cuda-kernels.md.
 
 python tests/support/cuda_report.py            compare the report with the build
-python tests/support/cuda_report.py --write    write it anew
+python tests/support/cuda_report.py --write    write it again
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ def main() -> int:
         REPORT.write_text(f"{before}{BEGIN}\n\n{now}\n{END}{after}")
     elif now != written():
         print(now)
-        print(f"{REPORT} says otherwise: write it anew with --write", file=sys.stderr)
+        print(f"{REPORT} says otherwise: write it again with --write", file=sys.stderr)
         return 1
     return 0
 

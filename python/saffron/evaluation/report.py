@@ -26,9 +26,9 @@ class ReportOptions:
 
     Attributes:
         judge: whose verdicts count.
-        reference: the method whose compute the others are compared at; None: Best-of-32, or else the dearest
-            Best-of-N, or else the dearest of all.
-        limit: FLOPs, for the scaling efficiency; None: 1.5 times the dearest run of each comparison.
+        reference: the method whose compute the others are compared at; None: Best-of-32, or else the most expensive
+            Best-of-N, or else the most expensive of all.
+        limit: FLOPs, for the scaling efficiency; None: 1.5 times the most expensive run of each comparison.
         formats: of the figures.
         scatter: predicted against true rewards as a picture (SAFFRON-1, figure 4b), as `saffron eval-mrm` draws it.
     """

@@ -25,8 +25,8 @@ def adapter_base(folder: Path) -> str | Path:
     named = _config(folder).get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         raise CheckpointError(f"{folder / CONFIG}: names no base model; say which with base=")
-    beside = folder / named
-    return beside if beside.is_dir() else named
+    local = folder / named
+    return local if local.is_dir() else named
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -173,7 +173,7 @@ class TrieStep:
                 self.plans[window] = windowed(self.plan, window)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward, beside `input_ids [1, queries]`."""
+        """Keyword arguments of the model's forward, in addition to `input_ids [1, queries]`."""
         return {
             "position_ids": self.plan.positions[None],
             "attention_mask": self.mask,
@@ -274,7 +274,7 @@ class Geometry:
         layers, heads, kv_heads: numbers. head_dim: of Q and K. value_dim: of V.
         dtype: of K and V.
         windows: per layer, how many tokens a query sees (itself included), None for all.
-        outputs: what the model returns beside logits.
+        outputs: what the model returns besides logits.
         longest: the longest text whose rotary embeddings do not depend on its length, None for any.
     """
 

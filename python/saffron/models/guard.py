@@ -75,7 +75,7 @@ class ProcessRewardModel(HiddenModel):
         return ids + self.encode(self.template(len(turns) + 1)[-2])
 
     def suffix_tokens(self) -> list[int]:
-        """Token ids of everything after the response: what every call has to run anew."""
+        """Token ids of everything after the response: what every call has to run again."""
         return self.encode(self.template()[2])
 
     @torch.inference_mode()

@@ -114,8 +114,8 @@ def check_place(path: str | Path, *files: str) -> str:
         return str(folder)
     if folder.exists():
         raise CheckpointError(f"{text}: no Hugging Face checkpoint there (a file, expected a folder)")
-    beside = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # "models/policy" where there is a "models"
-    if not isinstance(path, str) or HUB_NAME.fullmatch(text) is None or beside:
+    is_local = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # "models/policy" where there is a "models"
+    if not isinstance(path, str) or HUB_NAME.fullmatch(text) is None or is_local:
         raise CheckpointError(f"{text}: no Hugging Face checkpoint there (no such folder)")
     return text
 

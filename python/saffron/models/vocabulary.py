@@ -134,7 +134,7 @@ class TextMapper:
 
     @cached_property
     def _local(self) -> bool:
-        """Whether `_last_boundary` is a place where the reward model's tokenizer may start anew."""
+        """Whether `_last_boundary` is a place where the reward model's tokenizer may start again."""
         tokenizer = self.model.require_tokenizer()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not self.model.encoder.split_special_tokens:

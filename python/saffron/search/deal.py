@@ -20,7 +20,7 @@ class DeALConfig(DecodingConfig):
         width: responses kept.
         children: candidates for the next token, the most probable of the nucleus.
         lookahead: tokens of the greedy continuation by which a candidate is judged.
-        policy_weight: what a unit of log-probability is worth beside a unit of reward.
+        policy_weight: what a unit of log-probability is worth in units of reward.
     """
 
     width: int = 1

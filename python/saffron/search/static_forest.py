@@ -2,7 +2,7 @@
 
 Nothing in a step waits for the host or depends on what it does: rows, finished nodes and cached tokens have as many
 places as there can ever be, and the device says which are used. The host launches a few steps, looks at what they
-recorded, and follows then. Searches join and leave between looks: what is live is then laid out anew.
+recorded, and follows then. Searches join and leave between looks: what is live is then laid out again.
 
 The K and V of prompts are copied out of the trie into caches of the step's own, so that their addresses stay. A row of
 a search that joins is the last token of its prompt; so all steps are alike.

@@ -215,7 +215,7 @@ class Rows:
         self._beam_of_row = np.append(number, -1)[leaf_of_row].astype(np.int64)
 
     def detach(self) -> None:
-        """Gives the nodes up, whose K and V are of other weights: the next pass runs the texts of the rows anew."""
+        """Gives the nodes up, whose K and V are of other weights: the next pass runs the texts of the rows again."""
         if self._beams is not None:
             self._texts = [self.kv.index.path(int(node)) for node in self._beams.nodes]
             self.kv.release(self._beams.nodes, discard=True)
