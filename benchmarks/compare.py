@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CASE = ("op", "shape", "dtype", "backend")
 
 Case = tuple[str, ...]
-Medians = dict[Case, list[float]]  # us, one a round
+Medians = dict[Case, list[float]]  # us, one per round
 
 
 class CannotCompare(RuntimeError):

@@ -52,7 +52,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def table(now: dict[Key, Row]) -> str:
-    """A line a case of ours, with what each competitor takes."""
+    """A line per case of ours, with what each competitor takes."""
     lines = [["op", "shape", "dtype", "median (p20-p80)", "GB/s", "GFLOP/s", "x floor", "% of peak", "against"]]
     for key, row in now.items():
         if row["competitor"]:
@@ -81,7 +81,7 @@ def table(now: dict[Key, Row]) -> str:
 
 
 def brief(now: dict[Key, Row]) -> str:
-    """A short line a case: time, % of peak, and the fastest competitor."""
+    """A short line per case: time, % of peak, and the fastest competitor."""
     lines = []
     for key, row in now.items():
         if row["competitor"]:
@@ -99,7 +99,7 @@ def brief(now: dict[Key, Row]) -> str:
 
 
 def against_base(revision: str, arguments: list[str], rounds: int) -> str:
-    """Measures this checkout and another commit in turn: a line a case."""
+    """Measures this checkout and another commit in turn: a line per case."""
     with compare.checked_out(revision) as base:
         ours, theirs = compare.interleaved(base, arguments, rounds)
     lines = [["op", "shape", "dtype", "backend", f"{revision}", "now", "times as fast (least-greatest of the rounds)"]]
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--commit", help="only rows of this commit")
     parser.add_argument("--base", metavar="REV", help="measure against this commit")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each commit (default: %(default)s)")
-    parser.add_argument("--brief", action="store_true", help="print a short line a case, write nothing")
+    parser.add_argument("--brief", action="store_true", help="print a short line per case, write nothing")
     parser.add_argument("--no-curves", action="store_true", help="only the tables")
     parser.add_argument("pytest", nargs="*", help="after --: what to run, e.g. -- -k peaked")
     args = parser.parse_args()

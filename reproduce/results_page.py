@@ -310,7 +310,7 @@ def _cost(material: Material) -> dict[str, Any]:
         name = "undefended" if one is undefended else f"N = {one.budget:g}"
         slower, dearer = times[0] / _milliseconds(undefended)[0], one.flops / undefended.flops
         rows.append((name, *(f"{t:.0f}" for t in times), f"{slower:.1f}", compute(one.flops), f"{dearer:.1f}"))
-    header = ("", "ms a prompt, median", "p20", "p80", "x undefended", "compute", "x undefended")
+    header = ("", "ms per prompt, median", "p20", "p80", "x undefended", "compute", "x undefended")
     rows.sort(key=lambda row: 0 if row[0] == "undefended" else int(row[0].split()[-1]))
     return {"timing": _untitled(header, rows), "cache": _cache(found), "timed": material.scale.timed}
 

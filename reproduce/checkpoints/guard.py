@@ -54,7 +54,7 @@ def guard_loss(model: LlamaForCausalLM, form: GuardFormat, batch: list[Judged]) 
     """Cross entropy of the answers with the soft label sigmoid(grade), and what keeps their scale.
 
     Besides, as it reads, its logit of each token that follows is drawn to the grade the response then has. A large
-    guard brings a hidden state rich enough to be turned into a vector of rewards by a few low-rank factors; one of a
+    guard brings a hidden state rich enough to become a vector of rewards by a few low-rank factors; one of a
     million parameters has to be given it, or no MRM can be made from it.
     """
     answers_hidden, reading_hidden = guard_hidden(model, form, [judged.row for judged in batch])

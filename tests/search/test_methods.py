@@ -268,7 +268,7 @@ def test_another_tokenizer_reads_text(models: Models) -> None:
 
 
 def test_text_that_outgrows_the_reward_models_context(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward models take two tokens a character; the check of the prompt counts one for one of the policy's."""
+    """The reward models take two tokens per character; the check of the prompt counts one for one of the policy's."""
     apart = tiny.trio(3, guard_tokenizer=tiny.tokenizer(258, ["a"]))
     for model, suffix in ((apart.guard, "hello assessment:"), (apart.mrm, "")):
 

@@ -50,7 +50,7 @@ def test_small_recorded_searches_are_reproduced(folder: str, number: int, tmp_pa
 
 @needs_parity
 def test_memory_on_recorded_searches_is_that_of_proposition_2() -> None:
-    """The trie holds one node a distinct prefix of the recorded live beams: `sum LCP` less than a cache a sequence."""
+    """The trie holds one node per distinct prefix of the recorded live beams: `sum LCP` less than one cache each."""
     source = Path(str(PARITY)) / "b"
     case = json.loads((source / "cases.json").read_text())[3]
     policy = Policy.from_pretrained(source / "policy")

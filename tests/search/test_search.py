@@ -91,7 +91,7 @@ def distinct_prefixes(nodes: list[Node]) -> int:
 
 @pytest.mark.parametrize("width", [1, 4, 16])
 def test_proposition_2_memory_held_is_distinct_live_prefixes(width: int) -> None:
-    """The cache holds one node a distinct prefix, and never more than the bound of Proposition 2."""
+    """The cache holds one node per distinct prefix, and never more than the bound of Proposition 2."""
     policy, mrm = tiny.pair(3)
     search = SaffronSearch(policy, mrm, replace(CONFIG, width=width, max_new_tokens=16))
     prompt = len(REQUESTS[0].policy)

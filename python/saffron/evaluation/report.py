@@ -119,7 +119,7 @@ def _figures(
     conventional = [c for c in defended if not c.name.startswith("saffron") and "-mrm" not in c.name]
     wanted = [("Figure 4a. Attack success over compute", "scaling", defended)]
     if conventional and len(conventional) < len(defended):
-        wanted.insert(0, ("Figure 2. Search with a PRM, one call a candidate", "dilemma", conventional))
+        wanted.insert(0, ("Figure 2. Search with a PRM, one call per candidate", "dilemma", conventional))
     drawn = []
     for title, stem, shown in wanted:
         files = [out / "figures" / f"{name}-{stem}.{suffix}" for suffix in options.formats]

@@ -232,7 +232,7 @@ class TrieModel:
         """Runs whatever is not cached of the sequences in one forward pass, every distinct prefix once.
 
         Returns:
-            the rows, one a sequence, and the output `[sequences, ...]` at each last token. Give the rows back with
+            the rows, one per sequence, and the output `[sequences, ...]` at each last token. Give the rows back with
             `release`, or hand them to `step`.
         """
         leaves, output = self.read(sequences)

@@ -94,7 +94,7 @@ class SearchResult:
         cost: FLOPs, tokens, calls and seconds.
         steps: statistics of each step of Saffron search; empty for other methods.
         prompt, prefill: as given, where they were text or messages.
-        trace: the whole search, one record a step, if it was asked for; see `write_trace`.
+        trace: the whole search, one record per step, if it was asked for; see `write_trace`.
     """
 
     text: str
@@ -130,7 +130,7 @@ class SearchResult:
         return data
 
     def write_trace(self, file: str | Path) -> None:
-        """Writes the search as JSON lines: one record a step, then the answer (`to_json`).
+        """Writes the search as JSON lines: one record per step, then the answer (`to_json`).
 
         A step's record holds `step`, `all_unseen`, `expanded`: for each beam its `node` and its `candidates`, each with
         `token`, `text`, `probability`, `reward`, `unseen` and `child` (the node it became, null if it was pruned), and

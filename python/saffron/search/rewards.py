@@ -1,4 +1,4 @@
-"""One interface for what guides a search: a PRM, one call a response, or an MRM, one call for all that follow a prefix.
+"""One interface for what guides a search: a PRM, one call per response, or an MRM, one per prefix.
 
 (SAFFRON-1, sections 3 and 4: an MRM takes the place of the PRM in any tree search.)
 """

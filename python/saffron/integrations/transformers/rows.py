@@ -26,7 +26,7 @@ class Pass:
         tokens: `[queries]` int64, on the device of the cache.
         step: the plan.
         outputs: `[rows, wanted columns]` the query whose output stands there; 0 for padding.
-        decode: one new token a row, and nothing else.
+        decode: one new token per row, and nothing else.
         finish: to be called when the pass has run; until then the rows stay where they were, or, while they decode,
             nowhere.
     """
