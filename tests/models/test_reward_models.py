@@ -77,7 +77,7 @@ def test_greedy_decoding_equals_generate(tmp_path: Path) -> None:
         assert result.token_ids == out.sequences[0, len(context) :].tolist()
         log_probabilities = [s.log_softmax(-1)[0, t] for s, t in zip(out.scores, result.token_ids, strict=True)]
         assert result.score == pytest.approx(float(sum(log_probabilities)), abs=1e-3)
-        assert result.reward_flops == 0 and result.policy_flops > 0
+        assert result.cost.reward_flops == 0 and result.cost.policy_flops > 0
     assert policy.kv.num_nodes == 0
     with pytest.raises(ConfigError, match="max_new_tokens"):
         GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=0))

@@ -103,10 +103,9 @@ def test_results_say_what_they_cost(models: Models, name: str) -> None:
         cost = result.cost
         data = json.loads(json.dumps(result.to_json()))
         assert Cost(**data["cost"]) == cost and data["cost"]["seconds"] == cost.seconds > 0
-        assert cost.flops == cost.policy_flops + cost.reward_flops == result.policy_flops + result.reward_flops
+        assert cost.flops == cost.policy_flops + cost.reward_flops
         assert cost.policy_tokens > cost.policy_calls > 0
         assert (cost.reward_calls > 0) == (cost.reward_tokens > 0) == (name in GUIDED)
-        assert result.reward_model_calls == cost.reward_calls
     assert len({result.cost.seconds for result in results}) == 1
 
 

@@ -63,7 +63,7 @@ def test_memory_on_recorded_searches_is_that_of_proposition_2() -> None:
     request = Request(prompt, (*case["mrm"]["prefix"], *case["prompt"], *case["mrm"]["infix"]))
     held = [len(prompt)]
     search = SaffronSearch(policy, mrm, config, eos_token_id=[case["policy"]["eos"]])
-    for step, _ in enumerate(search.steps([request])):
+    for step, _ in enumerate(search.run([request])):
         assert policy.kv.num_nodes == held[-1]  # what was chosen in a step is run, and cached, in the next
         live = sorted(sequence for sequence, finished in case["steps"][step] if not finished)
         shared = sum(tiny.common_prefix(a, b) for a, b in zip(live, live[1:], strict=False))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from saffron.errors import UnsupportedModelError
+from saffron.errors import UnsupportedModelError, reason
 from saffron.models.attention import ATTENTION, Call, Geometry, MaskFunction, evaluating, mask_recorder
 
 _POSITIONS = (0, 1, 2, 2)
@@ -217,7 +217,7 @@ def inspect_model(model: PreTrainedModel) -> Geometry:
             model.set_attn_implementation(before)
         if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise refuse(model.config, _first_line(error)) from error
+        raise refuse(model.config, reason(error)) from error
     _inspected[model] = key, geometry
     return geometry
 
@@ -285,7 +285,3 @@ def _run(
     finally:
         mask_recorder.reset(token)
     return inspection.layers, output
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saffron.errors import ConfigError, NumericalError, SaffronError
+from saffron.errors import ConfigError, SaffronError
+from saffron.models.checks import not_finite
 from saffron.models.cuda_graph import Replay, capture_on_gpu
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import EagerStep
@@ -155,9 +156,7 @@ class CapturedStep(EagerStep):
             good = largest[:live].view(torch.float32).isfinite().tolist()
             for g, fine in zip(group[:live].tolist(), good, strict=True):
                 if not fine:
-                    failures.setdefault(self._searches[g], NumericalError(
-                        f"{model}: its output is not finite (NaN or infinity); the search was stopped"
-                    ))  # fmt: skip
+                    failures.setdefault(self._searches[g], not_finite(model))
         chosen = list(zip(parent.tolist(), token.tolist(), reward.view(torch.float32).tolist(), strict=True))
         return StepRecord(
             children=[node for node in chosen if node[0] < rows],

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
-from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError
+from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError, reason
 from saffron.search.config import Request, SearchConfig
 from saffron.search.result import Cost, SearchResult
 from saffron.search.tree import Node, Tree, common_prefix
@@ -68,8 +68,7 @@ class Pending:
         elif isinstance(error, SaffronError):
             self.error = error
         else:
-            reason = (str(error).strip().split("\n") or [""])[0]
-            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason})")
+            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason(error)})")
             self.error.__cause__ = error
         self.notify()
 

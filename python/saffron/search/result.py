@@ -111,18 +111,6 @@ class SearchResult:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         return f"SearchResult({text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {self.finish_reason!r})"
 
-    @property
-    def policy_flops(self) -> int:
-        return self.cost.policy_flops
-
-    @property
-    def reward_flops(self) -> int:
-        return self.cost.reward_flops
-
-    @property
-    def reward_model_calls(self) -> int:
-        return self.cost.reward_calls
-
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the trace."""
         data = asdict(self)

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from saffron.errors import NumericalError
-from saffron.models.checks import expect
+from saffron.models.checks import expect, not_finite
 from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
@@ -195,5 +194,5 @@ class RewardScorer:
 
 def _finite(model: str, rewards: Tensor) -> list[float]:
     if not bool(rewards.isfinite().all()):
-        raise NumericalError(f"{model}: its reward is not finite (NaN or infinity); the search was stopped")
+        raise not_finite(model, "reward")
     return [float(reward) for reward in rewards.tolist()]

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, reason
 from saffron.models.attention import TrieStep
 from saffron.models.cuda_graph import Replay
-from saffron.models.trie_model import TrieModel
+from saffron.models.trie_model import Index, TrieModel
 from saffron.search.config import SearchConfig
 from saffron.search.handle import Handle
 from saffron.search.model_pair import ModelPair
@@ -32,8 +31,6 @@ from saffron_kernels.checks import FP8
 _FINISHED, _ENDED, _EMPTY = 1, 2, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks
 MAX_END_TOKENS = 8  # ids that end a response, of one search
-
-Index = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +226,8 @@ class StaticForest:
                 try:
                     self._replay = replay = self._capture(body)
                 except RuntimeError as error:
-                    reason = str(error).strip().split("\n")[0]
-                    raise ConfigError(f"capture: a step of these models cannot be captured ({reason})") from error
+                    why = f"a step of these models cannot be captured ({reason(error)})"
+                    raise ConfigError(f"capture: {why}") from error
                 replay()
         return self._records[:steps].cpu()
 

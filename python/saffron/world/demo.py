@@ -36,7 +36,7 @@ class Side:
 
     @property
     def flops(self) -> int:
-        return sum(r.policy_flops + r.reward_flops for r in self.results)
+        return sum(r.cost.flops for r in self.results)
 
     def summary(self) -> dict[str, Any]:
         return {
