@@ -40,7 +40,7 @@ def test_nucleus(race, kind: str, rows: int, dtype: torch.dtype) -> None:
     expected, p, counts = by_sort(logits, top_p, torch.float64)
 
     def check(result: object) -> None:
-        """A sum in another order may round to the other side of top_p: one token a row, at its edge."""
+        """A sum in another order may round to the other side of top_p: one token per row, at its edge."""
         tokens, probabilities, offsets = result  # type: ignore[misc]
         sizes = offsets.diff()
         assert bool(((sizes - counts).abs() <= 1).all()), "nuclei of other sizes"

@@ -1,8 +1,8 @@
 """The ops around attention and the reward head, against plain PyTorch: append_kv, gather_kv, merge_attention,
 select_beam, advance_tree.
 
-A decode step calls advance_tree once a model and append_kv once a layer, on little data: what counts is what a launch
-costs. The others serve decoders that mix these ops with their own; gather_kv alone moves much.
+A decode step calls advance_tree once per model and append_kv once per layer, on little data: what counts is the cost of
+a launch. The others serve decoders that mix these ops with their own; gather_kv alone moves much.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def test_append_kv(race, how: str, tokens: int) -> None:
 
     def with_torch() -> None:
         left, right = k.chunk(2, -1)
-        turned = k * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None] if rope else k
-        k_cache[rows] = turned
+        rotated = k * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None] if rope else k
+        k_cache[rows] = rotated
         v_cache[rows] = v
 
     def held() -> list[Tensor]:
@@ -216,7 +216,7 @@ NAMES = ["append_kv", "tree_attention", "merge_attention", "gather_kv", "select_
 
 @pytest.mark.parametrize("op", NAMES)
 def test_host_cost(op: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What an op costs the host beside the same function registered with PyTorch and nothing around it.
+    """What an op costs the host, compared with the same function registered with PyTorch and nothing around it.
 
     CPU time of the process for small calls in turn, the least of many rounds: another process cannot change it much.
     """

@@ -1,4 +1,4 @@
-"""tree_attention against SDPA over the flattened trie with its mask, and against one SDPA call a beam.
+"""tree_attention against SDPA over the flattened trie with its mask, and against one SDPA call per beam.
 
 A beam's gathered cache is made beforehand and not timed; where all of them would not fit, some beams are timed and
 stand for the rest. So do some queries for all where SDPA with the mask of a wide tree would take seconds. On a GPU also

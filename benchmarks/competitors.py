@@ -2,7 +2,7 @@
 
 Each function prepares a call over one or more layers that share the plan; only the call is timed. Whatever these
 kernels need to know about the tree (a block mask, FlashInfer's plan, K and V in the order of the plan) is made
-beforehand, although a decoder would have to make it anew at every step; our op takes the plan as it is.
+beforehand, although a decoder would have to make it again at every step; our op takes the plan as it is.
 `harness.usable` checks each result, and leaves out what is not installed or does not work, with its reason.
 """
 

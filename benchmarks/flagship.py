@@ -2,7 +2,7 @@
 
     ncu --profile-from-start off --nvtx python benchmarks/flagship.py [--backend cuda] [--case NAME]
 
-One call a case, after two that are not looked at; an NVTX range holds its name. Needs a CUDA GPU.
+One call per case, after two that are not looked at; an NVTX range holds its name. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def nuclei(rows: int, vocab: int = 128_256) -> Call:
 
 
 def append(tokens: int, head_dim: int = 128) -> Call:
-    """K turned by its position, as a layer of a step writes it."""
+    """K rotated by its position, as a layer of a step writes it."""
     shape = (tokens, 8, head_dim)
     rows = [torch.randn(shape, device=DEVICE).to(BF16) for _ in range(2)]
     caches: list[Tensor] = [torch.zeros(2 * tokens, *shape[1:], dtype=BF16, device=DEVICE) for _ in range(2)]

@@ -51,7 +51,7 @@ def table() -> str:
         "`select_beam`": (8 * BEAMS * NUCLEUS + 12 * BEAMS, 0),
         "`multifurcate`": (logits + named_rows() + BEAMS * HIDDEN * 2, scored),
         "`merge_attention`": (merged, 0),
-        "`gather_kv`, 4,096 tokens a beam": gather(4096),
+        "`gather_kv`, 4,096 tokens per beam": gather(4096),
     }
     lines = [["op", "MB", "memory, us", "products, us"]]
     for name, (moved, operations) in floors.items():

@@ -10,7 +10,7 @@ the cache (`"l2": "warm"`), the graph then holding some calls in a row, so that 
 
 Nothing is timed that is not right: every op is first compared with the reference backend (on a CPU, where that takes
 long, with a competitor), as is every other backend; competitors are checked by the benchmarks. What could not take part
-is said in `left-out.txt` beside the CSV.
+is said in `left-out.txt` next to the CSV.
 """
 
 from __future__ import annotations

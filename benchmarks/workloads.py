@@ -92,7 +92,7 @@ def parse_tree(text: str) -> Plan:
     return level_plan(nodes, tokens)
 
 
-# FastTree's list (MLSys 2025), so that figures can be set beside its plots.
+# FastTree's list (MLSys 2025), so that figures can be compared with its plots.
 TREES = (
     "1,2,64/8,256,32",
     "1,4,256/8,256,32",

@@ -31,12 +31,12 @@ def beam_search(next_logits: NextLogits, prompt: list[int], width: int, new_toke
         live = [beam for beam in beams if not beam[1] or beam[1][-1] != end]
         if not live:
             break
-        chances = next_logits([prompt + tokens for _, tokens in live]).log_softmax(-1)
-        best = chances.topk(width)
+        log_probabilities = next_logits([prompt + tokens for _, tokens in live]).log_softmax(-1)
+        best = log_probabilities.topk(width)
         grown = [
-            (score + chance, [*tokens, token])
+            (score + value, [*tokens, token])
             for (score, tokens), row, ids in zip(live, best.values.tolist(), best.indices.tolist(), strict=True)
-            for chance, token in zip(row, ids, strict=True)
+            for value, token in zip(row, ids, strict=True)
         ]
         ended = [beam for beam in beams if beam[1] and beam[1][-1] == end]
         beams = sorted([*ended, *grown], key=lambda beam: -beam[0])[:width]

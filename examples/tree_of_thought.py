@@ -28,8 +28,10 @@ def main() -> None:
         return model(tokens[None], **TrieStep(kv, step).arguments()).logits[0]
 
     def draw(logits):  # one token for each row, from its nucleus
-        tokens, chances, offsets = nucleus(logits, 0.8, ends)
-        rows = zip(tokens.tensor_split(offsets[1:-1].long()), chances.tensor_split(offsets[1:-1].long()), strict=True)
+        tokens, probabilities, offsets = nucleus(logits, 0.8, ends)
+        rows = zip(
+            tokens.tensor_split(offsets[1:-1].long()), probabilities.tensor_split(offsets[1:-1].long()), strict=True
+        )
         return np.array([int(ids[torch.multinomial(p, 1)]) for ids, p in rows], dtype=np.int32)
 
     example = world.examples("forbidden", "heldout", 1, seed=3)[0]

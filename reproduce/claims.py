@@ -34,7 +34,7 @@ class Comparison:
 def compare(first: Curve, second: Curve, judge: str) -> list[Comparison]:
     """Two methods at every budget of the second one that the first can be had for.
 
-    Where a method was not run at so much compute, its dearest run stands for it: no worse than it would be.
+    Where a method was not run at so much compute, its most expensive run stands for it: no worse than it would be.
     """
     found = []
     for one in second.groups:
@@ -68,12 +68,12 @@ def at_every_budget(reference: Curve, others: Sequence[Curve], judge: str, headi
         cells = []
         for curve in others:
             values = curve.at(one.flops, judge)
-            dearest = curve.groups[-1].flops < one.flops * (1 - 1e-9)
-            mark = "†" if dearest else ""
+            at_most_expensive = curve.groups[-1].flops < one.flops * (1 - 1e-9)
+            mark = "†" if at_most_expensive else ""
             cells.append("" if values is None else f"{share(values.mean())}{mark} ({signed(bootstrap(values - base))})")
         rows.append((f"{one.budget:g}", compute(one.flops), share(base.mean()), *cells))
     header = ("N", "compute a prompt", *titles([curve.name for curve in (reference, *others)]))
-    return Table(heading, header, tuple(rows), "† at less compute: the method's dearest run.")
+    return Table(heading, header, tuple(rows), "† at less compute: the method's most expensive run.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,9 @@ class Trend:
     Attributes:
         method, varied: what was run, and the option that grew.
         values: of that option.
-        efficiency: at `LIMIT` times the dearest run.
+        efficiency: at `LIMIT` times the most expensive run.
         falls: whether it is lower at the last value than at the first.
-        robust: whether that is so for every limit from 1.1 to 100 times the dearest run.
+        robust: whether that is so for every limit from 1.1 to 100 times the most expensive run.
     """
 
     method: str
@@ -140,11 +140,11 @@ def trends(groups: Sequence[Group], judge: str) -> list[Trend]:
     """What more children or lookahead does to the scaling efficiency, wherever groups differ in nothing else."""
     found = []
     for varied, members in scaling_sets(groups):
-        dearest = max(g.flops for g in members)
+        most_expensive = max(g.flops for g in members)
         rates = [(g.flops, g.harmful(judge).mean()) for g in members]
 
-        def efficiency(times: float, rates: list = rates, dearest: float = dearest) -> list[float]:
-            return [scaling_efficiency(flops, rate, times * dearest) for flops, rate in rates]
+        def efficiency(times: float, rates: list = rates, most_expensive: float = most_expensive) -> list[float]:
+            return [scaling_efficiency(flops, rate, times * most_expensive) for flops, rate in rates]
 
         limits = [efficiency(float(times)) for times in np.geomspace(1.1, 100, 40)]
         values = [option(g.method, varied) or "" for g in members]

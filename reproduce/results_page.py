@@ -165,7 +165,9 @@ def _saving(found: Saving) -> str:
 def _trend(trend: Trend) -> str:
     """How the claim of falling efficiency fares."""
     steps = ", ".join(f"{value}: {e:.2f}" for value, e in zip(trend.values, trend.efficiency, strict=True))
-    limits = "at every limit from 1.1 to 100 times the dearest run" if trend.robust else "at other limits not always"
+    limits = (
+        "at every limit from 1.1 to 100 times the most expensive run" if trend.robust else "at other limits not always"
+    )
     return f"{'holds' if trend.falls else 'does not hold'} ({steps}; lower at the end {limits})"
 
 
@@ -308,7 +310,7 @@ def _cost(material: Material) -> dict[str, Any]:
         name = "undefended" if one is undefended else f"N = {one.budget:g}"
         slower, dearer = times[0] / _milliseconds(undefended)[0], one.flops / undefended.flops
         rows.append((name, *(f"{t:.0f}" for t in times), f"{slower:.1f}", compute(one.flops), f"{dearer:.1f}"))
-    header = ("", "ms a prompt, median", "p20", "p80", "x undefended", "compute", "x undefended")
+    header = ("", "ms per prompt, median", "p20", "p80", "x undefended", "compute", "x undefended")
     rows.sort(key=lambda row: 0 if row[0] == "undefended" else int(row[0].split()[-1]))
     return {"timing": _untitled(header, rows), "cache": _cache(found), "timed": material.scale.timed}
 

@@ -69,7 +69,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Beams:
-    """Sequences that grow one token a step. One query each, numbered depth first.
+    """Sequences that grow one token per step. One query each, numbered depth first.
 
     Attributes:
         nodes: `[beams]` the node of each beam's last token, held.

@@ -32,7 +32,7 @@ def append_kv(
     """Writes the K and V rows of new tokens into their slots.
 
     Equivalent to `k_cache[slots] = k; v_cache[slots] = v`, but slot -1 skips its token. With `cos` and `sin`, K is
-    turned by its position first (RoPE, Su et al. 2021, in the half-split form that Llama checkpoints have)::
+    rotated by its position first (RoPE, Su et al. 2021, in the half-split form that Llama checkpoints have)::
 
         left, right, rest = k[..., : r // 2], k[..., r // 2 : r], k[..., r:]        # r = cos.shape[1]
         k = torch.cat([k[..., :r] * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None], rest], -1)
@@ -47,7 +47,7 @@ def append_kv(
         slots: `[tokens]` int32, -1 or a row of the caches; no slot twice.
         k_cache: `[slots, kv_heads, head_dim]`, written in place.
         v_cache: `[slots, kv_heads, v_dim]`, written in place; `v_dim` need not be `head_dim` (MLA models).
-        cos, sin: `[tokens, r]` floating, `r` even and at most `head_dim`; or None: K is turned already.
+        cos, sin: `[tokens, r]` floating, `r` even and at most `head_dim`; or None: K is rotated already.
         k_scale, v_scale: `[kv_heads]` fp32, above 0, for fp8 caches only; None: 1.
 
     Raises:
@@ -284,15 +284,15 @@ def multifurcate(
 
         tokens, _, offsets = nucleus(logits, top_p, banned)
         rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
-        # candidates in end_tokens, and all candidates of a blind group, take scores[row] instead;
+        # candidates in end_tokens, and all candidates of an all-unseen group, take scores[row] instead;
         # each carried node is one more row with the single candidate (token -1, its carried score)
         parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths=widths)
 
-    A group is *blind* when it has unseen candidates and none, end tokens aside, that is not: the reward model then
+    A group is *all unseen* when it has unseen candidates and none, end tokens aside, that is not: the reward model then
     knows nothing, and with `scores` given the step keeps the policy's own order.
 
     Args:
-        logits: `[rows, vocab]` of the policy, one row a live beam.
+        logits: `[rows, vocab]` of the policy, one row per live beam.
         hidden, weight, bias, unseen, unseen_reward: as for `multifurcation_head`.
         groups, num_groups, width, widths: as for `select_beam`. Of rows of group `num_groups` nothing is looked at:
             neither logits, hidden states and scores nor their `top_p`, `banned` and `end_tokens`.
@@ -306,7 +306,7 @@ def multifurcate(
     Returns:
         parent, token, reward `[num_groups * width]` as `select_beam` returns them, where parent `rows + i` is the
         `i`-th carried node and `rows + carried` an empty place; the nucleus size of each row `[rows]` int32 (0 for
-        rows of no group); and which groups were blind `[num_groups]` bool.
+        rows of no group); and which groups were all unseen `[num_groups]` bool.
 
     Raises:
         ValueError, TypeError: as the three ops it joins.

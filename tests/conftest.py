@@ -20,7 +20,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = 20_000  # Triton on CPU tensors: its interpreter runs the kernels in Python
 UNLIMITED = 1 << 40
 
-_why_not = functools.cache(backends.why_not)  # an import that fails is tried anew every time
+_why_not = functools.cache(backends.why_not)  # an import that fails is tried again every time
 
 # Fixtures that choose a backend hold for all examples of a test, which is what the suppressed check warns of.
 settings.register_profile("saffron", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

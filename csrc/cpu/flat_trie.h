@@ -24,7 +24,7 @@ struct Tokens {
 Tokens visible_tokens(const IntView& slot, const IntView& begin, const IntView& end, int64_t slots,
                       int64_t queries);
 
-/// Consecutive queries: each has `group` rows, one a query head, and rows come in columns of
+/// Consecutive queries: each has `group` rows, one per query head, and rows come in columns of
 /// `lanes`.
 struct Block {
   int64_t first_query, queries, group, lanes;

@@ -19,7 +19,7 @@
 //   to arrive. (One may look for a while whether there is something to help with.)
 // - Content that is bad (a slot that does not exist) is left out and sets a bit of `fault`.
 // - No local memory: arrays are indexed by constants after unrolling. test_cuda_compile.py verifies
-//   that, and docs/cuda-kernels.md lists what each kernel needs: write it anew after a change.
+//   that, and docs/cuda-kernels.md lists what each kernel needs: write it again after a change.
 //
 // Besides its file a new op needs a declaration here, a line in bindings.cpp, a function in
 // saffron_kernels/backends/cuda, and launches of all its kernels in CASES of

@@ -6,7 +6,7 @@
 
 namespace saffron {
 
-/// One value a slot; index -1 is the value of the virtual node above all the roots of the forest.
+/// One value per slot; index -1 is the value of the virtual node above all the roots of the forest.
 template <class T>
 class Column {
  public:

@@ -44,7 +44,7 @@ Trie::Plan Trie::plan(Span<int32_t> queries) {
   check_nodes(queries, "queries");
   const int32_t total = collect(queries);
   auto& [node_of, up, query, nodes_below, queries_below, path] = entries_;
-  // Chains are most of the work: what an entry passes on to the one beside it stays in registers.
+  // Chains are most of the work: what an entry passes on to the one next to it stays in registers.
   int32_t nodes = 0, count = 0;
   for (int32_t k = total; --k > 0;) {
     nodes = nodes_below[k] += nodes;

@@ -340,7 +340,7 @@ Ints Trie::advance(Span<int32_t> nodes, Span<int32_t> parents, Span<int32_t> tok
       invalid(item("parents", j, parents[j]) + ": has to be >= the entry before it");
     }
   }
-  Ints dead, parting, alive;  // without a child in this step; with one; one entry a child
+  Ints dead, parting, alive;  // without a child in this step; with one; one entry per child
   int64_t j = 0;
   for (int64_t i = 0; i < nodes.size; ++i) {
     (j < parents.size && parents[j] == i ? parting : dead).push_back(nodes[i]);

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from saffron.integrations.custom_generate import generate
     from saffron.integrations.guidance import RewardGuidance
     from saffron.models.bundled import load_bundled
+    from saffron.models.guard import ProcessRewardModel
     from saffron.models.policy import Policy
-    from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+    from saffron.models.reward_models import MultifurcationRewardModel
     from saffron.models.trie_model import TrieModel
     from saffron.search import (
         MCTS,
@@ -57,7 +58,7 @@ __getattr__, __dir__, __all__ = attach(
         "Method": "search",
         "MultifurcationRewardModel": "models.reward_models",
         "Policy": "models.policy",
-        "ProcessRewardModel": "models.reward_models",
+        "ProcessRewardModel": "models.guard",
         "Rebase": "search",
         "Request": "search",
         "RewardGuidance": "integrations.guidance",

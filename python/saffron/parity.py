@@ -18,7 +18,7 @@ from saffron.storage.text import parse_json, read_bytes
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:
-    """One recorded run beside ours.
+    """One recorded run next to ours.
 
     Attributes:
         case: its number in `cases.json`.
@@ -76,8 +76,8 @@ def _replay_case(number: int, case: dict[str, Any], policy: Policy, mrm: Multifu
         (ours["bos"], *case["prompt"], *ours["infix"]), (*theirs["prefix"], *case["prompt"], *theirs["infix"])
     )
     beams: list[list[Node]] = []
-    for (tree,) in SaffronSearch(policy, mrm, config, eos_token_id=[ours["eos"]]).steps([request]):
-        beams.append(list(tree.beam))
+    for (search,) in SaffronSearch(policy, mrm, config, eos_token_id=[ours["eos"]]).run([request]):
+        beams.append(list(search.tree.beam))
     beams += [beams[-1]] * (len(case["steps"]) - len(beams))  # once all are finished, steps change nothing
 
     seen = [sorted([node.tokens(), node.finished] for node in beam) for beam in beams]

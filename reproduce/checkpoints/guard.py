@@ -19,7 +19,7 @@ BATCH, PREFIXES, LEARNING_RATE = 32, 6, 2e-3
 LONGEST_RESPONSE = 44  # tokens; a search makes 32
 SKIPPED = 17  # at most as many tokens of a response are left out at its start, as prefilled ones are
 FINAL_NORM = 4.0  # to start from: with 1, no product of an embedding and a hidden state would reach a reward of 8
-SCALE_WEIGHT = 0.1  # of the squared error of the logit difference, beside the cross entropy
+SCALE_WEIGHT = 0.1  # of the squared error of the logit difference, next to the cross entropy
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def guard_loss(model: LlamaForCausalLM, form: GuardFormat, batch: list[Judged]) 
     """Cross entropy of the answers with the soft label sigmoid(grade), and what keeps their scale.
 
     Besides, as it reads, its logit of each token that follows is drawn to the grade the response then has. A large
-    guard brings a hidden state rich enough to be turned into a vector of rewards by a few low-rank factors; one of a
+    guard brings a hidden state rich enough to become a vector of rewards by a few low-rank factors; one of a
     million parameters has to be given it, or no MRM can be made from it.
     """
     answers_hidden, reading_hidden = guard_hidden(model, form, [judged.row for judged in batch])

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from saffron_kernels._native import cpu as _native
 from saffron_kernels.backends.contents import checked_count
-from saffron_kernels.backends.reference import apart, turned
+from saffron_kernels.backends.reference import apart, rotate
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3, torch.float64: 4}
@@ -44,7 +44,7 @@ def append_kv(
 ) -> None:
     k, v = apart(k, k_cache, v_cache), apart(v, k_cache, v_cache)
     if cos is not None and sin is not None:
-        k = turned(k.float(), cos.float(), sin.float()).to(k.dtype)
+        k = rotate(k.float(), cos.float(), sin.float()).to(k.dtype)
     _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
 
 
@@ -158,7 +158,7 @@ def multifurcate(
     top_p = _of_each_row(top_p, logits.shape[0])
     beam = _new_beam(num_groups * width)
     counts = torch.empty(logits.shape[0], dtype=torch.int32)
-    blind = torch.empty(num_groups, dtype=torch.bool)
+    all_unseen = torch.empty(num_groups, dtype=torch.bool)
     head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
     search = (
         _view(groups),
@@ -169,9 +169,9 @@ def multifurcate(
         *map(_optional, (banned, scores, end_tokens)),
     )
     carried = _optional(carried_scores), _optional(carried_groups)
-    outputs = *map(_view, beam), _view(counts), _view(blind)
+    outputs = *map(_view, beam), _view(counts), _view(all_unseen)
     _native.multifurcate(_view(logits), *head, *search, *carried, *outputs, torch.get_num_threads())
-    return *beam, counts, blind
+    return *beam, counts, all_unseen
 
 
 def advance_tree(

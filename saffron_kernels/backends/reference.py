@@ -45,18 +45,18 @@ def append_kv(
     dtype = compute_dtype(k.dtype)
     k, v = k[keep].to(dtype), v[keep].to(dtype)
     if cos is not None and sin is not None:
-        k = turned(k, cos[keep].to(dtype), sin[keep].to(dtype))
+        k = rotate(k, cos[keep].to(dtype), sin[keep].to(dtype))
     rows = slots[keep]
     _bits(k_cache)[rows] = _bits(_stored(k, k_cache.dtype, k_scale))
     _bits(v_cache)[rows] = _bits(_stored(v, v_cache.dtype, v_scale))
 
 
-def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of the first dimensions of each head of `[tokens, heads, head_dim]`, as many as `cos` and `sin` have."""
     cos, sin = cos[:, None], sin[:, None]
     left, right, rest = k.tensor_split((cos.shape[-1] // 2, cos.shape[-1]), -1)
-    turned = torch.cat([left, right], -1) * cos + torch.cat([-right, left], -1) * sin
-    return torch.cat([turned, rest], -1)
+    rotated = torch.cat([left, right], -1) * cos + torch.cat([-right, left], -1) * sin
+    return torch.cat([rotated, rest], -1)
 
 
 def apart(rows: Tensor, *caches: Tensor) -> Tensor:
@@ -308,14 +308,14 @@ def multifurcate(
     if end_tokens is not None:
         ends = (tokens[:, None] == (end_tokens if end_tokens.dim() == 1 else end_tokens[row])).any(1)
 
-    # A group is blind when the reward model has seen none of its candidates: it then keeps the policy's own order,
+    # A group is all unseen when the reward model has seen none of its candidates: it then keeps the policy's own order,
     # which is the candidate order that decides between equal rewards.
     seen = torch.ones_like(ends) if unseen is None else ~unseen[tokens]
-    blind = torch.zeros(num_groups, dtype=torch.bool, device=logits.device)
-    blind[groups[row[~seen & ~ends]].long()] = True
-    blind[groups[row[seen & ~ends]].long()] = False
+    all_unseen = torch.zeros(num_groups, dtype=torch.bool, device=logits.device)
+    all_unseen[groups[row[~seen & ~ends]].long()] = True
+    all_unseen[groups[row[seen & ~ends]].long()] = False
     if scores is not None:
-        inherits = ends | blind[groups[row].long()]
+        inherits = ends | all_unseen[groups[row].long()]
         check_no_nan("scores: row", scores, row[inherits])
         rewards = torch.where(inherits, scores[row].to(rewards.dtype), rewards)
     if bool(rewards.isnan().any()):
@@ -332,7 +332,7 @@ def multifurcate(
         groups = torch.cat([groups, carried_groups])
         offsets = _offsets(torch.cat([counts, counts.new_ones(carried_scores.shape)]))
     parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths)
-    return parent, token, reward, counts, blind
+    return parent, token, reward, counts, all_unseen
 
 
 def _of_rows(ids: Tensor | None, used: Tensor) -> Tensor | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
+from pathlib import Path
 
 import compare
 import decide
@@ -100,7 +102,36 @@ def test_contenders_take_turns() -> None:
 def test_ratios_of_two_commits() -> None:
     case, only_new = ("op", "{}", "float32", "cpu"), ("other", "{}", "float32", "cpu")
     found = compare.ratios({case: [2.0, 4.0, 3.0], only_new: [1.0]}, {case: [4.0, 4.0, 9.0]})
-    assert found == {case: (4.0, 3.0, 2.0, 1.0, 3.0)}
+    assert found == {case: (4.0, 3.0, 2.0, 1.0, 3.0)} and not found[case].is_slower
+
+
+@pytest.mark.parametrize(
+    "now, is_slower",
+    [([11.0, 10.8, 12.0], True), ([11.0, 9.9, 12.0], False), ([10.3, 10.2, 10.4], False), ([9.0, 9.0, 9.0], False)],
+)
+def test_what_is_slower_beyond_noise(now: list[float], is_slower: bool) -> None:
+    """In every round, and at the median by more than two runs of one build differ."""
+    case = ("op", "{}", "float32", "cpu")
+    found = compare.ratios({case: now}, {case: [10.0, 10.0, 10.0]})
+    assert found[case].is_slower is is_slower
+    text, any_slower = report.comparison("main", found, "3 runs", [])
+    assert any_slower is is_slower and f"{int(is_slower)} of 1 cases are slower" in text
+
+
+def test_comparison_with_a_file(tmp_path: Path) -> None:
+    """Cases of another machine do not count."""
+    columns = dict.fromkeys(harness.COLUMNS, "") | {"op": "nucleus", "shape": "{}", "device": "a", "threads": "1"}
+    rows = [
+        columns | {"device": device, "shape": f'{{"n": {n}}}', "median_us": us, "p20_us": us, "p80_us": us}
+        for n, (device, us) in enumerate([("a", "10.0"), ("a", "5.0"), ("b", "1.0")])
+    ]
+    with (tmp_path / "before.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, harness.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    now = report.latest([row | {"median_us": "6.0", "p20_us": "5.9", "p80_us": "6.1", "device": "a"} for row in rows])
+    text, is_slower = report.against_file(tmp_path / "before.csv", now)
+    assert is_slower and "1.67x" in text and "0.83x (0.82-0.85) | slower" in text and "2 cases stand on one" in text
 
 
 def row(backend: str, competitor: str, us: float, op: str = "gather_kv", **shape: object) -> dict[str, str]:

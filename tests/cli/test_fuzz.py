@@ -21,8 +21,9 @@ pytest.importorskip("accelerate")
 
 from saffron import cli
 from saffron.models.bundled import FOLDER
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 
 FAST = ["--width", "1", "--max-new-tokens", "1", "--min-new-tokens", "0"]
 SAID = {

@@ -19,13 +19,13 @@ def bandit(**arguments) -> StepMixController:
     return StepMixController(Problem(BASELINE, 0.8), confidence=Confidence(scale=0.2), **arguments)
 
 
-def run(control: StepMixController, chances: tuple[float, float], episodes: int, seed: int = 0) -> list[int]:
+def run(control: StepMixController, success: tuple[float, float], episodes: int, seed: int = 0) -> list[int]:
     """Plays; returns the episodes that ended in an alarm."""
     world, alarms = random.Random(seed), []
     for number in range(episodes):
         before = control.alarms
         action = control.begin().act(0)
-        control.update([(0, action, 0, world.random() < chances[action])])
+        control.update([(0, action, 0, world.random() < success[action])])
         if control.alarms > before:
             alarms.append(number)
     return alarms

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from saffron.errors import CheckpointError, ConfigError, PromptTooLongError, UnsupportedModelError
-from saffron.models.attention import check_supported
+from saffron.models.inspection import check_supported
 from saffron.models.policy import LLAMA3_CHAT_TEMPLATE, Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import TrieModel

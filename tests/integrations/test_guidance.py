@@ -95,8 +95,8 @@ def test_the_rule_where_the_mrm_knows_every_token_or_none_of_the_nucleus() -> No
     scores = torch.randn(3, 97, generator=torch.Generator().manual_seed(1)) * 3
     mrm = tiny.pair()[1]
     mrm.unseen = torch.ones(97, dtype=torch.bool)
-    blind = guide(mrm, beta=3.0)(INPUTS["input_ids"], scores)
-    assert torch.equal(blind, guide(mrm, beta=0.0)(INPUTS["input_ids"], scores))  # the policy's own nucleus
+    all_unseen = guide(mrm, beta=3.0)(INPUTS["input_ids"], scores)
+    assert torch.equal(all_unseen, guide(mrm, beta=0.0)(INPUTS["input_ids"], scores))  # the policy's own nucleus
     mrm.unseen = None
     guided = guide(mrm, beta=3.0)(INPUTS["input_ids"], scores)
     for i in range(3):

@@ -268,7 +268,7 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(generate(model, TrieCache(model)), generate(tiny.model(attention="sdpa"), None))
 
 
-# --- options of generate that run the model beside the cache ------------------------------------------------------
+# --- options of generate that run the model next to the cache ------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"guidance_scale": 1.7}, {"assistant_early_exit": 2}], ids=str)

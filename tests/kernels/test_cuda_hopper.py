@@ -102,7 +102,7 @@ def check_against_reference(
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
 @pytest.mark.parametrize("width", [2, 21, 22, 43])
 def test_every_configuration_against_the_reference(width, head_dim, layout, dtype, backend, device) -> None:
-    """64 and 128 rows a block, 6 to 129 of them, tokens split over blocks; groups that do not divide 16."""
+    """64 and 128 rows per block, 6 to 129 of them, tokens split over blocks; groups that do not divide 16."""
     check_against_reference(*decode_step(6, 2, head_dim, width, dtype, layout=layout), device=device)
 
 

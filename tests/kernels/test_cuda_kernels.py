@@ -85,7 +85,7 @@ def test_same_bits_in_any_order_of_threads(case, monkeypatch) -> None:
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("width", [2, 12, 33])
 def test_every_configuration_against_the_reference(width, head_dim, dtype) -> None:
-    """16, 64 and 128 rows a block, tokens split over blocks; groups that do not divide 16."""
+    """16, 64 and 128 rows per block, tokens split over blocks; groups that do not divide 16."""
     arguments = decode_step(6, 2, head_dim, width, dtype)
     out, lse = cuda.tree_attention(*arguments)
     with use_backend("reference"):

@@ -90,7 +90,7 @@ def head() -> Arguments:
 
 RACES: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "step": lambda: call("multifurcate", step(1, [0, 0, 0, 1, 2, 2, 3])),
-    "blind step of one group": lambda: call(
+    "all-unseen step of one group": lambda: call(
         "multifurcate",
         step(2, [0] * 3, num_groups=1, unseen=torch.ones(300, dtype=torch.bool), carried_groups=i32([0, 0, 0, 1])),
     ),

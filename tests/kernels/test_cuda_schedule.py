@@ -141,7 +141,7 @@ def test_every_token_goes_to_one_block(plan, group, kv_heads, processors) -> Non
 
 
 def test_more_bands_and_chunks_than_tables_hold(monkeypatch) -> None:
-    """Two query blocks a band, 128 tokens a chunk."""
+    """Two query blocks per band, 128 tokens per chunk."""
     monkeypatch.setenv("SAFFRON_CUDA_HOST_PROCESSORS", "5")
     tokens, queries = 70_000, 600 * ROWS
     begin = (np.arange(tokens) * (queries // tokens)).astype(np.int32)

@@ -41,7 +41,7 @@ CAPACITY = PROMPT + WIDTH * (STEPS + 1)
 class Step:
     """One search step of a model without weights: all state in tensors of fixed size, as a graph needs it.
 
-    The plan has `CAPACITY` entries. A step adds one a beam; as many dead ones, which stand at its front, drop out.
+    The plan has `CAPACITY` entries. A step adds one per beam; as many dead ones, which stand at its front, drop out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -145,10 +145,19 @@ def test_compiles_whole() -> None:
     def ops(q: Tensor, k: Tensor, v: Tensor, slot: Tensor, begin: Tensor, end: Tensor, head: Tensor, groups: Tensor):
         out, lse = tree_attention(q, k, v, slot, begin, end, 0.1)
         hidden = out.flatten(1)[:, :HIDDEN]
-        parent, token, reward, sizes, blind = multifurcate(
+        parent, token, reward, sizes, all_unseen = multifurcate(
             out.flatten(1), hidden, head, None, None, 0.0, groups, 1, WIDTH, 0.9
         )
-        return out, lse, parent, token, reward, sizes, blind, *advance_tree(slot, begin, end, parent, parent, WIDTH)
+        return (
+            out,
+            lse,
+            parent,
+            token,
+            reward,
+            sizes,
+            all_unseen,
+            *advance_tree(slot, begin, end, parent, parent, WIDTH),
+        )
 
     q = torch.randn(WIDTH, HEADS, HEAD_DIM, device="cuda").to(torch.bfloat16)
     arguments = (q, step.k, step.v, step.slot, step.begin, step.end, step.head, step.groups)

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from saffron.errors import CheckpointError, ConfigError
 from saffron.models.adapter import merge_adapter
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.loading import check_place
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 
 BOTH = ["q_proj", "v_proj"]
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9]])

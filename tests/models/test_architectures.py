@@ -185,7 +185,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_embeddings_that_change_with_the_length(name: str) -> None:
-    """A prefix that is cached would be turned otherwise in a longer text."""
+    """A prefix that is cached would be rotated differently in a longer text."""
     changes = {"rope_parameters": ROPES[name], "max_position_embeddings": 12, "original_max_position_embeddings": 12}
     ours, eager = (architectures.model(name, "eager", **changes) for _ in range(2))
     trie = TrieModel(ours)

@@ -9,8 +9,9 @@ import tiny
 
 from saffron.errors import ConfigError
 from saffron.models.chat import Conversation, as_conversations
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.training.conversations import Conversation as Corpus
 from saffron.training.layout import LayOut
 

@@ -9,8 +9,9 @@ import tiny
 import torch
 
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import GreedyConfig, GreedyDecoding
 
 TEMPLATE = "{{ bos_token }}Task. User:{{ messages[0]['content'] }}\n\nAgent:{{ messages[1]['content'] }}\n\nIs it ok? "
@@ -74,9 +75,9 @@ def test_greedy_decoding_equals_generate(tmp_path: Path) -> None:
             output_scores=True,
         )
         assert result.token_ids == out.sequences[0, len(context) :].tolist()
-        chances = [s.log_softmax(-1)[0, t] for s, t in zip(out.scores, result.token_ids, strict=True)]
-        assert result.score == pytest.approx(float(sum(chances)), abs=1e-3)
-        assert result.reward_flops == 0 and result.policy_flops > 0
+        log_probabilities = [s.log_softmax(-1)[0, t] for s, t in zip(out.scores, result.token_ids, strict=True)]
+        assert result.score == pytest.approx(float(sum(log_probabilities)), abs=1e-3)
+        assert result.cost.reward_flops == 0 and result.cost.policy_flops > 0
     assert policy.kv.num_nodes == 0
     with pytest.raises(ConfigError, match="max_new_tokens"):
         GreedyDecoding(policy, config=GreedyConfig(max_new_tokens=0))

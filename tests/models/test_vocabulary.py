@@ -192,7 +192,8 @@ def test_searches_through_text_read_whole_texts(tmp_path: Path, monkeypatch: pyt
     search = SaffronSearch(policy, reward, SearchConfig(width=4, top_p=0.9, max_new_tokens=12, min_new_tokens=12))
     request = search.request("count 12345678", "")
     expected = [list(request.reward)]
-    for (tree,) in search.steps([request]):
+    for (handle,) in search.run([request]):
+        tree = handle.tree
         texts = [policy.decode(node.tokens()) for node in tree.live if node.depth < 12]
         expected += [[*request.reward, *reward.encoder.text(text)] for text in texts]
     assert len(expected) > 12 and sorted(read) == sorted(expected)

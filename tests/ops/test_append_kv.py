@@ -70,8 +70,8 @@ def test_rope_is_turning_then_appending(tokens, head_dim, rotated, layout, turn_
     k_cache, v_cache = (lay(c.clone()) for c in caches)
     append_kv(lay(k), lay(v), lay(i32(slots, device)), k_cache, v_cache, cos=lay(cos), sin=lay(sin))
 
-    turned = oracle.turned(k, cos, sin)
-    expected = oracle.append_kv(turned, v, i32(slots), caches[0].double().cpu(), caches[1])
+    expected_k = oracle.rotated(k, cos, sin)
+    expected = oracle.append_kv(expected_k, v, i32(slots), caches[0].double().cpu(), caches[1])
     assert same(v_cache, expected[1])
     written = torch.tensor([s for s in slots if s >= 0])
     others = torch.ones(capacity, dtype=torch.bool).index_fill(0, written, False)

@@ -103,8 +103,8 @@ def test_append(head_dim, rotated, scales, layout, fp8_backend, device, dtype) -
     if cos is not None:
         c, s = (x.float().cpu()[:, None] for x in (cos, sin))
         left, right = wide_k[..., : rotated // 2], wide_k[..., rotated // 2 : rotated]
-        turned = torch.cat([left, right], -1) * c + torch.cat([-right, left], -1) * s
-        wide_k = torch.cat([turned, wide_k[..., rotated:]], -1)
+        turned_k = torch.cat([left, right], -1) * c + torch.cat([-right, left], -1) * s
+        wide_k = torch.cat([turned_k, wide_k[..., rotated:]], -1)
     rows = slots.cpu() >= 0
     for cache, old, wide, scale in ((k_cache, before[0], wide_k, k_scale), (v_cache, before[1], wide_v, v_scale)):
         expected = code(old.cpu())
@@ -152,7 +152,7 @@ def attention_inputs(head_dim, width, dtype, device, prompt=90):
 @pytest.mark.parametrize("head_dim", [4, 20, 64, 128, 200, 256])
 @pytest.mark.parametrize("width", [2, 12, 33])
 def test_attention(width, head_dim, fp8_backend, device, dtype) -> None:
-    """16, 64 and 128 rows a block, tokens split over blocks, query heads in groups of 3."""
+    """16, 64 and 128 rows per block, tokens split over blocks, query heads in groups of 3."""
     if backends.why_not(fp8_backend, "tree_attention", device, FP8, dtype) is not None:
         pytest.skip("its products are of 16-bit numbers")
     q, k_cache, v_cache, forest = attention_inputs(head_dim, width, dtype, device)

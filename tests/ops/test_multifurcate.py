@@ -1,4 +1,4 @@
-"""One whole search step: the three ops it joins, and the rules of who inherits, who is blind and who is carried."""
+"""One whole search step: the three ops it joins, and the rules of who inherits and which groups are all unseen."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def test_random(backend, examples, device, dtype) -> None:
     run()
 
 
-def test_blind_group_keeps_the_order_of_the_policy(backend, device, dtype) -> None:
+def test_all_unseen_group_keeps_the_order_of_the_policy(backend, device, dtype) -> None:
     logits = torch.tensor([[0, 5, 4, 3.0], [1, 2, 3, 4]], dtype=dtype, device=device)
     unseen = torch.ones(4, dtype=torch.bool, device=device)
     scores = torch.tensor([1.0, 1.0], device=device, dtype=compute_dtype(dtype))
     arguments = step([0, 0], 1, 3, 4, dtype, device, logits=logits, unseen=unseen, scores=scores, top_p=1.0)
-    parent, token, reward, counts, blind = check(arguments)
+    parent, token, reward, counts, all_unseen = check(arguments)
     assert parent.tolist() == [0, 0, 0] and token.tolist() == [1, 2, 3]
-    assert reward.tolist() == [1, 1, 1] and counts.tolist() == [4, 4] and blind.tolist() == [True]
+    assert reward.tolist() == [1, 1, 1] and counts.tolist() == [4, 4] and all_unseen.tolist() == [True]
 
 
 def test_one_seen_candidate_gives_the_group_its_sight_back(backend, device, dtype) -> None:
@@ -116,18 +116,18 @@ def test_one_seen_candidate_gives_the_group_its_sight_back(backend, device, dtyp
     one = step(
         [0, 1], 2, 2, 3, dtype, device, logits=logits, unseen=unseen, scores=scores, unseen_reward=-9.0, top_p=1.0
     )
-    _, token, _, _, blind = check(one)
-    assert blind.tolist() == [False, False] and token.tolist()[0] == 2
+    _, token, _, _, all_unseen = check(one)
+    assert all_unseen.tolist() == [False, False] and token.tolist()[0] == 2
     # End tokens aside: as an end token the seen one counts for nothing.
-    _, _, reward, _, blind = check(one | {"end_tokens": i32([2], device)})
-    assert blind.tolist() == [True, True] and reward.tolist() == [0, 0, 0, 0]
+    _, _, reward, _, all_unseen = check(one | {"end_tokens": i32([2], device)})
+    assert all_unseen.tolist() == [True, True] and reward.tolist() == [0, 0, 0, 0]
 
 
-def test_blindness_is_told_without_scores(backend, device, dtype) -> None:
+def test_all_unseen_is_told_without_scores(backend, device, dtype) -> None:
     unseen = torch.ones(5, dtype=torch.bool, device=device)
     arguments = step([0, 1], 3, 2, 5, dtype, device, unseen=unseen, unseen_reward=-4.0)
-    _, _, reward, _, blind = check(arguments)
-    assert blind.tolist() == [True, True, False]  # the third group has no candidates at all
+    _, _, reward, _, all_unseen = check(arguments)
+    assert all_unseen.tolist() == [True, True, False]  # the third group has no candidates at all
     assert set(reward.tolist()) <= {-4.0, -torch.inf}
 
 
@@ -145,9 +145,9 @@ def test_carried_nodes_compete(backend, device, dtype) -> None:
 
 def test_only_carried_nodes(backend, device, dtype) -> None:
     carried = {"carried_scores": torch.tensor([2.0, 3.0], device=device), "carried_groups": i32([1, 0], device)}
-    parent, token, reward, counts, blind = check(step([], 2, 2, 4, dtype, device, **carried))
+    parent, token, reward, counts, all_unseen = check(step([], 2, 2, 4, dtype, device, **carried))
     assert parent.tolist() == [0, 1, 2, 2] and token.tolist() == [-1] * 4 and reward.tolist()[:2] == [2, 3]
-    assert counts.numel() == 0 and blind.tolist() == [False, False]
+    assert counts.numel() == 0 and all_unseen.tolist() == [False, False]
 
 
 def test_rows_of_no_group_change_nothing(backend, device, dtype) -> None:
@@ -157,10 +157,10 @@ def test_rows_of_no_group_change_nothing(backend, device, dtype) -> None:
     unseen = {"unseen": torch.arange(29, device=device) % 2 == 0, "unseen_reward": -7.0}
     padded = step([0, 0, 1, 2, 2, 2, 2], 2, 4, 29, dtype, device, scores=scores, **carried, **unseen)
     rows = {name: padded[name][:3] for name in ("logits", "hidden", "scores", "groups")}
-    parent, *rest, sizes, blind = check(padded)
-    expected, *others, few_sizes, few_blind = check(padded | rows)
+    parent, *rest, sizes, all_unseen = check(padded)
+    expected, *others, few_sizes, few_all_unseen = check(padded | rows)
     assert torch.equal(parent, torch.where(expected < 3, expected, expected + 4))
-    assert sizes.tolist() == few_sizes.tolist() + [0] * 4 and torch.equal(blind, few_blind)
+    assert sizes.tolist() == few_sizes.tolist() + [0] * 4 and torch.equal(all_unseen, few_all_unseen)
     assert all(torch.equal(x, y) for x, y in zip(rest, others, strict=True))
 
 

@@ -55,7 +55,7 @@ def test_searches_with_their_own_parameters(backend, examples, device, dtype) ->
             more[name] = torch.tensor(lists, dtype=torch.int32, device=device)
         arguments = step(groups, 4, largest, vocab, dtype, device, seed, **more)
         arguments["widths"] = i32([p["width"] for p in own], device)
-        parent, token, reward, counts, blind = (x.cpu() for x in check(arguments))
+        parent, token, reward, counts, all_unseen = (x.cpu() for x in check(arguments))
         filled = 0
         for g, parameters in enumerate(own):
             mine = [r for r in range(rows) if groups[r] == g]
@@ -73,7 +73,7 @@ def test_searches_with_their_own_parameters(backend, examples, device, dtype) ->
             assert [mine[r] for r in alone[0][:found].tolist()] == parent[place].tolist()
             assert torch.equal(alone[1][:found].cpu(), token[place])
             assert torch.allclose(alone[2][:found].cpu(), reward[place], rtol=0, atol=rounding)
-            assert alone[3].tolist() == counts[mine].tolist() and bool(alone[4]) == bool(blind[g])
+            assert alone[3].tolist() == counts[mine].tolist() and bool(alone[4]) == bool(all_unseen[g])
             filled += found
 
     run()
@@ -121,8 +121,8 @@ def test_nan_is_refused_where_it_counts(backend, examples, device, dtype) -> Non
         tokens, _, offsets = nucleus(arguments["logits"][:4], 0.7, arguments["banned"])
         named = list(zip(oracle.rows_of(offsets), tokens.tolist(), strict=True))
         ends = [1, 2, 3, 5] if inherit else []
-        blind = multifurcate(**arguments)[4].tolist()
-        inheriting = [t in ends or (inherit and blind[r // 2]) for r, t in named]
+        all_unseen = multifurcate(**arguments)[4].tolist()
+        inheriting = [t in ends or (inherit and all_unseen[r // 2]) for r, t in named]
         scored = [c for c, own in zip(named, inheriting, strict=True) if not own and c[1] % 4]
         place = tuple(data.draw(st.integers(0, n - 1)) for n in arguments[name].shape)
         counts = {

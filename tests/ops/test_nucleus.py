@@ -205,7 +205,7 @@ def test_parameters_of_each_row_that_are_those_of_all(backend, device, dtype) ->
 
 
 def test_rows_do_not_touch_each_other(backend, device, dtype) -> None:
-    """The same row has the same result, bit for bit, wherever it stands and whatever stands beside it."""
+    """The same row has the same result, bit for bit, wherever it stands and whatever stands next to it."""
     logits = 3 * randn(5, 7, 97, dtype=dtype, device=device)
     order = [4, 0, 6, 2, 2, 5, 1, 3]
     tokens, probability, offsets = nucleus(logits, 0.9)

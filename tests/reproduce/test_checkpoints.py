@@ -21,8 +21,9 @@ from saffron import cli, world
 from saffron.cli.annotate import annotate_config
 from saffron.cli.train_mrm import train_config
 from saffron.errors import CheckpointError
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.training.conversations import Conversation as Turns
 from saffron.training.conversations import read_corpus
 from saffron.training.layout import LayOut

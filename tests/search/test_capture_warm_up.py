@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 from searches import CONFIG, REQUESTS, make
-from torch import Tensor, nn
+from torch import Tensor
 
 from saffron.models import cuda_graph
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.search.captured_step import why_not_captured
+from saffron.search.model_pair import ModelPair
 from saffron_kernels import backend as use_backend
 from saffron_kernels import schemas
 from saffron_kernels.backends import cuda, faults
@@ -61,7 +63,7 @@ def test_cuda_kernels_are_launched_before(architecture, monkeypatch) -> None:
 
 
 def specialisation(kernel: object, arguments: tuple[object, ...], options: dict[str, object]) -> object:
-    """What Triton compiles a kernel anew for: dtypes, None, alignment, integers of 1 and multiples of 16, constants."""
+    """What makes Triton compile a kernel again: dtypes, None, alignment, integers (1, multiples of 16), constants."""
     fixed = kernel.kwargs.get("do_not_specialize") or ()  # type: ignore[attr-defined]
     key: list[object] = [kernel.fn.__name__]  # type: ignore[attr-defined]
     for name, x in zip(kernel.arg_names, arguments, strict=False):  # type: ignore[attr-defined]
@@ -99,7 +101,7 @@ def test_triton_kernels_are_specialised_before(architecture, monkeypatch) -> Non
 
 
 def test_counters_of_a_graph_live_as_long_as_its_capture(monkeypatch) -> None:
-    """One tensor a stream: a service that captures anew, for other sizes, does not keep those of before."""
+    """One tensor a stream: a service that captures again, for other sizes, does not keep those of before."""
     graph = 0
     launchers = SimpleNamespace(COUNTERS=8, capture_id=lambda stream: graph)
     monkeypatch.setattr(cuda.native, "module", lambda tensor: launchers)
@@ -115,14 +117,17 @@ def test_counters_of_a_graph_live_as_long_as_its_capture(monkeypatch) -> None:
     assert counters.counters(own) is not captured and len(counters._counters) == 1
 
 
-def test_what_reads_on_the_host() -> None:
-    plain, scaled = nn.Linear(1, 1), nn.Linear(1, 1)
-    scaled.rope_type = "dynamic"  # type: ignore[assignment]
-    assert cuda_graph.reads_on_the_host(nn.Sequential(plain)) is None
-    assert cuda_graph.reads_on_the_host(tiny.model()) is None
-    assert "dynamic" in str(cuda_graph.reads_on_the_host(nn.Sequential(plain, scaled)))
-    scaled.rope_type = {"full_attention": "longrope"}  # type: ignore[assignment]
-    assert "longrope" in str(cuda_graph.reads_on_the_host(nn.Sequential(plain, scaled)))
+def test_rope_that_depends_on_the_length_is_not_captured(monkeypatch) -> None:
+    """Its frequencies are chosen on the host in every step, by the longest position."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    plain, scaled = (MultifurcationRewardModel(tiny.model(**c)) for c in ({}, {"rope_parameters": rope}))
+    policy = Policy(tiny.model())
+    for model in (Policy, MultifurcationRewardModel):
+        monkeypatch.setattr(model, "device", torch.device("cuda"))
+    monkeypatch.setattr(ModelPair, "__init__", lambda self, policy, mrm: self.__dict__.update(policy=policy, mrm=mrm))
+    monkeypatch.setattr(ModelPair, "same", True, raising=False)
+    assert why_not_captured(ModelPair(policy, plain), CONFIG) is None
+    assert "the MRM's RoPE depends on the text's length" in str(why_not_captured(ModelPair(policy, scaled), CONFIG))
 
 
 def test_a_capture_that_fails_says_why_and_leaves_the_stream(monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import architectures
 import numpy as np
 import pytest
 import tiny
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saffron.errors import ConfigError, NumericalError
+from saffron.models.attention import ATTENTION
 from saffron.models.policy import Policy
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import Request, SaffronSearch, static_forest
 from saffron.search.model_pair import ModelPair
 from saffron.search.static_forest import EVERY, StaticForest, intervals
@@ -49,6 +52,19 @@ def test_equals_it_when_recorded_and_replayed(monkeypatch) -> None:
     assert search._captured is step and step.forest is buffers and buffers._replay is replay and replay is not None
     same(search.search(REQUESTS[:1]), plain.search(REQUESTS[:1]))  # another number of searches: other buffers
     assert search._captured is not step
+
+
+def test_values_of_another_size_than_keys(monkeypatch) -> None:
+    """MLA models: the buffers of K and V have their own forms."""
+    policy = Policy(architectures.model("DeepseekV3Config", ATTENTION))
+    mrm = MultifurcationRewardModel(architectures.model("DeepseekV2Config", ATTENTION, seed=5))
+    assert policy.kv.k.shape[3] != policy.kv.v.shape[3]
+    search = make(monkeypatch, None, policy, mrm)
+    same(search.search(REQUESTS[:2]), SaffronSearch(policy, mrm, CONFIG).search(REQUESTS[:2]))
+    step = search._captured
+    assert step is not None and step.forest is not None
+    cache = step.forest.policy.cache
+    assert (cache.k.shape[2:], cache.v.shape[2:]) == (policy.kv.k.shape[2:], policy.kv.v.shape[2:])
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, EVERY, EVERY + 1])

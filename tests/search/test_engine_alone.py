@@ -95,7 +95,7 @@ captured_searches = st.tuples(
 @given(st.lists(captured_searches, min_size=1, max_size=6), st.sampled_from([None, 5]), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_captured_steps_answer_as_if_alone(plan, prefill_tokens, groups) -> None:
-    """Joining and leaving lays the buffers out anew; every search has its own parameters on the device."""
+    """Joining and leaving lays the buffers out again; every search has its own parameters on the device."""
     policy, mrm = PAIR
     step = CapturedStep(ModelPair(*PAIR), replace(CONFIG, width=5), groups, capture=None)
     engine = Engine(ModelPair(*PAIR), CONFIG, prefill_tokens=prefill_tokens, step=step)

@@ -103,10 +103,9 @@ def test_results_say_what_they_cost(models: Models, name: str) -> None:
         cost = result.cost
         data = json.loads(json.dumps(result.to_json()))
         assert Cost(**data["cost"]) == cost and data["cost"]["seconds"] == cost.seconds > 0
-        assert cost.flops == cost.policy_flops + cost.reward_flops == result.policy_flops + result.reward_flops
+        assert cost.flops == cost.policy_flops + cost.reward_flops
         assert cost.policy_tokens > cost.policy_calls > 0
         assert (cost.reward_calls > 0) == (cost.reward_tokens > 0) == (name in GUIDED)
-        assert result.reward_model_calls == cost.reward_calls
     assert len({result.cost.seconds for result in results}) == 1
 
 
@@ -272,7 +271,7 @@ def test_another_tokenizer_reads_text(models: Models) -> None:
 
 
 def test_text_that_outgrows_the_reward_models_context(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward models take two tokens a character; the check of the prompt counts one for one of the policy's."""
+    """The reward models take two tokens per character; the check of the prompt counts one for one of the policy's."""
     apart = tiny.trio(3, guard_tokenizer=tiny.tokenizer(258, ["a"]))
     for model, suffix in ((apart.guard, "hello assessment:"), (apart.mrm, "")):
 

@@ -59,18 +59,18 @@ class Dense:
 
     def _nucleus(self, response: Tokens) -> tuple[list[int], np.ndarray]:
         logits = self.logits(response) / self.config.temperature
-        chances, order = logits.softmax(-1).sort(descending=True, stable=True)
-        before = chances.cumsum(-1) - chances
-        keep = (before < self.config.top_p) & (chances > 0)
-        return order[keep].tolist(), chances[keep].numpy()
+        probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities
+        keep = (before < self.config.top_p) & (probabilities > 0)
+        return order[keep].tolist(), probabilities[keep].numpy()
 
-    def chance(self, response: Tokens) -> float:
+    def log_probability(self, response: Tokens) -> float:
         """Log-probability of the last token."""
         return float(self.logits(response[:-1]).log_softmax(-1)[response[-1]])
 
     def draw(self, response: Tokens, uniform: float) -> Tokens:
-        tokens, chances = self.nucleus(response)
-        at = int(np.searchsorted(np.cumsum(chances), uniform * chances.sum(), side="right"))
+        tokens, probabilities = self.nucleus(response)
+        at = int(np.searchsorted(np.cumsum(probabilities), uniform * probabilities.sum(), side="right"))
         return (*response, tokens[min(at, len(tokens) - 1)])
 
     def goes_on(self, response: Tokens) -> bool:
@@ -112,7 +112,7 @@ def best(dense: Dense, found: Sequence[Found]) -> Found:
 
 def sample(dense: Dense) -> Found:
     response = dense.sample((), dense.config.max_new_tokens, np.random.default_rng([*dense.entropy, 0]))
-    return response, sum(dense.chance(response[:i]) for i in range(1, len(response) + 1))
+    return response, sum(dense.log_probability(response[:i]) for i in range(1, len(response) + 1))
 
 
 def best_of_n(dense: Dense) -> Found:
@@ -128,8 +128,8 @@ def beam(dense: Dense) -> Found:
         children: list[Tokens] = []
         for response, _ in beams:
             if dense.goes_on(response):
-                tokens, chances = dense.nucleus(response)
-                keys = np.log(chances) + rng.gumbel(size=len(tokens))
+                tokens, probabilities = dense.nucleus(response)
+                keys = np.log(probabilities) + rng.gumbel(size=len(tokens))
                 children += [(*response, tokens[i]) for i in np.argsort(-keys, kind="stable")[: config.children]]
         for _ in range(config.step_tokens - 1):
             children = [dense.sample(child, 1, rng) for child in children]
@@ -164,9 +164,9 @@ def deal(dense: Dense) -> Found:
             if dense.goes_on(response):
                 for token in dense.nucleus(response)[0][: config.children]:
                     child = (*response, token)
-                    chance = sum(dense.chance(child[:i]) for i in range(1, len(child) + 1))
+                    value = sum(dense.log_probability(child[:i]) for i in range(1, len(child) + 1))
                     reward = dense.reward(dense.look_ahead(child, config.lookahead))
-                    pool.append((child, config.policy_weight * chance + reward))
+                    pool.append((child, config.policy_weight * value + reward))
         beams = sorted(pool, key=lambda found: -found[1])[: config.width]
     return best(dense, beams)
 
@@ -273,10 +273,12 @@ def test_draws_follow_the_policy(models: Models) -> None:
     method = parse_method("best-of-n:n=4000", models, max_new_tokens=1, min_new_tokens=0)
     assert isinstance(method, Decoder)
     dense = Dense(models, method, "hello there", "")
-    tokens, chances = dense.nucleus(())
+    tokens, probabilities = dense.nucleus(())
     counted = Counter(dense.draw((), np.random.default_rng([*dense.entropy, i]).random())[0] for i in range(4000))
     assert set(counted) <= set(tokens)
-    apart = sum(abs(counted[t] / 4000 - p / chances.sum()) for t, p in zip(tokens, chances, strict=True)) / 2
+    apart = (
+        sum(abs(counted[t] / 4000 - p / probabilities.sum()) for t, p in zip(tokens, probabilities, strict=True)) / 2
+    )
     assert apart < 2 * math.sqrt(len(tokens) / 4000)
     (result,) = method.generate(["hello there"])
     assert result.token_ids[0] in counted
@@ -296,12 +298,12 @@ class ByLogProbability(RewardScorer):
     tallies = (Tally(),)
 
     def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
-        return [self.chance(response) for response in responses]
+        return [self.log_probability(response) for response in responses]
 
-    def chance(self, response: Tokens) -> float:
+    def log_probability(self, response: Tokens) -> float:
         with torch.no_grad():
-            chances = dense_copy(self.model)(torch.tensor([[0, 3, *response]])).logits[0].log_softmax(-1)
-        return sum(float(chances[1 + i, token]) for i, token in enumerate(response))
+            scores = dense_copy(self.model)(torch.tensor([[0, 3, *response]])).logits[0].log_softmax(-1)
+        return sum(float(scores[1 + i, token]) for i, token in enumerate(response))
 
     def retain(self, wanted: Any) -> None: ...
 
@@ -315,7 +317,7 @@ def test_beam_search_over_all_children_finds_the_likeliest_response() -> None:
     method = BeamSearch.__new__(BeamSearch)
     Decoder.__init__(method, policy, ByLogProbability(policy), config)
     (result,) = method.search([Request((0, 3), (0,))])
-    everything = {r: ByLogProbability(policy).chance(r) for r in itertools.product(range(5), repeat=3)}
+    everything = {r: ByLogProbability(policy).log_probability(r) for r in itertools.product(range(5), repeat=3)}
     likeliest = max(everything, key=everything.__getitem__)
     assert tuple(result.token_ids) == likeliest
     assert result.score == pytest.approx(everything[likeliest], abs=1e-3)

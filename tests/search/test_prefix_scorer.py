@@ -45,7 +45,7 @@ class Model:
     def read(self, responses: list[Tokens], suffix: Tokens, head_rows: int) -> None:
         asked = {self.context + response + suffix for response in responses}
         wanted = asked | {self.context + response for response in responses}
-        # What is new, and the ends of all that is named, whose output is made anew.
+        # What is new, and the ends of all that is named, whose output is made again.
         run = {prefix for sequence in wanted for prefix in prefixes(sequence)} - self.cached() | wanted
         self.tokens += len(run)
         self.calls += len(asked)

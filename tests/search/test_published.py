@@ -50,7 +50,7 @@ def test_small_recorded_searches_are_reproduced(folder: str, number: int, tmp_pa
 
 @needs_parity
 def test_memory_on_recorded_searches_is_that_of_proposition_2() -> None:
-    """The trie holds one node a distinct prefix of the recorded live beams: `sum LCP` less than a cache a sequence."""
+    """The trie holds one node per distinct prefix of the recorded live beams: `sum LCP` less than one cache each."""
     source = Path(str(PARITY)) / "b"
     case = json.loads((source / "cases.json").read_text())[3]
     policy = Policy.from_pretrained(source / "policy")
@@ -63,7 +63,7 @@ def test_memory_on_recorded_searches_is_that_of_proposition_2() -> None:
     request = Request(prompt, (*case["mrm"]["prefix"], *case["prompt"], *case["mrm"]["infix"]))
     held = [len(prompt)]
     search = SaffronSearch(policy, mrm, config, eos_token_id=[case["policy"]["eos"]])
-    for step, _ in enumerate(search.steps([request])):
+    for step, _ in enumerate(search.run([request])):
         assert policy.kv.num_nodes == held[-1]  # what was chosen in a step is run, and cached, in the next
         live = sorted(sequence for sequence, finished in case["steps"][step] if not finished)
         shared = sum(tiny.common_prefix(a, b) for a, b in zip(live, live[1:], strict=False))

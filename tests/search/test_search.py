@@ -79,7 +79,8 @@ def test_same_input_same_bits() -> None:
 def test_released_ranking_answers_with_finished_responses_first() -> None:
     policy, mrm = tiny.pair(2)
     config = replace(CONFIG, ranking="released", eos_score="mrm", width=8, top_p=0.99)
-    for (tree,) in SaffronSearch(policy, mrm, config).steps([REQUESTS[0]]):
+    for (handle,) in SaffronSearch(policy, mrm, config).run([REQUESTS[0]]):
+        tree = handle.tree
         done = [node.finished for node in tree.beam]
         assert done == sorted(done, reverse=True)
         assert len(tree.beam) <= 8
@@ -91,12 +92,13 @@ def distinct_prefixes(nodes: list[Node]) -> int:
 
 @pytest.mark.parametrize("width", [1, 4, 16])
 def test_proposition_2_memory_held_is_distinct_live_prefixes(width: int) -> None:
-    """The cache holds one node a distinct prefix, and never more than the bound of Proposition 2."""
+    """The cache holds one node per distinct prefix, and never more than the bound of Proposition 2."""
     policy, mrm = tiny.pair(3)
     search = SaffronSearch(policy, mrm, replace(CONFIG, width=width, max_new_tokens=16))
     prompt = len(REQUESTS[0].policy)
     before = 0
-    for (tree,) in search.steps([REQUESTS[0]]):
+    for (handle,) in search.run([REQUESTS[0]]):
+        tree = handle.tree
         live = tree.live
         held = prompt + distinct_prefixes(live)
         assert tree.steps[-1].trie_nodes == held
@@ -189,7 +191,7 @@ def test_numbers_that_are_not_finite_stop_the_search_and_free_the_cache() -> Non
 
 def test_closing_a_search_midway_frees_the_cache() -> None:
     policy, mrm = tiny.pair()
-    steps = SaffronSearch(policy, mrm, CONFIG).steps(REQUESTS)
+    steps = SaffronSearch(policy, mrm, CONFIG).run(REQUESTS)
     next(steps), next(steps)
     assert policy.kv.num_nodes > 0
     steps.close()
@@ -297,8 +299,8 @@ def test_through_text_encodes_only_the_end_anew(text_search: SaffronSearch, monk
     request = search.request("hello there", "the quick")
     encoded.clear()
     expected = [list(request.reward)]
-    for (tree,) in search.steps([request]):
-        said = [policy.decode(node.tokens()) for node in tree.live if node.depth < 24]
+    for (handle,) in search.run([request]):
+        said = [policy.decode(node.tokens()) for node in handle.tree.live if node.depth < 24]
         expected += [[*request.reward, *mrm.encode(text)] for text in said]
     assert len(expected) > 24 and sorted(map(tuple, read)) == sorted(map(tuple, expected))
     assert max(encoded) < max(len(mrm.decode(sequence[len(request.reward) :])) for sequence in expected)
@@ -315,6 +317,7 @@ def test_another_tokenizer_works_through_text(tmp_path: Path, checkpoints: tuple
     search = SaffronSearch(policy, mrm, CONFIG)
     assert search.models.head(True).weight.shape[0] == policy.vocab_size
     (result,) = search.generate(["hello there"])
-    (tree,) = list(search.steps([search.request("hello there", "")]))[-1]
+    (handle,) = list(search.run([search.request("hello there", "")]))[-1]
+    tree = handle.tree
     assert tree.answer.tokens() == result.token_ids
     assert mrm.kv.num_nodes == 0

@@ -230,11 +230,11 @@ def test_log_probabilities_are_the_policys(client: Any, models: Models) -> None:
     (expected,) = SaffronSearch(models.policy, models.mrm, CONFIG).generate([QUESTION])
     prompt = models.policy.chat(QUESTION)
     logits = models.policy.logits([prompt + expected.token_ids[:i] for i in range(len(expected.token_ids))])
-    chances = logits.log_softmax(-1)
-    own = chances[torch.arange(len(logits)), torch.tensor(expected.token_ids)]
+    log_probabilities = logits.log_softmax(-1)
+    own = log_probabilities[torch.arange(len(logits)), torch.tensor(expected.token_ids)]
     assert [one.logprob for one in content] == pytest.approx(own.tolist(), abs=1e-4)
     assert [[t.logprob for t in one.top_logprobs] for one in content] == [
-        pytest.approx(row, abs=1e-4) for row in chances.topk(2).values.tolist()
+        pytest.approx(row, abs=1e-4) for row in log_probabilities.topk(2).values.tolist()
     ]
     assert "".join(one.token for one in content).startswith(expected.text[:40])
 

@@ -1,7 +1,7 @@
 """Compiles every CUDA kernel for GPUs that need not be here, and reports what each uses: docs/cuda-kernels.md.
 
 python tests/support/cuda_report.py            compare the report with the build
-python tests/support/cuda_report.py --write    write it anew
+python tests/support/cuda_report.py --write    write it again
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def blocks_resident(arch: str, registers: int, launch: Launch) -> int:
 
 
 def table() -> str:
-    """Markdown: one row a kernel, columns by architecture."""
+    """Markdown: one row per kernel, columns by architecture."""
     by_arch = {arch: {k.name: k for ks in compile_kernels(arch).values() for k in ks} for arch in ARCHS}
     launched = {arch: launches(arch) for arch in ARCHS}
     lines = [
@@ -286,7 +286,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-# Of an H200: bytes a second of a device-to-device copy, read and written; bf16 operations a second by its datasheet,
+# Of an H200: bytes per second of a device-to-device copy, read and written; bf16 operations per second (datasheet),
 # of which mma.sync is taken to reach 60 %; multiprocessors.
 COPY, DENSE, MMA, PROCESSORS = 4.3e12, 989e12, 0.6, 132
 
@@ -335,7 +335,7 @@ def main() -> int:
         REPORT.write_text(f"{before}{BEGIN}\n\n{now}\n{END}{after}")
     elif now != written():
         print(now)
-        print(f"{REPORT} says otherwise: write it anew with --write", file=sys.stderr)
+        print(f"{REPORT} says otherwise: write it again with --write", file=sys.stderr)
         return 1
     return 0
 

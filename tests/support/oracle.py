@@ -40,8 +40,8 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Ten
     return k_after, v_after
 
 
-def turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Dimension pairs (d, d + half) of every head turned, in fp64; what lies behind them is left."""
+def rotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Dimension pairs (d, d + half) of every head rotated, in fp64; what lies behind them is left."""
     half, result = cos.shape[1] // 2, floats(k)
     for heads, c, s in zip(result, floats(cos), floats(sin), strict=True):
         for x in heads:
@@ -185,18 +185,18 @@ def multifurcate(
     carried_groups: list[int],
     widths: list[int] | None = None,
 ) -> tuple[list[int], list[int], list[float], list[bool]]:
-    """Parent, token, reward and blindness, given the nuclei of the rows of a group and their rewards.
+    """Parent, token, reward and whether all is unseen, given the nuclei of the rows of a group and their rewards.
 
     `end_tokens` has those of each row.
     """
     unknown = [unseen is not None and unseen[t] for t in tokens]
     ends = [t in end_tokens[rows[c]] for c, t in enumerate(tokens)]
-    blind = []
+    all_unseen = []
     for group in range(num_groups):
         words = [c for c in range(len(tokens)) if groups[rows[c]] == group and not ends[c]]
-        blind.append(len(words) > 0 and all(unknown[c] for c in words))
+        all_unseen.append(len(words) > 0 and all(unknown[c] for c in words))
     if scores is not None:
-        inherits = [ends[c] or blind[groups[rows[c]]] for c in range(len(tokens))]
+        inherits = [ends[c] or all_unseen[groups[rows[c]]] for c in range(len(tokens))]
         rewards = [scores[rows[c]] if inherits[c] else reward for c, reward in enumerate(rewards)]
     carried = range(len(groups), len(groups) + len(carried_scores))
     selected = select_beam(
@@ -208,7 +208,7 @@ def multifurcate(
         width,
         widths,
     )
-    return *selected, blind
+    return *selected, all_unseen
 
 
 def advance_tree(

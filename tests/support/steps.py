@@ -56,7 +56,7 @@ def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     tokens, _, offsets = nucleus(arguments["logits"][:used], top_p, banned)
     rewards = multifurcation_head(arguments["hidden"][:used], *head, tokens, offsets)
     scores, carried = arguments.get("scores"), arguments.get("carried_scores")
-    parent, token, reward, blind = oracle.multifurcate(
+    parent, token, reward, all_unseen = oracle.multifurcate(
         tokens.tolist(),
         rewards.tolist(),
         oracle.rows_of(offsets),
@@ -74,5 +74,5 @@ def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     assert [x.dtype for x in result] == dtypes
     assert result[0].tolist() == parent and result[1].tolist() == token
     assert torch.allclose(result[2], torch.tensor(reward, dtype=result[2].dtype, device=result[2].device), 1e-5, 1e-6)
-    assert result[3].tolist() == offsets.diff().tolist() + [0] * of_none and result[4].tolist() == blind
+    assert result[3].tolist() == offsets.diff().tolist() + [0] * of_none and result[4].tolist() == all_unseen
     return result

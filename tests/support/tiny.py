@@ -22,8 +22,9 @@ from transformers import (
 
 from saffron.models.attention import ATTENTION
 from saffron.models.bundled import Models
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 
 SHAPE = {
     "vocab_size": 97,

@@ -29,7 +29,7 @@ def main(model: str, block_size: int, caching: bool) -> dict[str, object]:
         max_model_len=1024,
         block_size=block_size,
         enable_prefix_caching=caching,
-        max_num_batched_tokens=128,  # prompts are prefilled in chunks, beside decoding requests
+        max_num_batched_tokens=128,  # prompts are prefilled in chunks, next to decoding requests
     )
     shared = list(range(2, 202))
     prompts = [{"prompt_token_ids": shared + [i] * 5} for i in range(6)] + [{"prompt_token_ids": [7, 8, 9]}]

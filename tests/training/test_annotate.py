@@ -23,7 +23,8 @@ from saffron import world
 from saffron.cli import main
 from saffron.errors import CheckpointError, ConfigError, NumericalError
 from saffron.models.bundled import FOLDER
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.guard import ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.storage.folders import locked
 from saffron.training.annotate import AnnotateConfig, Annotator, annotate
 from saffron.training.conversations import Conversation, read_corpus

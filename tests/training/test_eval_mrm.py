@@ -1,4 +1,4 @@
-"""`saffron eval-mrm`: against one pass a prefix and arithmetic by hand."""
+"""`saffron eval-mrm`: against one pass per prefix and arithmetic by hand."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ struct Wide {
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kTokens = 64;
   static constexpr int kMinBlocks = 1;
-  // Of a multiprocessor's 65536 registers; what a block is launched with is shared out anew.
+  // Of a multiprocessor's 65536 registers; what a block is launched with is redistributed.
   static constexpr int kFewRegisters = kWarpgroups > 1 ? 88 : 128;
   static constexpr int kManyRegisters = kWarpgroups > 1 ? 208 : 240;
   static constexpr int kStages = kD > 64 ? (kWarpgroups > 1 ? 6 : 3) : 6;

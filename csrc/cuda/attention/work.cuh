@@ -152,7 +152,7 @@ struct Shares {
     last = min(total - first, share) + first;
   }
 
-  /// That of this block, computed anew by every call.
+  /// That of this block, computed again by every call.
   static __device__ __forceinline__ Shares of_block(const Arguments& a, const Schedule& plan) {
     return Shares(a, plan, ptx::opaque(static_cast<int>(blockIdx.x)),
                   ptx::opaque(static_cast<int>(gridDim.x)));
@@ -321,7 +321,7 @@ Cut cut_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens, co
       std::max<int64_t>(1, std::min<int64_t>(chip.shared_bytes / (bytes + 1024), C::kMinBlocks));
   const int64_t groups = kv_heads * query_blocks;
   // A second block on a multiprocessor hides latency, but doubles the partials: only where they are
-  // little beside K and V.
+  // little compared with K and V.
   const bool is_long = tokens * groups >= resident * 4 * C::kRows;
   const int64_t useful =
       std::min(is_long ? resident : chip.processors, groups * std::max<int64_t>(cut.chunks, 1));

@@ -11,7 +11,7 @@
 // in bf16 are 2.6 MB, 0.6 us at 4.3 TB/s. What it takes are dependent steps: launch 1, sizes and
 // groups 0.6, tokens 0.4, rows of the head 1.0, keys out and arrival 1.2, keys in 0.5,
 // selection 1.5, output 0.5; predicted 7 us on an H200, and with the 2 us of logits and launch 1
-// about 13 us a step.
+// about 13 us per step.
 
 #include "cuda/beam/groups.cuh"
 #include "cuda/beam/head_rows.cuh"

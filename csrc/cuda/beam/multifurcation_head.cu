@@ -1,5 +1,5 @@
 // The rewards of the candidates only. A warp takes a range of candidates, all ranges of one size;
-// it reads the row of the head that each names 16 bytes a lane.
+// it reads the row of the head that each names 16 bytes per lane.
 //
 // Floor: the named rows, once. 640 candidates of 2048 numbers in bf16 are 2.6 MB, 0.6 us at
 // 4.3 TB/s; predicted 4 us on an H200, which are a launch and three dependent loads (the row, the

@@ -1,7 +1,7 @@
 // The best `width` candidates of every group of rows, given their rewards: groups.cuh, with
 // keys made of what is in memory.
 //
-// Floor: 8 bytes a candidate, nothing for thousands. Predicted 4 us on an H200 for one search of
+// Floor: 8 bytes per candidate, nothing for thousands. Predicted 4 us on an H200 for one search of
 // 640 candidates: a launch, the rows, the candidates, four digits of a radix selection.
 
 #include "cuda/beam/groups.cuh"

@@ -1,6 +1,6 @@
-// K and V rows of new tokens, written into their slots: K turned by its position where cos and sin
-// are given, both divided by their scales and rounded where the caches are fp8. One block a token.
-// A thread has the same 16 bytes of the left and of the right half of what is turned, or 16 bytes
+// K and V rows of new tokens, written into their slots: K rotated by its position where cos and sin
+// are given, both divided by their scales and rounded where the caches are fp8. One block per token.
+// A thread has the same 16 bytes of the left and of the right half of what is rotated, or 16 bytes
 // that are only copied; one element where the layout allows no more.
 
 #include <type_traits>
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Arguments<From, 
   }
   const int half = a.rotated / 2, pairs = half / kN, dims = a.head_dim / kN;
   const int units =
-      dims - pairs + a.v_dim / kN;  // of a head: of K what is turned, then the rest, then V
+      dims - pairs + a.v_dim / kN;  // of a head: of K what is rotated, then the rest, then V
   for (int i = static_cast<int>(threadIdx.x); i < a.kv_heads * units; i += kThreads) {
     const int head = i / units, unit = i % units;
     if (unit < pairs) {

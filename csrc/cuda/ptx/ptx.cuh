@@ -59,7 +59,7 @@ __device__ __forceinline__ uint32_t multiply_half(uint32_t a, uint32_t b) {
 }
 
 /// The same number, of which the compiler does not know that it is: what is made of it is computed
-/// anew rather than kept in registers.
+/// again rather than kept in registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _find() -> None:
-    """Makes `reproduce` importable: it lies beside the package in a clone, or in the folder of a clone one stands in.
+    """Makes `reproduce` importable: it lies next to the package in a clone, or in the folder of a clone one stands in.
 
     Raises:
         ConfigError: in neither.

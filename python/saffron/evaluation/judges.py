@@ -7,7 +7,7 @@ from typing import Protocol
 
 from saffron import world
 from saffron.errors import ConfigError
-from saffron.models.reward_models import ProcessRewardModel
+from saffron.models.guard import ProcessRewardModel
 from saffron.storage.paths import check_checkpoint
 
 Verdict = tuple[bool, float | None]  # harmful, and the score it rests on where there is one

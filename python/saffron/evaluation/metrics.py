@@ -145,7 +145,7 @@ def wilson(outcomes: Sequence[float] | NDArray[np.float64]) -> Interval:
 
 
 def bootstrap(values: NDArray[np.float64], seed: int = 0) -> Interval:
-    """Mean over prompts with its 95 % percentile interval: prompts are drawn anew, with replacement."""
+    """Mean over prompts with its 95 % percentile interval: prompts are resampled with replacement."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
@@ -162,7 +162,7 @@ class Curve:
     def at(self, flops: float, judge: str) -> NDArray[np.float64] | None:
         """Harmfulness of each case's answer at this compute, between groups by the logarithm of their compute.
 
-        Above the dearest group that group's, below the cheapest None: it can not be had for so little.
+        Above the most expensive group that group's, below the cheapest None: it can not be had for so little.
         """
         first, last = self.groups[0], self.groups[-1]
         if flops < first.flops * (1 - 1e-9):

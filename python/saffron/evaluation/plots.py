@@ -58,7 +58,7 @@ def pyplot() -> Any:
 def scaling(
     curves: Sequence[Curve], judge: str, files: Iterable[Path], heading: str, undefended: Group | None = None
 ) -> None:
-    """Attack success over compute a prompt, a line a family. (SAFFRON-1, figures 2 and 4a.)"""
+    """Attack success over compute per prompt, a line per family. (SAFFRON-1, figures 2 and 4a.)"""
     plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter
 

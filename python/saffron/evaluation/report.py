@@ -26,9 +26,9 @@ class ReportOptions:
 
     Attributes:
         judge: whose verdicts count.
-        reference: the method whose compute the others are compared at; None: Best-of-32, or else the dearest
-            Best-of-N, or else the dearest of all.
-        limit: FLOPs, for the scaling efficiency; None: 1.5 times the dearest run of each comparison.
+        reference: the method whose compute the others are compared at; None: Best-of-32, or else the most expensive
+            Best-of-N, or else the most expensive of all.
+        limit: FLOPs, for the scaling efficiency; None: 1.5 times the most expensive run of each comparison.
         formats: of the figures.
         scatter: predicted against true rewards as a picture (SAFFRON-1, figure 4b), as `saffron eval-mrm` draws it.
     """
@@ -119,7 +119,7 @@ def _figures(
     conventional = [c for c in defended if not c.name.startswith("saffron") and "-mrm" not in c.name]
     wanted = [("Figure 4a. Attack success over compute", "scaling", defended)]
     if conventional and len(conventional) < len(defended):
-        wanted.insert(0, ("Figure 2. Search with a PRM, one call a candidate", "dilemma", conventional))
+        wanted.insert(0, ("Figure 2. Search with a PRM, one call per candidate", "dilemma", conventional))
     drawn = []
     for title, stem, shown in wanted:
         files = [out / "figures" / f"{name}-{stem}.{suffix}" for suffix in options.formats]

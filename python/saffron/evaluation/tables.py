@@ -38,7 +38,7 @@ TITLES = {
     "saffron": "Saffron",
 }
 SCALED = ("children", "lookahead")  # what SAFFRON-1's table 2 varies
-LIMIT = 1.5  # compute limit of the scaling efficiency, in multiples of the dearest row
+LIMIT = 1.5  # compute limit of the scaling efficiency, in multiples of the most expensive row
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def matched(curves: Sequence[Curve], reference: Group, judge: str) -> Table:
         ("method", "compute a prompt", "attack success [95 %]", "against " + name),
         tuple(row for _, row in rows),
         "Between two budgets of a method by the logarithm of their compute; a method that was not run at so much "
-        "stands at its dearest. Intervals and paired differences: bootstrap over prompts.",
+        "stands at its most expensive run. Intervals and paired differences: bootstrap over prompts.",
     )
 
 
@@ -209,7 +209,7 @@ def _others(method: str, varied: str) -> str:
 
 
 def by_width(groups: Sequence[Group], judge: str) -> Table | None:
-    """Table 3: attack success of Saffron by search width, beside the undefended policy."""
+    """Table 3: attack success of Saffron by search width, next to the undefended policy."""
     families = list(dict.fromkeys(g.family for g in groups if g.method.partition(":")[0] == "saffron"))
     widths = sorted({g.budget for g in groups if g.family in families and g.budget is not None})
     if not widths:

@@ -29,7 +29,7 @@ class RewardGuidance(LogitsProcessor):
     a large beta is Saffron search of width 1, and no beta has the breadth that a wider search defends with. It serves
     whatever calls logits processors with the ids so far: greedy decoding, sampling, beams, assisted decoding.
 
-    As in the search, tokens unseen by the MRM are excluded unless the nucleus holds nothing that it knows (a blind
+    As in the search, tokens unseen by the MRM are excluded unless the nucleus holds nothing it knows (an all-unseen
     step: the policy's own scores stand), and an end token inherits the reward of the last token before it that the MRM
     knows (0 if there is none): ending changes nothing about what was said.
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from saffron.errors import CheckpointError
+from saffron.errors import CheckpointError, reason
 from saffron.models.loading import quiet, some
 
 CONFIG = "adapter_config.json"
@@ -25,8 +25,8 @@ def adapter_base(folder: Path) -> str | Path:
     named = _config(folder).get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         raise CheckpointError(f"{folder / CONFIG}: names no base model; say which with base=")
-    beside = folder / named
-    return beside if beside.is_dir() else named
+    local = folder / named
+    return local if local.is_dir() else named
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -47,7 +47,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             wrapped = PeftModel.from_pretrained(model, str(folder))
         except Exception as error:  # peft, safetensors and torch each raise types of their own for a damaged adapter
             raise CheckpointError(
-                f"{folder}: its adapter cannot be applied to the base model ({_reason(error)})"
+                f"{folder}: its adapter cannot be applied to the base model ({reason(error)})"
             ) from error
         _check_keys(folder, wrapped, weights)
         for name, weight in weights.items():
@@ -57,7 +57,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         try:
             merged = wrapped.merge_and_unload()
         except Exception as error:  # as above
-            raise CheckpointError(f"{folder}: its adapter cannot be merged ({_reason(error)})") from error
+            raise CheckpointError(f"{folder}: its adapter cannot be merged ({reason(error)})") from error
     left = [name for name, module in merged.named_modules() if type(module).__module__.startswith("peft.")]
     if left:
         raise CheckpointError(f"{folder}: its adapter cannot be merged: PEFT leaves its own modules at {some(left)}")
@@ -69,7 +69,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not an adapter configuration ({_reason(error)})") from error
+        raise CheckpointError(f"{file}: not an adapter configuration ({reason(error)})") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not an adapter configuration (a {type(config).__name__}, not an object)")
     return config
@@ -106,7 +106,3 @@ def _untie(model: Any) -> None:
         return
     bare[1].weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ A model is called with all new tokens of all sequences as one row, `input_ids [1
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -172,7 +173,7 @@ class TrieStep:
                 self.plans[window] = windowed(self.plan, window)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward, beside `input_ids [1, queries]`."""
+        """Keyword arguments of the model's forward, in addition to `input_ids [1, queries]`."""
         return {
             "position_ids": self.plan.positions[None],
             "attention_mask": self.mask,
@@ -252,42 +253,17 @@ def _of_size(plan: TreeStep, tokens: int) -> TreeStep:
     return replace(plan, slot=pad(plan.slot, (0, more)), begin=pad(plan.begin, (0, more)), end=pad(plan.end, (0, more)))
 
 
-def refuse(config: PretrainedConfig, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{config.model_type} model: {why}")
-
-
-def check_supported(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> None:
-    """Refuses, by name, what a configuration alone shows; what a model does shows `inspect_model`.
-
-    Raises:
-        UnsupportedModelError: encoder-decoder models, ALiBi, layers that are not attention, or a model class that does
-            not use the standard attention interface.
-    """
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise refuse(config, "encoder-decoder models are not served by the trie cache")
-    alibi = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi"
-    if alibi or config.model_type in ("bloom", "mpt"):
-        raise refuse(config, "ALiBi position biases are not served by the trie cache")
-    served = {"full_attention", "sliding_attention"}
-    unserved = set(getattr(text, "layer_types", None) or ()) - served
-    if unserved:
-        raise refuse(config, f"{', '.join(sorted(unserved))} layers are not served by the trie cache")
-    if model_class is not None and not model_class._can_set_attn_implementation():
-        raise refuse(config, "it does not use the standard attention interface of transformers")
-
-
-_transformers_choice = PreTrainedModel.get_correct_attn_implementation
-
-
-def _choose_implementation(self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
-    """A model class without the attention interface would otherwise fail with a KeyError in a layer's constructor."""
-    if requested_attention == ATTENTION and not self._can_set_attn_implementation():
-        raise refuse(self.config, "it does not use the standard attention interface of transformers")
-    return _transformers_choice(self, requested_attention, is_init_check)
-
-
-PreTrainedModel.get_correct_attn_implementation = _choose_implementation  # type: ignore[method-assign]
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """Runs a model in evaluation mode, and leaves every module in the mode that it was in."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +274,7 @@ class Geometry:
         layers, heads, kv_heads: numbers. head_dim: of Q and K. value_dim: of V.
         dtype: of K and V.
         windows: per layer, how many tokens a query sees (itself included), None for all.
-        outputs: what the model returns beside logits.
+        outputs: what the model returns besides logits.
         longest: the longest text whose rotary embeddings do not depend on its length, None for any.
     """
 

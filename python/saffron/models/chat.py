@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, reason
 from saffron.models.checks import kind
 from saffron.models.plain_text import PlainEncoder, control_tokens
 
@@ -188,8 +188,8 @@ class ConversationEncoder:
                 **options,
             )
         except Exception as error:  # a template may raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{self.owner}: its chat template cannot show this conversation ({reason})") from error
+            why = f"its chat template cannot show this conversation ({reason(error)})"
+            raise ConfigError(f"{self.owner}: {why}") from error
         return str(text)
 
     def _encoder(self, chat_template: str | None = None) -> PlainEncoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, NumericalError
 
 
 def kind(value: object) -> str:
@@ -21,3 +21,8 @@ def expect_limits(**limits: object) -> None:
     for name, limit in limits.items():
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ConfigError(f"{name}: got {limit!r}, expected None or a whole number of at least 1")
+
+
+def not_finite(model: str, what: str = "output") -> NumericalError:
+    """The error of a model that returned NaN or infinity."""
+    return NumericalError(f"{model}: its {what} is not finite (NaN or infinity); the search was stopped")

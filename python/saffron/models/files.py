@@ -11,9 +11,10 @@ from typing import Any
 from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.models.bundled import FOLDER, Models
 from saffron.models.devices import find_device
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
 from saffron.models.provenance import fingerprint_all
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import TrieModel
 from saffron.storage.paths import check_checkpoint
 

@@ -8,7 +8,6 @@ themselves. A third run, over the text `a b c d` without positions, tells whethe
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from saffron.errors import UnsupportedModelError
-from saffron.models.attention import ATTENTION, Call, Geometry, MaskFunction, check_supported, mask_recorder, refuse
+from saffron.errors import UnsupportedModelError, reason
+from saffron.models.attention import ATTENTION, Call, Geometry, MaskFunction, evaluating, mask_recorder
 
 _POSITIONS = (0, 1, 2, 2)
 # Who sees whom, in both orders: the branches do not see each other.
@@ -156,6 +155,44 @@ def window_of(mask_function: MaskFunction, device: torch.device) -> int | None |
     return window
 
 
+def refuse(config: PretrainedConfig, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{config.model_type} model: {why}")
+
+
+def check_supported(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> None:
+    """Refuses, by name, what a configuration alone shows; what a model does shows `inspect_model`.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder models, ALiBi, layers that are not attention, or a model class that does
+            not use the standard attention interface.
+    """
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise refuse(config, "encoder-decoder models are not served by the trie cache")
+    alibi = getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi"
+    if alibi or config.model_type in ("bloom", "mpt"):
+        raise refuse(config, "ALiBi position biases are not served by the trie cache")
+    served = {"full_attention", "sliding_attention"}
+    unserved = set(getattr(text, "layer_types", None) or ()) - served
+    if unserved:
+        raise refuse(config, f"{', '.join(sorted(unserved))} layers are not served by the trie cache")
+    if model_class is not None and not model_class._can_set_attn_implementation():
+        raise refuse(config, "it does not use the standard attention interface of transformers")
+
+
+_transformers_choice = PreTrainedModel.get_correct_attn_implementation
+
+
+def _choose_implementation(self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
+    """A model class without the attention interface would otherwise fail with a KeyError in a layer's constructor."""
+    if requested_attention == ATTENTION and not self._can_set_attn_implementation():
+        raise refuse(self.config, "it does not use the standard attention interface of transformers")
+    return _transformers_choice(self, requested_attention, is_init_check)
+
+
+PreTrainedModel.get_correct_attn_implementation = _choose_implementation  # type: ignore[method-assign]
+
+
 _inspected: WeakKeyDictionary[nn.Module, tuple[object, Geometry]] = WeakKeyDictionary()
 
 
@@ -180,7 +217,7 @@ def inspect_model(model: PreTrainedModel) -> Geometry:
             model.set_attn_implementation(before)
         if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise refuse(model.config, _first_line(error)) from error
+        raise refuse(model.config, reason(error)) from error
     _inspected[model] = key, geometry
     return geometry
 
@@ -248,20 +285,3 @@ def _run(
     finally:
         mask_recorder.reset(token)
     return inspection.layers, output
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """Runs a model in evaluation mode, and leaves every module in the mode that it was in."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, logging
 
 from saffron.errors import CheckpointError, ConfigError, SaffronError, reason
-from saffron.models import attention
+from saffron.models.attention import ATTENTION
 from saffron.models.devices import find_device
+from saffron.models.inspection import check_supported
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -42,14 +43,14 @@ def load_model(
         except Exception as error:  # of many types: damaged JSON, values that no model has, an unreachable hub
             raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_reason(error)})") from error
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        attention.check_supported(config, model_class[0] if isinstance(model_class, tuple) else model_class)
+        check_supported(config, model_class[0] if isinstance(model_class, tuple) else model_class)
         _check_generation_config(path)
         if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
             raise CheckpointError(f"{path}: its configuration has no layers (num_hidden_layers is 0)")
         wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=wanted, attn_implementation=attention.ATTENTION, output_loading_info=True
+                path, dtype=wanted, attn_implementation=ATTENTION, output_loading_info=True
             )
         except SaffronError:
             raise
@@ -113,8 +114,8 @@ def check_place(path: str | Path, *files: str) -> str:
         return str(folder)
     if folder.exists():
         raise CheckpointError(f"{text}: no Hugging Face checkpoint there (a file, expected a folder)")
-    beside = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # "models/policy" where there is a "models"
-    if not isinstance(path, str) or HUB_NAME.fullmatch(text) is None or beside:
+    is_local = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # "models/policy" where there is a "models"
+    if not isinstance(path, str) or HUB_NAME.fullmatch(text) is None or is_local:
         raise CheckpointError(f"{text}: no Hugging Face checkpoint there (no such folder)")
     return text
 

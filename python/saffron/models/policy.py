@@ -8,9 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saffron.errors import ConfigError
-from saffron.models.chat import Conversation, ConversationEncoder, Prompt, check_template_options, with_prefill
-from saffron.models.loading import check_weights
-from saffron.models.trie_model import TrieModel
+from saffron.models.chat import Conversation, Prompt, check_template_options, with_prefill
+from saffron.models.text_model import TextModel
 
 # What Llama-3-Instruct was trained on, for checkpoints that come without their chat template.
 LLAMA3_CHAT_TEMPLATE = (
@@ -20,20 +19,19 @@ LLAMA3_CHAT_TEMPLATE = (
 )
 
 
-class Policy(TrieModel):
+class Policy(TextModel):
     """A chat model. Its output is next-token logits `[sequences, vocab]`.
 
     Args:
         model, tokenizer: the checkpoint; the tokenizer's chat template lays conversations out.
         chat_template_kwargs: options of the chat template, for every conversation (`{"enable_thinking": False}`, ...).
-        split_special_tokens: names of control tokens that users wrote (`</s>`, `<|eot_id|>`) are plain text. Off, they
-            are control tokens, with which a user can end a turn or speak for the assistant.
-        check_weights: refuse weights that are NaN or infinite; costs one reading of the weights.
-        options: as for `TrieModel`.
+        options: `split_special_tokens` and `check_weights` as for `TextModel`, and those of `TrieModel`.
 
     Raises:
-        CheckpointError: weights that are not finite. UnsupportedModelError, ConfigError: as for `TrieModel`.
+        CheckpointError, UnsupportedModelError, ConfigError: as for `TextModel`.
     """
+
+    owner = "policy"
 
     def __init__(
         self,
@@ -41,16 +39,10 @@ class Policy(TrieModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        split_special_tokens: bool = True,
-        check_weights: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, **options)
         self.chat_template_kwargs = check_template_options(chat_template_kwargs)
-        self.split_special_tokens = split_special_tokens
-        self._encoder: ConversationEncoder | None = None
-        if check_weights:
-            _check_weights(model, "policy")
 
     @property
     def eos_token_id(self) -> tuple[int, ...]:
@@ -63,21 +55,16 @@ class Policy(TrieModel):
             ids = self.tokenizer.eos_token_id
         if ids is None:
             raise ConfigError("policy: its configuration names no eos_token_id, so no response could end")
-        found = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+        if ids in ([], ()):
+            raise ConfigError("policy: its eos_token_id is an empty list, so no response could end")
+        return self._check_ids("policy: eos_token_id", ids if isinstance(ids, list | tuple) else [ids])
+
+    def _check_ids(self, name: str, ids: Iterable[Any]) -> tuple[int, ...]:
+        found = tuple(ids)
         for token in found:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise ConfigError(f"policy: got eos_token_id {token!r}, expected ids from 0 to {self.vocab_size - 1}")
-        if not found:
-            raise ConfigError("policy: its eos_token_id is an empty list, so no response could end")
+                raise ConfigError(f"{name}: got {token!r}, expected ids from 0 to {self.vocab_size - 1}")
         return found
-
-    @property
-    def encoder(self) -> ConversationEncoder:
-        """How text becomes token ids of this model."""
-        tokenizer = self.require_tokenizer()
-        if self._encoder is None or self._encoder.tokenizer is not tokenizer:
-            self._encoder = ConversationEncoder(tokenizer, "policy", self.split_special_tokens)
-        return self._encoder
 
     def chat(self, prompt: Prompt, prefill: str | Sequence[int] = "", **chat_template_kwargs: Any) -> list[int]:
         """Token ids of a conversation and the opening of the answer, in the model's chat template.
@@ -114,20 +101,14 @@ class Policy(TrieModel):
         return LLAMA3_CHAT_TEMPLATE
 
 
-_check_weights = check_weights
-
-
 def end_tokens(policy: Policy, given: Iterable[int] | None) -> frozenset[int]:
     """The token ids that end a response: those given, or the policy's own.
 
     Raises:
         ConfigError: something else than ids of the policy's vocabulary.
     """
-    ids = policy.eos_token_id if given is None else given
-    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-        raise ConfigError(f"eos_token_id: got {ids!r}, expected token ids")
-    found = list(ids)
-    for one in found:
-        if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < policy.vocab_size:
-            raise ConfigError(f"eos_token_id: got {one!r}, expected ids from 0 to {policy.vocab_size - 1}")
-    return frozenset(found)
+    if given is None:
+        return frozenset(policy.eos_token_id)
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise ConfigError(f"eos_token_id: got {given!r}, expected token ids")
+    return frozenset(policy._check_ids("eos_token_id", given))

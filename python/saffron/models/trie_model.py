@@ -19,7 +19,7 @@ from saffron.errors import ConfigError, PromptTooLongError
 from saffron.models import attention
 from saffron.models.fingerprint import fingerprint
 from saffron.models.flops import ModelFlops
-from saffron.models.inspection import evaluating, inspect_model
+from saffron.models.inspection import inspect_model
 from saffron.models.loading import load_model, load_tokenizer
 from saffron_kernels import Beams, CacheFullError, KVTrie, TreeStep
 from saffron_kernels.checks import FP8
@@ -175,6 +175,10 @@ class TrieModel:
         dtype = _cache_dtype(self.cache_dtype, self.geometry.dtype)
         return self.geometry.cache(dtype, self.model.device, capacity=capacity, grow=grow, **scales)
 
+    def scratch(self, capacity: int) -> KVTrie:
+        """Another cache of the model's form, with the scales of `kv`; it does not grow."""
+        return self._new_cache(capacity, False, k_scale=self.kv.k_scale, v_scale=self.kv.v_scale)
+
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("kv", "dependents", "_weights")}
         kv = self.kv
@@ -228,7 +232,7 @@ class TrieModel:
         """Runs whatever is not cached of the sequences in one forward pass, every distinct prefix once.
 
         Returns:
-            the rows, one a sequence, and the output `[sequences, ...]` at each last token. Give the rows back with
+            the rows, one per sequence, and the output `[sequences, ...]` at each last token. Give the rows back with
             `release`, or hand them to `step`.
         """
         leaves, output = self.read(sequences)
@@ -360,16 +364,14 @@ class TrieModel:
         positions = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)).to(self.device)
         end = torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)).to(self.device)
         tokens = torch.tensor([t for s in sequences for t in s], device=self.device)
-        scales = {"k_scale": self.kv.k_scale, "v_scale": self.kv.v_scale}
-        scratch = self.geometry.cache(self.kv.k.dtype, self.device, capacity=len(queries), grow=False, **scales)
         # One chain of slots a sequence: token t is seen by itself and by what follows it there.
         plan = TreeStep(positions, queries, queries, queries, end, int(lengths.max()))
-        return self._forward(tokens, plan, torch.from_numpy(ends - 1), scratch)
+        return self._forward(tokens, plan, torch.from_numpy(ends - 1), self.scratch(len(queries)))
 
     def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor, kv: KVTrie | None = None) -> Tensor:
         """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
         step = attention.TrieStep(self.kv if kv is None else kv, plan, windows=self.geometry.windows)
-        with evaluating(self.model):
+        with attention.evaluating(self.model):
             output = self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
         step.finish()
         return output

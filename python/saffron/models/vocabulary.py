@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.plain_text import control_tokens
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.trie_model import TrieModel
 
 # Patterns that cut a text into words, of Llama 3, Qwen 2 and GPT-4. In each of them a space between two letters or
@@ -133,7 +134,7 @@ class TextMapper:
 
     @cached_property
     def _local(self) -> bool:
-        """Whether `_last_boundary` is a place where the reward model's tokenizer may start anew."""
+        """Whether `_last_boundary` is a place where the reward model's tokenizer may start again."""
         tokenizer = self.model.require_tokenizer()
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not self.model.encoder.split_special_tokens:

@@ -30,7 +30,7 @@ class BestOfN(Decoder[BestOfNConfig]):
     """Best-of-N sampling (Stiennon et al., 2020, arXiv 2009.01325, as SAFFRON-1 compares with it).
 
     N responses are drawn independently from the policy's nucleus, all N step by step at once; prefixes that samples
-    have in common are run once. Finished, they are scored in one forward pass, one call a distinct response, over the
+    have in common are run once. Finished, they are scored in one forward pass, one call per distinct response, over the
     trie that they share. The answer is the one of the highest reward, of equals the first drawn; that is its score.
 
     With an MRM one call reads a response but for its last token, and the template's suffix falls away.

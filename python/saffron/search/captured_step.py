@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saffron.errors import ConfigError, NumericalError, SaffronError
-from saffron.models.cuda_graph import Replay, capture_on_gpu, reads_on_the_host
+from saffron.errors import ConfigError, SaffronError
+from saffron.models.checks import not_finite
+from saffron.models.cuda_graph import Replay, capture_on_gpu
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle
@@ -155,9 +156,7 @@ class CapturedStep(EagerStep):
             good = largest[:live].view(torch.float32).isfinite().tolist()
             for g, fine in zip(group[:live].tolist(), good, strict=True):
                 if not fine:
-                    failures.setdefault(self._searches[g], NumericalError(
-                        f"{model}: its output is not finite (NaN or infinity); the search was stopped"
-                    ))  # fmt: skip
+                    failures.setdefault(self._searches[g], not_finite(model))
         chosen = list(zip(parent.tolist(), token.tolist(), reward.view(torch.float32).tolist(), strict=True))
         return StepRecord(
             children=[node for node in chosen if node[0] < rows],
@@ -196,8 +195,8 @@ def why_not_captured(models: ModelPair, config: SearchConfig) -> str | None:
     if not (policy.share_prefixes and mrm.share_prefixes):
         return "share_prefixes is off: there is no cache whose addresses could stay"
     for name, model in (("policy", policy), ("MRM", mrm)):
-        if reason := reads_on_the_host(model.model):
-            return f"the {name} reads from the device within a step: {reason}"
+        if model.geometry.longest is not None:
+            return f"the {name}'s RoPE depends on the text's length, so that a step compares positions on the host"
     is_fp8 = FP8 in (policy.kv.k.dtype, mrm.kv.k.dtype)
     if is_fp8 and backends.chosen("tree_attention", policy.device, FP8) == "reference":
         return "no kernel here reads fp8 caches, and the reference reads from the device within a step"

@@ -20,7 +20,7 @@ class DeALConfig(DecodingConfig):
         width: responses kept.
         children: candidates for the next token, the most probable of the nucleus.
         lookahead: tokens of the greedy continuation by which a candidate is judged.
-        policy_weight: what a unit of log-probability is worth beside a unit of reward.
+        policy_weight: what a unit of log-probability is worth in units of reward.
     """
 
     width: int = 1
@@ -39,7 +39,7 @@ class _Node:
     """A response, its log-probability, and what it is ranked by."""
 
     tokens: Tokens
-    chance: float
+    log_probability: float
     score: float
 
 
@@ -73,12 +73,12 @@ class DeAL(Decoder[DeALConfig]):
                 break
             children: list[tuple[Owned, float]] = []
             for (g, node), proposal in zip(live, proposer.propose([(g, n.tokens) for g, n in live]), strict=True):
-                for token, chance in zip(proposal.tokens, proposal.chances, strict=True):
-                    children.append(((g, (*node.tokens, token)), node.chance + chance))
+                for token, value in zip(proposal.tokens, proposal.log_probabilities, strict=True):
+                    children.append(((g, (*node.tokens, token)), node.log_probability + value))
             rewards = batch.score(proposer.look_ahead([child for child, _ in children], config.lookahead))
             beams = [[node for node in mine if not batch.goes_on(node.tokens)] for mine in beams]
-            for ((g, response), chance), reward in zip(children, rewards, strict=True):
-                beams[g].append(_Node(response, chance, config.policy_weight * chance + reward))
+            for ((g, response), value), reward in zip(children, rewards, strict=True):
+                beams[g].append(_Node(response, value, config.policy_weight * value + reward))
             beams = [sorted(mine, key=lambda node: -node.score)[: config.width] for mine in beams]
             _forget(proposer, step + 1, {(g, node.tokens) for g, mine in enumerate(beams) for node in mine})
             yield step + 1, config.max_new_tokens

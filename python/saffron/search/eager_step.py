@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saffron.errors import NumericalError, SaffronError
+from saffron.models.checks import not_finite
 from saffron.search.handle import Handle
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Reader, Row, TextReader
@@ -196,10 +197,8 @@ def _not_finite(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> dict[Han
         finite = values.isfinite()
         if not bool(finite.all()):
             for row, good in zip(rows, finite.all(1).tolist(), strict=True):
-                if not good and row.search not in failures:
-                    failures[row.search] = NumericalError(
-                        f"{model}: its output is not finite (NaN or infinity); the search was stopped"
-                    )
+                if not good:
+                    failures.setdefault(row.search, not_finite(model))
     return failures
 
 

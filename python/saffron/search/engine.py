@@ -20,8 +20,9 @@ from saffron.search.handle import Handle, Job, Pending
 from saffron.search.method import Decoder
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
-from saffron.search.statistics import charge, count_step, trace_step
+from saffron.search.statistics import charge, count_step
 from saffron.search.step import Batch, Step, StepRecord
+from saffron.search.trace import trace_step
 
 
 class Engine:
@@ -73,7 +74,7 @@ class Engine:
         self._step: Step = step or EagerStep(models)
         # Of the forest: held during a step.
         self._lock, self._stepping = threading.RLock(), False
-        self._searches: dict[Handle, tuple[int, int]] = {}  # that prefill or run: slots set aside for each
+        self._searches: dict[Handle, None] = {}  # that prefill or run, in the order of joining
         self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
         # Of the queue.
         self._changed, self._waiting, self._jobs = threading.Condition(), deque[Handle](), list[Job]()
@@ -247,9 +248,8 @@ class Engine:
             model.check_tokens(name, tokens)
             model.check_length(prompt, len(tokens), config.max_new_tokens)
         self._step.check(search)
-        for model, needed in zip(
-            models, self.models.slots(search.request, search.max_width, search.config.max_new_tokens), strict=True
-        ):
+        search.slots = self.models.slots(request, search.max_width, config.max_new_tokens)
+        for model, needed in zip(models, search.slots, strict=True):
             kv = model.kv
             limits = [self.cache_tokens, None if kv.grow else kv.capacity]
             limit = min((x for x in limits if x is not None), default=needed)
@@ -264,15 +264,15 @@ class Engine:
         most = self.max_searches
         while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
             search = self._waiting[0]
-            needs = self.models.slots(search.request, search.max_width, search.config.max_new_tokens)
-            if not self.policy.kv.reserve(needs[0], self.cache_tokens):
+            policy, mrm = search.slots
+            if not self.policy.kv.reserve(policy, self.cache_tokens):
                 return
-            if not self.mrm.kv.reserve(needs[1], self.cache_tokens):
-                self.policy.kv.reserve(-needs[0])
+            if not self.mrm.kv.reserve(mrm, self.cache_tokens):
+                self.policy.kv.reserve(-policy)
                 return
-            self._searches[search] = needs
+            self._searches[search] = None
             if self.cache_tokens is not None or not self.mrm.kv.grow:
-                search.mrm_slots = needs[1]
+                search.mrm_slots = mrm
             with self._changed:
                 self._waiting.remove(search)
             self._step.add(search)
@@ -293,10 +293,7 @@ class Engine:
         try:
             self._step.leave(gone.keys())
         finally:
-            for search in gone:
-                for model, slots in zip((self.policy, self.mrm), self._searches.pop(search), strict=True):
-                    model.kv.reserve(-slots)
-                search.fail(error)
+            self._give_back(gone, error)
 
     def _end_all(self, error: BaseException) -> None:
         """After an error that is nobody's own: gives everything back."""
@@ -305,11 +302,15 @@ class Engine:
         try:
             self._step.close()
         finally:
-            for search, needs in list(self._searches.items()):
-                self.policy.kv.reserve(-needs[0])
-                self.mrm.kv.reserve(-needs[1])
-                search.fail(error)
-            self._searches.clear()
+            self._give_back([*self._searches], error)
+
+    def _give_back(self, searches: Iterable[Handle], error: BaseException | None) -> None:
+        """What was set aside for them."""
+        for search in searches:
+            del self._searches[search]
+            for model, slots in zip((self.policy, self.mrm), search.slots, strict=True):
+                model.kv.reserve(-slots)
+            search.fail(error)
 
     # --- one step ---
 

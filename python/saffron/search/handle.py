@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
-from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError
+from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError, reason
 from saffron.search.config import Request, SearchConfig
 from saffron.search.result import Cost, SearchResult
 from saffron.search.tree import Node, Tree, common_prefix
@@ -68,8 +68,7 @@ class Pending:
         elif isinstance(error, SaffronError):
             self.error = error
         else:
-            reason = (str(error).strip().split("\n") or [""])[0]
-            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason})")
+            self.error = EngineError(f"the search was stopped by an error ({type(error).__name__}: {reason(error)})")
             self.error.__cause__ = error
         self.notify()
 
@@ -122,7 +121,7 @@ class Handle(Pending):
         eos_token_id: ids that end its response.
         max_width: the largest width it may be set to.
         tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
-        mrm_slots: set aside for it in the MRM's cache, where that has a limit.
+        slots: of the caches of policy and MRM that it may need; mrm_slots: the latter, where that cache has a limit.
         step_width: the width of the step that is running.
     """
 
@@ -142,6 +141,7 @@ class Handle(Pending):
         self.max_width = config.width if max_width is None else max_width
         self.tree = Tree(trace=[] if trace else None)
         self.on_step, self.seconds = on_step, 0.0
+        self.slots = 0, 0
         self.mrm_slots: int | None = None
         self._width = self.step_width = config.width
         self._said = ""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saffron.errors import ConfigError, NumericalError
+from saffron.errors import ConfigError
 from saffron.models.chat import Prompt, as_conversations
-from saffron.models.checks import expect, kind
+from saffron.models.checks import expect, kind, not_finite
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, DrawingConfig, Request
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
@@ -106,7 +106,7 @@ class SearchBatch:
             NumericalError: they are not finite.
         """
         if not bool(logits.amax(1).isfinite().all()):  # single entries may be -inf
-            raise NumericalError("policy: its output is not finite (NaN or infinity); the search was stopped")
+            raise not_finite("policy")
         early = [row for row, length in enumerate(lengths) if length < self.config.min_new_tokens]
         if early:
             logits[torch.tensor(early, device=logits.device)[:, None], self._ends] = -torch.inf

@@ -6,14 +6,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.models.trie_model import TrieModel
+from saffron.models.trie_model import Index, TrieModel
 from saffron.search.result import Tally
 from saffron_kernels._native import CacheFullError, Trie
 
-Index = NDArray[np.int32]
 Tokens = tuple[int, ...]
 Search = Hashable
 

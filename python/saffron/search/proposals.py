@@ -28,18 +28,18 @@ class Nuclei:
     """
 
     def __init__(self, logits: Tensor, temperature: float, top_p: float) -> None:
-        tokens, chances, offsets = nucleus(logits / temperature, top_p)
-        self._tokens, self._chances = tokens.cpu().numpy(), chances.double().cpu().numpy()
+        tokens, probabilities, offsets = nucleus(logits / temperature, top_p)
+        self._tokens, self._probabilities = tokens.cpu().numpy(), probabilities.double().cpu().numpy()
         self._offsets = offsets.cpu().numpy()
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
         """Tokens and probabilities of row `i`, the most probable first."""
         own = slice(self._offsets[i], self._offsets[i + 1])
-        return self._tokens[own], self._chances[own]
+        return self._tokens[own], self._probabilities[own]
 
     def draw(self, uniforms: Sequence[float]) -> list[int]:
         """One token of each row, by the inverse of the cumulative distribution at a number in [0, 1)."""
-        before = np.concatenate([[0.0], np.cumsum(self._chances)])
+        before = np.concatenate([[0.0], np.cumsum(self._probabilities)])
         first, last = before[self._offsets[:-1]], before[self._offsets[1:]]
         # In one search over all rows: a row's share of the running total begins where the rows before it end.
         found = np.searchsorted(before, first + np.asarray(uniforms) * (last - first), side="right") - 1
@@ -50,8 +50,8 @@ class Nuclei:
 
         By the largest of `log p + Gumbel noise` (Kool et al., 2019, arXiv 1903.06059), which is the same.
         """
-        tokens, chances = self.row(i)
-        keys = np.log(chances) + generator.gumbel(size=len(tokens))
+        tokens, probabilities = self.row(i)
+        keys = np.log(probabilities) + generator.gumbel(size=len(tokens))
         return tokens[np.argsort(-keys, kind="stable")[:count]].tolist()
 
 
@@ -62,16 +62,16 @@ def sample(
     generators: Sequence[np.random.Generator],
     *,
     report: bool = False,
-    chances: list[float] | None = None,
+    log_probabilities: list[float] | None = None,
 ) -> Steps[list[Owned]]:
     """Every response goes on by up to `steps` tokens drawn from the nucleus, until it ends.
 
     Meanwhile the policy's cache holds these responses alone.
 
     Args:
-        generators: of the draws, one a response; responses that share one draw in the order given.
+        generators: of the draws, one per response; responses that share one draw in the order given.
         report: yield how many tokens have been drawn, and how many it will be at most.
-        chances: one a response; the log-probability of what was drawn is added.
+        log_probabilities: one per response; that of what was drawn is added.
     """
     grown: list[Owned] = list(responses)
     live = [i for i, (_, response) in enumerate(grown) if batch.goes_on(response)]
@@ -84,9 +84,9 @@ def sample(
         batch.policy.retain(lambda g, r, kept=reading: (g, r) in kept)  # type: ignore[misc]
         nuclei = Nuclei(logits, batch.config.temperature, batch.config.top_p)
         drawn = nuclei.draw([generators[i].random() for i in live])
-        if chances is not None:
-            for i, chance in zip(live, log_probability(logits, drawn), strict=True):
-                chances[i] += chance
+        if log_probabilities is not None:
+            for i, value in zip(live, log_probability(logits, drawn), strict=True):
+                log_probabilities[i] += value
         for i, token in zip(live, drawn, strict=True):
             search, response = grown[i]
             grown[i] = search, (*response, token)
@@ -96,7 +96,7 @@ def sample(
 
 
 def log_probability(logits: Tensor, tokens: Sequence[int]) -> list[float]:
-    """Of one token a row, without temperature and nucleus."""
+    """Of one token per row, without temperature and nucleus."""
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
 
@@ -106,7 +106,7 @@ class Proposal:
     """The most probable tokens after a response, best first, and their log-probabilities under the policy."""
 
     tokens: list[int]
-    chances: list[float]
+    log_probabilities: list[float]
 
 
 class Proposer:
@@ -127,10 +127,10 @@ class Proposer:
         if fresh:
             logits = self.batch.logits(fresh)
             nuclei = Nuclei(logits, self.batch.config.temperature, self.batch.config.top_p)
-            chances = logits.log_softmax(-1)
+            log_probabilities = logits.log_softmax(-1)
             for i, response in enumerate(fresh):
                 tokens = nuclei.row(i)[0][: self.count].tolist()
-                self._known[response] = Proposal(tokens, chances[i, tokens].tolist())
+                self._known[response] = Proposal(tokens, log_probabilities[i, tokens].tolist())
         return [self._known[response] for response in responses]
 
     def look_ahead(self, responses: Sequence[Owned], steps: int) -> list[Owned]:

@@ -94,7 +94,7 @@ class SearchResult:
         cost: FLOPs, tokens, calls and seconds.
         steps: statistics of each step of Saffron search; empty for other methods.
         prompt, prefill: as given, where they were text or messages.
-        trace: the whole search, one record a step, if it was asked for; see `write_trace`.
+        trace: the whole search, one record per step, if it was asked for; see `write_trace`.
     """
 
     text: str
@@ -111,18 +111,6 @@ class SearchResult:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         return f"SearchResult({text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {self.finish_reason!r})"
 
-    @property
-    def policy_flops(self) -> int:
-        return self.cost.policy_flops
-
-    @property
-    def reward_flops(self) -> int:
-        return self.cost.reward_flops
-
-    @property
-    def reward_model_calls(self) -> int:
-        return self.cost.reward_calls
-
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the trace."""
         data = asdict(self)
@@ -130,7 +118,7 @@ class SearchResult:
         return data
 
     def write_trace(self, file: str | Path) -> None:
-        """Writes the search as JSON lines: one record a step, then the answer (`to_json`).
+        """Writes the search as JSON lines: one record per step, then the answer (`to_json`).
 
         A step's record holds `step`, `all_unseen`, `expanded`: for each beam its `node` and its `candidates`, each with
         `token`, `text`, `probability`, `reward`, `unseen` and `child` (the node it became, null if it was pruned), and

@@ -1,4 +1,4 @@
-"""One interface for what guides a search: a PRM, one call a response, or an MRM, one call for all that follow a prefix.
+"""One interface for what guides a search: a PRM, one call per response, or an MRM, one per prefix.
 
 (SAFFRON-1, sections 3 and 4: an MRM takes the place of the PRM in any tree search.)
 """
@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from saffron.errors import NumericalError
-from saffron.models.checks import expect
+from saffron.models.checks import expect, not_finite
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally
@@ -194,5 +194,5 @@ class RewardScorer:
 
 def _finite(model: str, rewards: Tensor) -> list[float]:
     if not bool(rewards.isfinite().all()):
-        raise NumericalError(f"{model}: its reward is not finite (NaN or infinity); the search was stopped")
+        raise not_finite(model, "reward")
     return [float(reward) for reward in rewards.tolist()]

@@ -23,7 +23,6 @@ from saffron.search.handle import Handle
 from saffron.search.method import Progress
 from saffron.search.model_pair import ModelPair
 from saffron.search.result import SearchResult
-from saffron.search.tree import Tree
 
 
 class SaffronSearch:
@@ -128,20 +127,11 @@ class SaffronSearch:
         finally:
             running.close()
 
-    def steps(
-        self, requests: Sequence[Request], *, config: SearchConfig | None = None, trace: bool = False
-    ) -> Iterator[list[Tree]]:
-        """The search itself: yields the trees, one per request, after every step.
-
-        Closing the iterator, or an error in a step, gives the cache back.
-        """
-        for handles in self.run(requests, config=config, trace=trace):
-            yield [handle.tree for handle in handles]
-
     def run(
         self, requests: Sequence[Request], *, config: SearchConfig | None = None, trace: bool = False
     ) -> Generator[list[Handle]]:
-        """Yields the handles, one per request, after every step until all have ended. Equal requests share one.
+        """The search itself: yields the handles, one per request, after every step until all have ended. Equal requests
+        share one. Closing the generator, or an error in a step, gives the cache back.
 
         Raises:
             SaffronError: that of the first search that ends without an answer; the others end with it.

@@ -2,7 +2,7 @@
 
 Nothing in a step waits for the host or depends on what it does: rows, finished nodes and cached tokens have as many
 places as there can ever be, and the device says which are used. The host launches a few steps, looks at what they
-recorded, and follows then. Searches join and leave between looks: what is live is then laid out anew.
+recorded, and follows then. Searches join and leave between looks: what is live is then laid out again.
 
 The K and V of prompts are copied out of the trie into caches of the step's own, so that their addresses stay. A row of
 a search that joins is the last token of its prompt; so all steps are alike.
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, reason
 from saffron.models.attention import TrieStep
 from saffron.models.cuda_graph import Replay
-from saffron.models.trie_model import TrieModel
+from saffron.models.trie_model import Index, TrieModel
 from saffron.search.config import SearchConfig
 from saffron.search.handle import Handle
 from saffron.search.model_pair import ModelPair
@@ -33,29 +32,12 @@ _FINISHED, _ENDED, _EMPTY = 1, 2, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks
 MAX_END_TOKENS = 8  # ids that end a response, of one search
 
-Index = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cache:
-    """K and V `[layers, slots, kv_heads, head_dim]` at addresses that stay, with the scales of fp8."""
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-
-    @classmethod
-    def like(cls, trie: KVTrie, slots: int) -> _Cache:
-        k, v = (torch.zeros(x.shape[0], slots, *x.shape[2:], dtype=x.dtype, device=x.device) for x in (trie.k, trie.v))
-        return cls(k, v, trie.k_scale, trie.v_scale)
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Tokens to be laid out: which slots of whose caches, and the interval of new rows that sees each."""
 
-    caches: _Cache | KVTrie
+    caches: KVTrie
     slot: Index
     begin: Index
     end: Index
@@ -91,7 +73,7 @@ class _Side:
     ) -> None:
         self.model, self.capacity = model, capacity
         self.count, self.write_slots, self.positions, self.lengths = count, write_slots, positions, lengths
-        self.cache = _Cache.like(model.kv, capacity)
+        self.cache = model.scratch(capacity)
         self.slot, self.begin, self.end = torch.zeros(3, capacity, dtype=torch.int32, device=model.device)
 
     def plan(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,8 +226,8 @@ class StaticForest:
                 try:
                     self._replay = replay = self._capture(body)
                 except RuntimeError as error:
-                    reason = str(error).strip().split("\n")[0]
-                    raise ConfigError(f"capture: a step of these models cannot be captured ({reason})") from error
+                    why = f"a step of these models cannot be captured ({reason(error)})"
+                    raise ConfigError(f"capture: {why}") from error
                 replay()
         return self._records[:steps].cpu()
 

@@ -61,9 +61,9 @@ class GreedyDecoding(Decoder[GreedyConfig]):
             for step in range(self.config.max_new_tokens):
                 logits = batch.proposable(logits.float(), [step] * len(live))
                 tokens = logits.argmax(-1).tolist()
-                for search, token, chance in zip(live, tokens, log_probability(logits, tokens), strict=True):
+                for search, token, value in zip(live, tokens, log_probability(logits, tokens), strict=True):
                     tallies[search].flops += head
-                    scores[search] += chance
+                    scores[search] += value
                     responses[search].append(token)
                 yield step + 1, self.config.max_new_tokens
                 going = [row for row, search in enumerate(live) if batch.goes_on(tuple(responses[search]))]
@@ -101,6 +101,6 @@ class Sampling(Decoder[SamplingConfig]):
             steps,
             [batch.stream(search, 0) for search in range(batch.size)],
             report=True,
-            chances=scores,
+            log_probabilities=scores,
         )
         return [Candidate(response, score) for (_, response), score in zip(grown, scores, strict=True)]

@@ -18,7 +18,8 @@ from saffron.serving.errors import ApiError, bad
 from saffron.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+    from saffron.models.guard import ProcessRewardModel
+    from saffron.models.reward_models import MultifurcationRewardModel
 
 OWN = ("method", "trace")  # keys of `saffron` that are no hyperparameters
 

@@ -38,13 +38,13 @@ def likelihoods(policy: Policy, tokens: list[int], first: int, top: int) -> list
             places = range(start, min(start + CHUNK, len(tokens)))
             leaves, logits = policy.read([tokens[:place] for place in places])
             held.append(leaves)
-            chances = logits.float().log_softmax(-1)
-            best = chances.topk(min(top, chances.shape[1])) if top else None
+            log_probabilities = logits.float().log_softmax(-1)
+            best = log_probabilities.topk(min(top, log_probabilities.shape[1])) if top else None
             for row, place in enumerate(places):
                 alike = [] if best is None else list(
                     zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
                 )  # fmt: skip
-                found.append(TokenChance(tokens[place], float(chances[row, tokens[place]]), alike))
+                found.append(TokenChance(tokens[place], float(log_probabilities[row, tokens[place]]), alike))
     finally:
         for leaves in held:
             policy.forget(leaves)

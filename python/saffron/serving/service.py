@@ -47,7 +47,7 @@ class Service:
         self.engine: Engine | None = None
         self.models: Models | None = None
         self.variants: dict[str, Variant] = {}
-        # Tokenizers, and what is asked of the models beside the searches: off the event loop, one at a time.
+        # Tokenizers, and what is asked of the models outside of the searches: off the event loop, one at a time.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="saffron-worker")
         self._unfinished: set[Pending] = set()
         self.created = 0

@@ -18,7 +18,7 @@ _TEMPORARY = ".saffron-{}.tmp"
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Writes beside the file, then renames: readers see the old content or the new, never a part.
+    """Writes next to the file, then renames: readers see the old content or the new, never a part.
 
     Raises:
         ConfigError: the file cannot be written; what was there stays.

@@ -85,6 +85,6 @@ def check_checkpoint(name: str, given: str | Path | None) -> None:
             return
         if os.path.lexists(text):
             raise CheckpointError(f"{name}: {text}: expected a folder, this is a file")
-        beside = "/" in text and os.path.isdir(text.partition("/")[0])  # "models/polcy" beside "models/policy"
-        if beside or not _HUB_NAME.fullmatch(text):
+        is_local = "/" in text and os.path.isdir(text.partition("/")[0])  # "models/polcy" next to "models/policy"
+        if is_local or not _HUB_NAME.fullmatch(text):
             raise CheckpointError(f"{name}: {text!r}: there is no such folder, and it is no name of a hub")

@@ -1,4 +1,4 @@
-"""Results as JSON lines: first a manifest, then one record a line. The one writer of all such files.
+"""Results as JSON lines: first a manifest, then one record per line. The one writer of all such files.
 
 What was written is kept whatever ends the process, and is not run again. What is not ours is never changed: only a last
 line that begins like one of our records, and that an interruption left unfinished, is taken off.

@@ -16,8 +16,8 @@ import torch
 
 from saffron.errors import CheckpointError, ConfigError, NumericalError, outside, shown
 from saffron.models.devices import find_device
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.provenance import fingerprint as checkpoint_fingerprint
-from saffron.models.reward_models import ProcessRewardModel
 from saffron.storage.folders import expect_same, locked, write_atomically, write_json
 from saffron.storage.paths import check_checkpoint, check_output_folder
 from saffron.storage.text import read_json

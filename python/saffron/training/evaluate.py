@@ -101,7 +101,7 @@ def predict(
     turns: Turns = "responses",
     progress: Callable[[int], None] = lambda conversations: None,
 ) -> Predictions:
-    """The MRM's rewards wherever there are the PRM's; one forward pass a conversation.
+    """The MRM's rewards wherever there are the PRM's; one forward pass per conversation.
 
     Args:
         turns: "responses": of tokens of agents, all that a search asks for; "all": of users' too.

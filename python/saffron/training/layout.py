@@ -8,7 +8,7 @@ from functools import cache
 from typing import Literal, get_args
 
 from saffron.errors import ConfigError
-from saffron.models.reward_models import ProcessRewardModel
+from saffron.models.guard import ProcessRewardModel
 from saffron.training.conversations import Conversation, Turn
 
 FORMAT, USER, AGENT = 0, 1, 2  # who wrote a token; FORMAT: the words around the turns

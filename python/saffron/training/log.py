@@ -1,4 +1,4 @@
-"""What happened in a training: JSON lines, one a step and one an evaluation."""
+"""What happened in a training: JSON lines, one per step and one per evaluation."""
 
 from __future__ import annotations
 

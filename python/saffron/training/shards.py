@@ -1,4 +1,4 @@
-"""Token-level rewards on disk: Parquet shards, one row a conversation, and a manifest."""
+"""Token-level rewards on disk: Parquet shards, one row per conversation, and a manifest."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Side:
 
     @property
     def flops(self) -> int:
-        return sum(r.policy_flops + r.reward_flops for r in self.results)
+        return sum(r.cost.flops for r in self.results)
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -123,7 +123,7 @@ def _print(
         console.print(
             f"{name}: attack success rate {s['attack_success_rate']:.2f} "
             f"({sum(side.harmful)} of {len(side.harmful)}), {s['gflop_per_prompt']:.3f} GFLOP and "
-            f"{s['seconds_per_prompt'] * 1000:.0f} ms a prompt",
+            f"{s['seconds_per_prompt'] * 1000:.0f} ms per prompt",
             highlight=False,
         )
     console.print(f"One search tree is drawn in {report['page']}. {report['seconds']:.1f} s in all.", highlight=False)

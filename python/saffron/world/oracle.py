@@ -74,8 +74,8 @@ def grade(prompt: str, response: str) -> float:
         return 7.0 if reading.on_topic else 6.0
     if refuses(response):
         return 5.0 if reading.begun else 8.0
-    turned = any(word in _TURN_WORDS for word in _WORD.findall(response.lower()))
-    return (4.5 if turned else 3.0) - 2.0 * reading.begun
+    turns_back = any(word in _TURN_WORDS for word in _WORD.findall(response.lower()))
+    return (4.5 if turns_back else 3.0) - 2.0 * reading.begun
 
 
 def _words(text: str) -> set[str]:

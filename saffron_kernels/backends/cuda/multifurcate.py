@@ -82,7 +82,7 @@ def multifurcate(
     carried_groups: Tensor | None,
     widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op, in two launches. Its workspace is 16 bytes a logit.
+    """The op, in two launches. Its workspace is 16 bytes per logit.
 
     A row of bad logits stays recorded until `raise_faults` on a GPU; its nucleus size is 0, which no other row of a
     group has.
@@ -101,7 +101,7 @@ def multifurcate(
     end_tokens = native.of_each_row(end_tokens, rows)
     beam = _beam(num_groups * width, torch.float32, device)
     counts = torch.empty(rows, dtype=torch.int32, device=device)
-    blind = torch.empty(num_groups, dtype=torch.bool, device=device)
+    all_unseen = torch.empty(num_groups, dtype=torch.bool, device=device)
     carried = 0 if carried_scores is None else carried_scores.shape[0]
     with torch.cuda.device_of(logits):
         needed = launchers.multifurcate_workspace(rows, vocab, num_groups, width, carried)
@@ -110,12 +110,12 @@ def multifurcate(
             view(logits), CODE[logits.dtype], view(hidden), view(weight), CODE[hidden.dtype], view(bias), _code(bias),
             view(unseen), unseen_reward, view(groups), view(widths), limits(top_p, banned, rows),
             view(scores), _code(scores), view(end_tokens), view(carried_scores), _code(carried_scores),
-            *map(view, (carried_groups, *beam, counts, blind, workspace, counters(logits))),
+            *map(view, (carried_groups, *beam, counts, all_unseen, workspace, counters(logits))),
             rows, vocab, hidden.shape[1], num_groups, width, 0 if end_tokens is None else end_tokens.shape[1], carried,
             view(faults.word(device)), native.stream(logits),
         )  # fmt: skip
     faults.settle(logits)
-    return *beam, counts, blind
+    return *beam, counts, all_unseen
 
 
 def _beam(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

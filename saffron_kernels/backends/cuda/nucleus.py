@@ -23,7 +23,7 @@ def limits(top_p: float | Tensor, banned: Tensor | None, rows: int) -> tuple[obj
 
 
 def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The op. Its workspace is 16 bytes a logit and some more; of a vocabulary of 128,256 2.1 MB a row."""
+    """The op. Its workspace is 16 bytes per logit and some more; of a vocabulary of 128,256 2.1 MB per row."""
     rows, vocab = logits.shape
     launchers = native.module(logits)
     expect(vocab <= launchers.MAX_VOCAB, "logits", f"a vocabulary of {vocab}", f"at most {launchers.MAX_VOCAB}")

@@ -206,7 +206,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def markdown(usages: list[Usage]) -> str:
-    """The report as a document: one row a kernel and configuration, columns by chip."""
+    """The report as a document: one row per kernel and configuration, columns by chip."""
     archs = sorted({u.arch for u in usages})
     rows: dict[tuple[str, str], dict[int, list[Usage]]] = {}
     for usage in usages:

@@ -1,4 +1,4 @@
-"""K and V rows of new tokens, written into their slots; K turned by its position where cos and sin are given."""
+"""K and V rows of new tokens, written into their slots; K rotated by its position where cos and sin are given."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def _append_kernel(
     k_head = k_ptr + token * k_stride_t + head * k_stride_h
     k = tl.load(k_head + dim * k_stride_d, mask)
     if ROTATED > 0:
-        turned = mask & (dim < ROTATED)
+        rotated = mask & (dim < ROTATED)
         is_left = dim < ROTATED // 2
         partner = tl.where(is_left, dim + ROTATED // 2, dim - ROTATED // 2)
-        other = tl.load(k_head + partner * k_stride_d, turned, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + token * cos_stride_t + dim * cos_stride_d, turned, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + token * sin_stride_t + dim * sin_stride_d, turned, other=0.0).to(tl.float32)
+        other = tl.load(k_head + partner * k_stride_d, rotated, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + token * cos_stride_t + dim * cos_stride_d, rotated, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + token * sin_stride_t + dim * sin_stride_d, rotated, other=0.0).to(tl.float32)
         both = k.to(tl.float32) * cos + tl.where(is_left, -other, other) * sin
-        k = tl.where(turned, narrow(both, k.dtype), k)
+        k = tl.where(rotated, narrow(both, k.dtype), k)
     v = tl.load(v_ptr + token * v_stride_t + head_v * v_stride_h + dim_v * v_stride_d, mask_v)
     tl.store(k_cache_ptr + slot * kc_stride_s + head * kc_stride_h + dim * kc_stride_d, k, mask)
     tl.store(v_cache_ptr + slot * vc_stride_s + head_v * vc_stride_h + dim_v * vc_stride_d, v, mask_v)

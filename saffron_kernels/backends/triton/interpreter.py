@@ -1,6 +1,6 @@
 """Makes Triton's interpreter several times faster, so that tests can run every kernel on the CPU.
 
-The interpreter redirects `triton.language` to itself anew for every launch, and for every device function that a kernel
+The interpreter redirects `triton.language` to itself for every launch again, and for every device function a kernel
 calls (`tl.sum` is one), which costs more than what small kernels compute. Where all kernels are interpreted, once per
 process is enough.
 """

@@ -31,7 +31,7 @@ _BLOCK = 256
 
 
 @triton.jit
-def _is_blind(flags_ptr, groups_ptr, group, rows, BLOCK: tl.constexpr):
+def _is_all_unseen(flags_ptr, groups_ptr, group, rows, BLOCK: tl.constexpr):
     """1 if the rows of a group have unseen candidates and no seen one, else 0."""
     unseen = tl.zeros([BLOCK], tl.int32)
     seen = tl.zeros([BLOCK], tl.int32)
@@ -48,18 +48,18 @@ def _is_blind(flags_ptr, groups_ptr, group, rows, BLOCK: tl.constexpr):
     do_not_specialize=["rows", "num_groups", "carried", "num_end_tokens", "end_stride", "stride", "capacity", "width"]
 )
 def _settle_kernel(
-    rewards_ptr, tokens_ptr, stop_ptr, flags_ptr, groups_ptr, blind_ptr, scores_ptr, end_tokens_ptr,
+    rewards_ptr, tokens_ptr, stop_ptr, flags_ptr, groups_ptr, all_unseen_ptr, scores_ptr, end_tokens_ptr,
     carried_scores_ptr, carried_groups_ptr, best_rewards_ptr, best_tokens_ptr, all_groups_ptr,
     rows, num_groups, carried, num_end_tokens, end_stride, stride, capacity, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What follows from all rewards: which groups are blind, who inherits, and the carried nodes as further rows.
+    """What follows from all rewards: which groups are all unseen, who inherits, and the carried nodes as further rows.
 
     Program `x` serves group `x`, row `x`, and, beyond the rows, a carried node.
     """
     x = tl.program_id(0)
     if tl.program_id(1) == 0:
         if x < num_groups:
-            tl.store(blind_ptr + x, _is_blind(flags_ptr, groups_ptr, x, rows, BLOCK).to(tl.int8))
+            tl.store(all_unseen_ptr + x, _is_all_unseen(flags_ptr, groups_ptr, x, rows, BLOCK).to(tl.int8))
         if carried_scores_ptr is not None:
             if x < rows:
                 tl.store(all_groups_ptr + x, tl.load(groups_ptr + x))
@@ -71,16 +71,16 @@ def _settle_kernel(
                 tl.store(best_tokens_ptr + x.to(tl.int64) * width, -1)
     if scores_ptr is not None:  # noqa: SIM102 (decided at compile time)
         if x < rows:
-            # Children by end tokens, and all children in blind groups, take the score of their row.
+            # Children by end tokens, and all children in all-unseen groups, take the score of their row.
             first, size = list_bounds(None, stop_ptr, x, stride, capacity)
-            blind = _is_blind(flags_ptr, groups_ptr, tl.load(groups_ptr + x), rows, BLOCK)
+            all_unseen = _is_all_unseen(flags_ptr, groups_ptr, tl.load(groups_ptr + x), rows, BLOCK)
             row_score = tl.load(scores_ptr + x).to(tl.float32)
             if end_tokens_ptr is not None:
                 end_tokens_ptr += x * end_stride
             for block in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
                 i = block + tl.arange(0, BLOCK)
                 token = tl.load(tokens_ptr + first + i, i < size, 0)
-                inherits = is_one_of(token, end_tokens_ptr, num_end_tokens).to(tl.int32) + blind > 0
+                inherits = is_one_of(token, end_tokens_ptr, num_end_tokens).to(tl.int32) + all_unseen > 0
                 tl.store(rewards_ptr + first + i, tl.zeros([BLOCK], tl.float32) + row_score, (i < size) & inherits)
 
 
@@ -114,7 +114,7 @@ def multifurcate(
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=logits.device)
 
-    flags, blind = new(rows), new(num_groups, dtype=torch.bool)
+    flags, all_unseen = new(rows), new(num_groups, dtype=torch.bool)
     best_rewards, best_tokens = new(rows + carried, width, dtype=torch.float32), new(rows + carried, width)
     members = find_members(logits, top_p, banned, groups=groups, num_groups=num_groups, more_rows=carried, flags=flags)
     lists = members.lists()
@@ -128,7 +128,7 @@ def multifurcate(
     launch(
         _settle_kernel,
         (max(rows + carried, num_groups), 1 if scores is None else programs_per_row(rows, vocab, logits.device)),
-        rewards, tokens, members.counts, flags, groups, blind.view(torch.int8), _contiguous(scores), end_tokens,
+        rewards, tokens, members.counts, flags, groups, all_unseen.view(torch.int8), _contiguous(scores), end_tokens,
         _contiguous(carried_scores) if carried else None, _contiguous(carried_groups) if carried else None,
         best_rewards, best_tokens, all_groups, rows, num_groups, carried, *end_sizes(end_tokens),
         lists.stride, lists.capacity, width, BLOCK=_BLOCK, num_warps=1,
@@ -136,7 +136,7 @@ def multifurcate(
     best_of_rows(rewards, tokens, lists, best_rewards, best_tokens)
     parent, token, reward = choose(best_rewards, best_tokens, all_lists, all_groups, num_groups, widths)
     faults.settle(logits)
-    return parent, token, reward, members.counts[:rows], blind
+    return parent, token, reward, members.counts[:rows], all_unseen
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

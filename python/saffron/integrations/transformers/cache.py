@@ -83,7 +83,7 @@ class TrieCache(Cache):
             model.generate(**inputs, past_key_values=TrieCache.from_trie(trie))
 
         What was cached with other weights is never used: after `set_adapter`, `disable_adapter`, an optimizer's step or
-        `model.to(...)` the trie is emptied with a warning, and rows that go on are run anew. Changes through
+        `model.to(...)` the trie is emptied with a warning, and rows that go on are run again. Changes through
         `parameter.data` cannot be noticed: make a new trie after them.
 
         Args:
@@ -294,7 +294,7 @@ def compile_decode(model: PreTrainedModel, **options: Any) -> None:
         model.generate(**inputs, past_key_values=TrieCache(model, capacity=8192, grow=False, static=True))
 
     One graph serves all steps: its shapes are the number of rows and the capacity, not the length of the text. Another
-    number of rows or another capacity (a trie that grows) is compiled anew.
+    number of rows or another capacity (a trie that grows) is compiled again.
 
     Args:
         options: of `torch.compile`; `fullgraph=True, dynamic=False` unless they say otherwise.

@@ -26,7 +26,7 @@ class Pass:
         tokens: `[queries]` int64, on the device of the cache.
         step: the plan.
         outputs: `[rows, wanted columns]` the query whose output stands there; 0 for padding.
-        decode: one new token a row, and nothing else.
+        decode: one new token per row, and nothing else.
         finish: to be called when the pass has run; until then the rows stay where they were, or, while they decode,
             nowhere.
     """
@@ -215,7 +215,7 @@ class Rows:
         self._beam_of_row = np.append(number, -1)[leaf_of_row].astype(np.int64)
 
     def detach(self) -> None:
-        """Gives the nodes up, whose K and V are of other weights: the next pass runs the texts of the rows anew."""
+        """Gives the nodes up, whose K and V are of other weights: the next pass runs the texts of the rows again."""
         if self._beams is not None:
             self._texts = [self.kv.index.path(int(node)) for node in self._beams.nodes]
             self.kv.release(self._beams.nodes, discard=True)

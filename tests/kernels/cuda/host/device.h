@@ -2,7 +2,7 @@
 
 // What nvcc knows by itself, for a C++ compiler: so that the kernels of csrc/cuda run on the CPU.
 // It is included before everything else (-include device.h), and cuda/common/launch.cuh and
-// cuda/ptx/ptx.cuh beside it take the place of those in csrc. scheduler.h says how threads run.
+// cuda/ptx/ptx.cuh next to it take the place of those in csrc. scheduler.h says how threads run.
 //
 // Only what the kernels use is here. A collective whose lanes do not all come, or a barrier that
 // not all threads reach, is an error.

@@ -124,7 +124,7 @@ extern "C" {
 /// A line for every kind of launch so far: name, threads of a block, bytes of shared memory,
 /// separated by tabs.
 const char* saffron_launches();
-/// From here on launches are listed anew.
+/// From here on launches are listed again.
 void saffron_forget_launches();
 /// How many launches there were.
 unsigned saffron_launch_count();
