@@ -158,6 +158,15 @@ def test_an_alarm_falls_back_to_the_widest_in_that_bin_alone() -> None:
     assert [s["baseline"] for s in one.status()] == [4, 1]
 
 
+def test_one_width_for_each_phase() -> None:
+    rng, one = np.random.default_rng(0), AdaptiveWidth(replace(SETTINGS, drift=Drift()))
+    assert [search(one.fixed(-1.0, (1, 4)), rng).widths for _ in range(3)] == [(1, 4)] * 3
+    for wrong in ((1,), (1, 5)):
+        with pytest.raises(ConfigError, match="expected one of"):
+            one.fixed(-1.0, wrong)
+    assert sum(s["requests"] for s in one.status()) == 0
+
+
 def test_a_minimum_share_plays_the_baseline() -> None:
     one = AdaptiveWidth(replace(SETTINGS, floors=(0.0,), drift=Drift(baseline_share=0.25)))
     one.warm_start(log(50, widths=(16,)))  # no floor: the optimistic policy, but for the share

@@ -98,17 +98,20 @@ class AdaptiveWidth:
             (lambda states, actions: self._count(risk_bin, era, states, actions)) if count else _nowhere,
         )
 
-    def fixed(self, risk: float, width: int) -> WidthControl:
-        """A request at one width, which is counted nowhere: for logs.
+    def fixed(self, risk: float, width: int | Sequence[int]) -> WidthControl:
+        """A request at one width, or at one for each phase, which is counted nowhere: for logs.
 
         Raises:
-            ConfigError: another width than those of the settings.
+            ConfigError: other widths than those of the settings, or not as many as phases.
         """
-        if width not in self.settings.widths:
-            raise ConfigError(f"width: got {width}, expected one of {self.settings.widths}")
-        policy = self.settings.problem(0, self.settings.widths.index(width)).baseline
-        horizon = self.settings.phases + 1
-        episode = Episode(0, horizon, 0.0, policy_rows(policy), [0.5] * horizon)
+        known, phases = self.settings.widths, self.settings.phases
+        widths = [width] * phases if isinstance(width, int) else list(width)
+        if len(widths) != phases or not set(widths) <= set(known):
+            raise ConfigError(f"width: got {width}, expected one of {known}, or one for each of {phases} phases")
+        policy = np.zeros((1, phases + 1, self.settings.states, len(known)))
+        for step, chosen in enumerate([*widths, known[-1]]):
+            policy[0, step, :, known.index(chosen)] = 1.0
+        episode = Episode(0, phases + 1, 0.0, policy_rows(policy), [0.5] * (phases + 1))
         return WidthControl(self.settings, risk, episode, _nowhere)
 
     def warm_start(self, log: Iterable[LoggedSearch], bins: Iterable[int] | None = None) -> list[Qualified]:

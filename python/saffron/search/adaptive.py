@@ -154,10 +154,10 @@ class AdaptiveSearch:
         prompts: Prompt | Sequence[Prompt],
         prefill: str | Sequence[str] = "",
         *,
-        width: int,
+        width: int | Sequence[int],
         progress: Progress | None = None,
     ) -> list[Answered]:
-        """Searches at one width, for `AdaptiveWidth.warm_start`; counted nowhere.
+        """Searches at one width, or at one for each phase, for `AdaptiveWidth.warm_start`; counted nowhere.
 
         Raises:
             ConfigError: the settings do not have this width.
@@ -169,7 +169,7 @@ class AdaptiveSearch:
         prompts: Prompt | Sequence[Prompt],
         prefill: str | Sequence[str] = "",
         *,
-        width: int | None = None,
+        width: int | Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[Answered]:
         """`generate`, or `log` if there is a `width`, with what a log keeps. All begin with the same plan.
@@ -223,7 +223,7 @@ class AdaptiveSearch:
             raise NumericalError("prm: its output is not finite (NaN or infinity); the request was stopped")
         return scores.tolist()
 
-    def _begin(self, conversations: Sequence[Conversation], width: int | None) -> list[WidthControl]:
+    def _begin(self, conversations: Sequence[Conversation], width: int | Sequence[int] | None) -> list[WidthControl]:
         risks = self.risks(conversations)
         if width is not None:
             return [self.adaptive.fixed(risk, width) for risk in risks]
