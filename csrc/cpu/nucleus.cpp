@@ -98,9 +98,8 @@ class RowSelector {
   }
 
   Row select() {
-    Row row;
-    const double enough = top_p_ * sum_ * (1 + 1e-6);  // sums in another order round differently
-    bool narrows = true;
+    // Sums in another order round differently: the margin is larger than what that can change.
+    const double enough = top_p_ * sum_ * (1 + 1e-5);
     for (double span = first_span(enough);; span = 1.25 * span + 0.5) {
       const auto threshold = static_cast<float>(double{maximum_} - span);
       int64_t count = 0;
@@ -111,14 +110,13 @@ class RowSelector {
                                    keys_ + count, &mass);
       }
       if (span < kFarthest && mass < enough) continue;
-      const int64_t tried = narrows && mass >= enough ? narrow(count, span, enough) : count;
-      if (take_from(tried, row) || (span >= kFarthest && tried == count)) return row;
-      narrows = false;  // the sample was wrong
+      return take_from(mass < enough ? count : narrow(count, span, enough));
     }
   }
 
  private:
   static constexpr double kFarthest = 88;  // so far below the maximum e^x is 0
+  static constexpr int64_t kMostCounted = 8192;
 
   static int64_t blocks_of(int64_t vocab) { return (vocab + kScanTokens - 1) / kScanTokens; }
   int64_t size(int64_t b) const { return std::min(kScanTokens, vocab_ - b * kScanTokens); }
@@ -130,43 +128,78 @@ class RowSelector {
     return reinterpret_cast<T*>(at);
   }
 
-  /// A distance from the maximum within which all blocks together have enough mass whose largest
-  /// logit lies there. Tokens of that mass reach a little farther, usually.
+  float logit(int64_t b, int64_t i) const {
+    const char* at = block_[b] + i * item_size(dtype_);
+    uint32_t bits = 0;  // of bf16 the upper half
+    const bool half = dtype_ == DType::kBFloat16;
+    std::memcpy(reinterpret_cast<char*>(&bits) + (half ? 2 : 0), at, half ? 2 : 4);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  /// A distance from the maximum within which tokens of enough mass lie, usually: all blocks
+  /// together have enough mass whose largest logit is not much farther away.
   double first_span(double enough) const {
     constexpr int kBins = 256;
     constexpr float kPerBin = 0.25f;
     std::array<float, kBins> mass{};
+    std::array<int32_t, kBins> blocks{};
     for (int64_t b = 0; b < num_blocks_; ++b) {
       const float bin = (maximum_ - block_top_[b]) / kPerBin;
-      if (bin < kBins) mass[static_cast<size_t>(bin)] += block_mass_[b];
+      if (!(bin < kBins)) continue;
+      mass[static_cast<size_t>(bin)] += block_mass_[b];
+      ++blocks[static_cast<size_t>(bin)];
     }
     double within = 0;
+    int32_t reached = 0;
     for (size_t bin = 0; bin < kBins; ++bin) {
       within += static_cast<double>(mass[bin]);
-      if (within >= enough) return kPerBin * static_cast<double>(bin + 1) + 0.5;
+      reached += blocks[bin];
+      if (within < enough) continue;
+      const double span = kPerBin * static_cast<double>(bin + 1) + 0.5;
+      return 4 * reached < num_blocks_ ? span : sampled_span(enough, span);
     }
     return kFarthest;
   }
 
+  /// The same for flat rows, as a sample of the tokens tells; `otherwise` if it tells nothing.
+  double sampled_span(double enough, double otherwise) const {
+    constexpr int kBins = 1024, kEvery = 16;
+    constexpr double kPerBin = 1. / 32;
+    std::array<int32_t, kBins> in_bin{};
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      for (int64_t i = b % kEvery; i < size(b); i += kEvery) {
+        const float below = (maximum_ - logit(b, i)) * static_cast<float>(1 / kPerBin);
+        if (below < kBins) ++in_bin[static_cast<size_t>(below)];
+      }
+    }
+    const double step = std::exp(-kPerBin);
+    double middle = std::exp(kPerBin / 2), mass = 0;  // e^x in the middle of a bin
+    for (int bin = 0; bin < kBins; ++bin) {
+      mass += kEvery * in_bin[static_cast<size_t>(bin)] * (middle *= step);
+      if (mass >= 1.02 * enough) return kPerBin * (bin + 1);
+    }
+    return otherwise;
+  }
+
   /// Of `count` keys, which reach `span` below the maximum and have enough mass, those that are
-  /// needed for it, as well as counting tells: of many keys a sample is counted.
+  /// needed for it, as counting tells. Of many keys there are few more: that span was sampled.
   int64_t narrow(int64_t count, double span, double enough) {
-    if (count < 128) return count;
+    if (count < 128 || count > kMostCounted) return count;
     constexpr int kBins = 1024;
-    const int64_t every = count < 8192 ? 1 : 16;
     std::array<int32_t, kBins> in_bin{};
     const float scale = kBins / static_cast<float>(span);
-    for (int64_t i = 0; i < count; i += every) {
+    for (int64_t i = 0; i < count; ++i) {
       const float below = maximum_ - value_of_key(static_cast<uint32_t>(keys_[i] >> 32));
       ++in_bin[static_cast<size_t>(std::min(static_cast<int>(below * scale), kBins - 1))];
     }
     const double step = std::exp(-span / kBins * (1 + 1e-4));  // bins are as wide but for rounding
-    const double wanted = every == 1 ? enough : 1.02 * enough / static_cast<double>(every);
     double least = 1, mass = 0;  // e^x at the far end of a bin
     int last = 0;
     for (; last < kBins; ++last) {
       mass += in_bin[static_cast<size_t>(last)] * (least *= step);
-      if (mass >= wanted) break;
+      if (mass >= enough) break;
     }
     if (last >= kBins - 1) return count;
     const double far = double{maximum_} - span / kBins * (last + 1) * (1 + 1e-4);
@@ -179,9 +212,9 @@ class RowSelector {
     return kept;
   }
 
-  /// Selects among `count` tokens that are before all others. False if their mass does not reach
-  /// top_p.
-  bool take_from(int64_t count, Row& row) {
+  /// Selects among `count` tokens that are before all others.
+  Row take_from(int64_t count) {
+    Row row;
     radix_sort(keys_, spare_, count);
     kernels().probabilities(keys_, count, maximum_, sum_, p_);
     double mass = 0;
@@ -196,7 +229,7 @@ class RowSelector {
       row.tokens[static_cast<size_t>(i)] = static_cast<int32_t>(keys_[i]);
     }
     row.probabilities.assign(p_, p_ + size);
-    return size < count || mass >= top_p_;
+    return row;
   }
 
   const char* row_;
@@ -216,21 +249,28 @@ void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count) {
     std::sort(keys, keys + count);
     return;
   }
-  constexpr int digit_bits = 11;
-  constexpr uint64_t digits = 1 << digit_bits;
+  uint64_t differ = 0;
+  for (int64_t i = 1; i < count; ++i) differ |= keys[i] ^ keys[0];
+  differ >>= 32;  // the lower halves ascend already
+  constexpr int most_bits = 8;  // the places that a pass writes to fit the first-level cache
+  constexpr uint64_t most_digits = 1 << most_bits;
   uint64_t* from = keys;
-  for (int shift = 32; shift < 64; shift += digit_bits) {
-    std::array<int64_t, digits> at{};
+  while (differ != 0) {
+    const int low = __builtin_ctzll(differ), range = 64 - __builtin_clzll(differ) - low;
+    const int passes = (range + most_bits - 1) / most_bits;
+    const int bits = (range + passes - 1) / passes, shift = 32 + low;
+    const uint64_t digits = uint64_t{1} << bits;
+    std::array<int32_t, most_digits> at{};
     for (int64_t i = 0; i < count; ++i) ++at[from[i] >> shift & (digits - 1)];
-    if (at[from[0] >> shift & (digits - 1)] == count) continue;  // all have the same digit
-    int64_t before = 0;
-    for (int64_t& number : at) {
-      const int64_t here = number;
-      number = before;
+    int32_t before = 0;
+    for (uint64_t digit = 0; digit < digits; ++digit) {
+      const int32_t here = at[digit];
+      at[digit] = before;
       before += here;
     }
     for (int64_t i = 0; i < count; ++i) spare[at[from[i] >> shift & (digits - 1)]++] = from[i];
     std::swap(from, spare);
+    differ &= ~((digits - 1) << low);
   }
   if (from != keys) std::copy(from, from + count, keys);
 }

@@ -85,6 +85,19 @@ def test_real_vocabularies(vocab, backend, limit, device, dtype) -> None:
     check(logits, 0.8, i32([int(logits[0].argmax()), 0, vocab - 1], device))
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.99])
+@pytest.mark.parametrize("sampled, others", [(0.0, -3.0), (0.0, -30.0), (-3.0, 0.0), (-30.0, 0.0)])
+def test_rows_of_which_a_sample_tells_wrong(sampled, others, top_p, backend, limit, device, dtype) -> None:
+    """The CPU backend samples flat rows to guess a threshold: here tokens that it looks at differ from all others."""
+    if limit < 4096:
+        pytest.skip("too large for this backend here")
+    logits = torch.full((1, 4096), others, dtype=torch.float64)
+    token = torch.arange(4096)
+    logits[:, token % 16 == token // 256 % 16] = sampled
+    logits += 0.01 * randn(5, 1, 4096, dtype=torch.float64)
+    check(logits.to(dtype).to(device), top_p)
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 8, 256])
 @pytest.mark.parametrize("kept", [0.25, 0.5, 1.0])
 def test_equal_logits_are_cut_exactly(kept, vocab, backend, device, dtype) -> None:

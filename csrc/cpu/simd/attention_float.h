@@ -46,10 +46,11 @@ __attribute__((noinline)) void multiply_block(int64_t size, const A& a, Columns<
 template <int kWide, bool kAccumulate, class F>
 inline void multiply(int64_t rows, int64_t size, F&& left, Columns<const float> b, Columns<float> c,
                      Prefetch& ahead) {
-  constexpr int kRows = kLanes == 16 ? 12 : 4;  // as many sums as the registers hold
+  // As many sums as the registers hold: with few, each multiplication waits for the one before.
+  constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 12 / kWide : 8 / kWide;
   int64_t i = 0;
   const auto from = [&](int64_t row) { return Columns<float>{c.data + row * kLanes, c.stride}; };
-  for (; i + kRows <= rows; i += kRows) {
+  for (; rows - i >= kRows && (kRows != 6 || rows - i != 8); i += kRows) {  // 8: twice 4
     const auto a = left(i, kRows);
     if (ahead.active()) {
       multiply_block<kRows, kWide, kAccumulate, true>(size, a, b, from(i), ahead);

@@ -41,12 +41,15 @@ inline void scan_whole(const T* x, float* top, float* sum) {
   }
   const Vec largest = max(max(best[0], best[1]), max(best[2], best[3]));
   const Vec base = max(splat(kLowest), largest);  // -infinity would give NaN
+  constexpr int kAtOnce = 4;
   Vec sums[2] = {};
-  for (int i = 0; i < kVectors; i += 2) {
+  for (int i = 0; i < kVectors; i += kAtOnce) {
     // The largest of the lane counts 1, exactly; the error of the others grows with the distance
     // from it, as they get smaller.
-    sums[0] += exp2_addend((load(x + i * kLanes) - base) * kToLog2);
-    sums[1] += exp2_addend((load(x + (i + 1) * kLanes) - base) * kToLog2);
+    Vec e[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) e[j] = (load(x + (i + j) * kLanes) - base) * kToLog2;
+    exp2_addends(e);
+    for (int j = 0; j < kAtOnce; ++j) sums[j % 2] += e[j];
   }
   store(top, base);
   store(sum, sums[0] + sums[1]);
@@ -75,8 +78,21 @@ inline double join(const float* tops, const float* sums, int64_t blocks, float* 
   return total;
 }
 
-/// e^x of the lanes in question, 0 in the others.
-inline Vec masked_exp(Vec x, VecI of) { return (of != 0) ? exp(x) : Vec{}; }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/// For each mask of eight lanes, the numbers of those that are set, in order.
+struct SetLanes {
+  uint8_t lane[256][8] = {};
+  constexpr SetLanes() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (mask >> i & 1) lane[mask][count++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+constexpr SetLanes kSetLanes;
+#endif
 
 template <class T>
 inline int64_t collect(const T* x, int64_t count, int64_t first_token, float threshold, float shift,
@@ -94,13 +110,16 @@ inline int64_t collect(const T* x, int64_t count, int64_t first_token, float thr
     const VecI reaches = v >= splat(threshold);
     uint32_t found = bits(reaches);
     if (found == 0) continue;
-    sum += masked_exp(v - shift, reaches);
-#if defined(__AVX512F__)
+    Vec e[1] = {(v - shift) * kToLog2};
+    exp2_addends(e);
+    sum += reaches ? e[0] : Vec{};
+#if defined(__AVX2__)
     // All lanes at once: the ones in question first, and what follows them is overwritten next
     // time.
     const VecU value = (VecU)(v + 0.f);
     const VecU key = ((VecI)value < 0) ? value : ~(value | 0x80000000u);
     const VecU token = (VecU)lane_numbers() + static_cast<uint32_t>(first_token + i);
+#if defined(__AVX512F__)
     const auto mask = static_cast<__mmask16>(found);
     const __m512i packed_key = _mm512_maskz_compress_epi32(mask, (__m512i)key);
     const __m512i packed_token = _mm512_maskz_compress_epi32(mask, (__m512i)token);
@@ -110,6 +129,18 @@ inline int64_t collect(const T* x, int64_t count, int64_t first_token, float thr
     const __m512i order_high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     _mm512_storeu_si512(keys, _mm512_permutex2var_epi64(low, order_low, high));
     _mm512_storeu_si512(keys + 8, _mm512_permutex2var_epi64(low, order_high, high));
+#else
+    __m128i lanes{};
+    std::memcpy(&lanes, kSetLanes.lane[found], 8);
+    const __m256i order = _mm256_cvtepu8_epi32(lanes);
+    const __m256i packed_key = _mm256_permutevar8x32_epi32((__m256i)key, order);
+    const __m256i packed_token = _mm256_permutevar8x32_epi32((__m256i)token, order);
+    const __m256i low = _mm256_unpacklo_epi32(packed_token, packed_key);
+    const __m256i high = _mm256_unpackhi_epi32(packed_token, packed_key);
+    auto* to = reinterpret_cast<__m256i*>(keys);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(low, high, 0x31));
+#endif
     keys += __builtin_popcount(found);
 #else
     for (; found != 0; found &= found - 1) {
@@ -124,15 +155,19 @@ inline int64_t collect(const T* x, int64_t count, int64_t first_token, float thr
 }
 
 inline void probabilities(const uint64_t* keys, int64_t count, float shift, float sum, float* p) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    float some[kLanes];
-    const int64_t filled = count - i < kLanes ? count - i : kLanes;
-    for (int64_t j = 0; j < kLanes; ++j) {
-      some[j] = j < filled ? value_of_key(static_cast<uint32_t>(keys[i + j] >> 32)) : shift;
-    }
-    const Vec value = exp(load(some) - shift) / sum;
-    for (int64_t j = 0; j < filled; ++j) p[i + j] = value[j];
-  }
+  const VecI odd = 2 * lane_numbers() + 1;
+  const auto of = [&](const uint64_t* some) {
+    VecU halves[2];  // of each key the token, then what stands for the logit
+    std::memcpy(halves, some, sizeof halves);
+    const VecU key = __builtin_shuffle(halves[0], halves[1], odd);
+    return exp((Vec)(((VecI)key < 0) ? key : ~key & 0x7fffffffu) - shift) / sum;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(p + i, of(keys + i));
+  uint64_t rest[kLanes] = {};
+  for (int64_t j = i; j < count; ++j) rest[j - i] = keys[j];
+  const Vec last = of(rest);
+  for (int64_t j = i; j < count; ++j) p[j] = last[j - i];
 }
 
 /// The same order of additions for any number of rows, so that a reward does not depend on what

@@ -150,17 +150,34 @@ SAFFRON_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-/// 2^x for x <= 0 that is good enough to be added to 1: below 2^-126 it is that. NaN for NaN.
-inline Vec exp2_addend(Vec x) {
-  const Vec clamped = max(x, splat(-126.f));  // NaN stays
+/// 2^x of N vectors, x <= 0, good enough to be added to 1: within 2e-7 of it, 2^-126 below that; 1
+/// for 0, NaN for NaN. Stage by stage, as the schedulers of a processor hold few of the long chains.
+template <int N>
+SAFFRON_INLINE void exp2_addends(Vec (&x)[N]) {
+  Vec y[N];
 #if defined(__AVX512F__)
-  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, (__m512)clamped, 8);
-  const Vec fraction = exp2_fraction(clamped - (Vec)whole);
-  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)fraction, whole);
+  __m512 whole[N];
+  for (int j = 0; j < N; ++j) x[j] = max(x[j], splat(-126.f));  // NaN stays
+  for (int j = 0; j < N; ++j) whole[j] = _mm512_maskz_roundscale_ps(0xffff, (__m512)x[j], 8);
+  for (int j = 0; j < N; ++j) x[j] -= (Vec)whole[j];
 #else
-  const Vec shifted = clamped + splat(12582912.f);  // as in exp2
-  const VecU power = ((VecU)shifted + 127) << 23;
-  return exp2_fraction(clamped - (shifted - splat(12582912.f))) * (Vec)power;
+  VecU power[N];
+  for (int j = 0; j < N; ++j) x[j] = max(x[j], splat(-126.f));
+  for (int j = 0; j < N; ++j) y[j] = x[j] + splat(12582912.f);  // as in exp2
+  for (int j = 0; j < N; ++j) power[j] = ((VecU)y[j] + 127) << 23;
+  for (int j = 0; j < N; ++j) x[j] -= y[j] - splat(12582912.f);
+#endif
+  // The polynomial of degree 5 with the least relative error among those that are 1 at 0.
+  constexpr float kTerm[] = {1.3264727e-3f, 9.6715126e-3f, 5.5507337e-2f,
+                             2.4022242e-1f, 6.9314698e-1f, 1.f};
+  for (int j = 0; j < N; ++j) y[j] = splat(kTerm[0]);
+  for (int k = 1; k < 6; ++k) {
+    for (int j = 0; j < N; ++j) y[j] = y[j] * x[j] + kTerm[k];
+  }
+#if defined(__AVX512F__)
+  for (int j = 0; j < N; ++j) x[j] = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)y[j], whole[j]);
+#else
+  for (int j = 0; j < N; ++j) x[j] = y[j] * (Vec)power[j];
 #endif
 }
 
