@@ -195,7 +195,7 @@ class RowSelector {
       ++in_bin[static_cast<size_t>(std::min(static_cast<int>(below * scale), kBins - 1))];
     }
     const double step = std::exp(-span / kBins * (1 + 1e-4));  // bins are as wide but for rounding
-    double least = 1, mass = 0;  // e^x at the far end of a bin
+    double least = 1, mass = 0;                                // e^x at the far end of a bin
     int last = 0;
     for (; last < kBins; ++last) {
       mass += in_bin[static_cast<size_t>(last)] * (least *= step);
@@ -251,7 +251,7 @@ void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count) {
   }
   uint64_t differ = 0;
   for (int64_t i = 1; i < count; ++i) differ |= keys[i] ^ keys[0];
-  differ >>= 32;  // the lower halves ascend already
+  differ >>= 32;                // the lower halves ascend already
   constexpr int most_bits = 8;  // the places that a pass writes to fit the first-level cache
   constexpr uint64_t most_digits = 1 << most_bits;
   uint64_t* from = keys;

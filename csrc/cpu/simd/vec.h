@@ -151,7 +151,8 @@ SAFFRON_INLINE Vec exp2(Vec x) {
 }
 
 /// 2^x of N vectors, x <= 0, good enough to be added to 1: within 2e-7 of it, 2^-126 below that; 1
-/// for 0, NaN for NaN. Stage by stage, as the schedulers of a processor hold few of the long chains.
+/// for 0, NaN for NaN. Stage by stage, as the schedulers of a processor hold few of the long
+/// chains.
 template <int N>
 SAFFRON_INLINE void exp2_addends(Vec (&x)[N]) {
   Vec y[N];
