@@ -142,7 +142,7 @@ class Study:
         """Requests in their order, a chunk at a time; the state is saved after each, as a server would.
 
         A quarter of the traffic after the attack became stronger, a log of it is there (requests searched again, which
-        nobody is served), and the bin begins anew from it.
+        nobody is served), and the bin begins again from it.
         """
         state = self.folder / f"{re.sub('[^0-9a-z]+', '-', traffic.name)}.npz"
         adaptive = AdaptiveWidth.load(state) if state.exists() else AdaptiveWidth(SETTINGS)

@@ -115,7 +115,7 @@ class AdaptiveWidth:
         return WidthControl(self.settings, risk, episode, _nowhere)
 
     def warm_start(self, log: Iterable[LoggedSearch], bins: Iterable[int] | None = None) -> list[Qualified]:
-        """Begins anew from a log of requests: the baseline of a bin becomes the cheapest fixed width whose bound
+        """Begins again from a log of requests: the baseline of a bin becomes the cheapest fixed width whose bound
         reaches the floor, and everything in the log counts for its plans. Where no width passes, it is the widest.
 
         Args:
@@ -211,7 +211,7 @@ class AdaptiveWidth:
         return Era(number, baseline, controller)
 
     def _count(self, risk_bin: int, era: Era, states: list[int], actions: list[int]) -> None:
-        """Reports a request to the era that it began in, if that lasts; after an alarm the bin begins anew."""
+        """Reports a request to the era that it began in, if that lasts; after an alarm the bin begins again."""
         if self._eras[risk_bin] is not era:
             return  # of traffic as it was before
         era.controller.update([*zip(states[:-1], actions, states[1:], strict=True)])

@@ -13,8 +13,9 @@ from saffron.adaptive import AdaptiveWidth, LoggedSearch, WidthControl, WidthSet
 from saffron.errors import NumericalError
 from saffron.models.chat import Conversation, Prompt, as_conversations
 from saffron.models.checks import expect
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.reward_models import MultifurcationRewardModel, ProcessRewardModel
+from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.config import SearchConfig, check_top_p, check_whole
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
