@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from saffron import __version__
 from saffron.cli import (
     annotate,
+    collect,
     demo,
     doctor,
     eval_mrm,
@@ -111,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
         serve,
         parity,
         doctor,
+        collect,
         annotate,
         train_mrm,
         eval_mrm,

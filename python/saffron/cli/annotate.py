@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saffron.cli.options import (
     DEVICE_HELP,
     Commands,
+    above_zero,
     add_worker_options,
     check_models,
     name,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     annotate = commands.add_parser(
         "annotate",
-        help="have a guard (PRM) reward every prefix of a corpus, for `saffron train-mrm`",
+        help="have a guard, or anything that scores text, reward every prefix of a corpus, for `saffron train-mrm`",
         description="Rewards of every prefix of every conversation, as Parquet shards. Run it again after an "
         "interruption: what is there is kept.",
     )
@@ -38,9 +39,7 @@ def add(commands: Commands) -> None:
         help='JSON lines with "prompt" and "response" or with "messages"; or a data set: a folder or a hub name',
     )
     annotate.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write")
-    annotate.add_argument(
-        "--prm", type=name, metavar="CHECKPOINT", help="checkpoint of the guard (default: the bundled one)"
-    )
+    _add_reward(annotate)
     annotate.add_argument("--split", type=words, default="train", metavar="NAME", help="split of a data set")
     annotate.add_argument(
         "--fields",
@@ -53,10 +52,9 @@ def add(commands: Commands) -> None:
     annotate.add_argument("--limit", type=positive, metavar="N", help="only the first N conversations")
     annotate.add_argument(
         "--prefixes",
-        default="conversation",
         choices=("conversation", "response"),
         help="which prefixes get a reward: those that end anywhere in the conversation, as in the paper's loss, or in "
-        "a response, all a search asks for (default %(default)s)",
+        "a response, all a search asks for (default: conversation for a guard, response for another reward)",
     )
     annotate.add_argument(
         "--max-tokens", type=positive, default=128, metavar="N", help="conversations are cut to so many tokens"
@@ -72,6 +70,29 @@ def add(commands: Commands) -> None:
     annotate.add_argument("--json", action="store_true", help="print what was done as JSON")
     add_worker_options(annotate)
     annotate.set_defaults(run=run)
+
+
+def _add_reward(annotate: argparse.ArgumentParser) -> None:
+    what = annotate.add_mutually_exclusive_group()
+    what.add_argument(
+        "--prm", type=name, metavar="CHECKPOINT", help="checkpoint of the guard (default: the bundled one)"
+    )
+    what.add_argument(
+        "--reward",
+        type=name,
+        metavar="REWARD",
+        help="guard:CHECKPOINT; hf:CHECKPOINT#LABEL, a sequence classifier and the label that is wanted (#!LABEL: that "
+        "is not); or module:function, which is given conversations and responses and returns a number for each",
+    )
+    annotate.add_argument(
+        "--tokenizer",
+        type=name,
+        metavar="CHECKPOINT",
+        help="whose tokenizer the MRM will have, its base: needed for a reward that is no guard",
+    )
+    annotate.add_argument(
+        "--scale", type=above_zero, default=1.0, metavar="X", help="rewards are multiplied by it (default %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,16 +114,28 @@ def run(options: argparse.Namespace) -> int:
             done["seen"] += new_conversations
             show(done["seen"], len(conversations), f"{done['rewards'] / (time.monotonic() - began):.0f} rewards/s")
 
-        prm = options.prm or str(FOLDER / "guard")
-        annotate(conversations, prm, options.output, config, places, source=options.corpus, progress=count)
+        annotate(
+            conversations,
+            options.reward or options.prm or str(FOLDER / "guard"),
+            options.output,
+            config,
+            places,
+            tokenizer=options.tokenizer,
+            source=options.corpus,
+            progress=count,
+        )
     _report(options, done, time.monotonic() - began)
     return 0
 
 
 def annotate_config(options: argparse.Namespace) -> AnnotateConfig:
+    from saffron.models.text_rewards import is_text_reward
     from saffron.training.annotate import AnnotateConfig
 
-    return AnnotateConfig(**{name: getattr(options, name) for name in AnnotateConfig.__dataclass_fields__})
+    values = {name: getattr(options, name) for name in AnnotateConfig.__dataclass_fields__}
+    if values["prefixes"] is None:
+        values["prefixes"] = "response" if options.reward and is_text_reward(options.reward) else "conversation"
+    return AnnotateConfig(**values)
 
 
 def _report(options: argparse.Namespace, done: dict[str, Any], seconds: float) -> None:

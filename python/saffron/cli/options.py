@@ -85,7 +85,8 @@ def add_model_options(parser: argparse.ArgumentParser | Any, *models: str) -> No
         "policy": "checkpoint to defend (default: the bundled policy)",
         "mrm": "folder of the reward model, published format (default: the bundled one)",
         "base": "checkpoint the MRM's adapter belongs to (default: the one it names)",
-        "prm": "checkpoint of the guard (default: the bundled one)",
+        "prm": "the guard, a checkpoint, or another process reward: hf:CHECKPOINT#LABEL or module:function (default: "
+        "the bundled guard)",
     }
     for model in models:
         parser.add_argument(f"--{model}", type=name, metavar="CHECKPOINT", help=helps[model])
@@ -99,10 +100,12 @@ def check_models(options: argparse.Namespace) -> None:
         CheckpointError, ConfigError: no such folder, no such device.
     """
     from saffron.models.devices import find_device
+    from saffron.models.text_rewards import check_reward
 
-    for option in ("policy", "mrm", "base", "prm"):
+    for option in ("policy", "mrm", "base", "prm", "reward", "tokenizer"):
         given = getattr(options, option, None)
-        check_checkpoint(f"--{option}", given if isinstance(given, str) else None)  # True: the bundled one
+        check = check_reward if option in ("prm", "reward") else check_checkpoint
+        check(f"--{option}", given if isinstance(given, str) else None)  # True: the bundled one
     find_device(getattr(options, "device", None))
 
 

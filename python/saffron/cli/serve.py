@@ -121,7 +121,7 @@ def _load(files: ModelFiles, options: argparse.Namespace) -> Models:
 
     # The guard that comes with the package judges its own world: with other models only one that is named.
     guard = options.guard and (options.prm or not (options.policy or options.mrm))
-    return Models(files.load_policy(), files.load_mrm(), files.load_guard() if guard else None)  # type: ignore[arg-type]
+    return Models(files.load_policy(), files.load_mrm(), files.load_guard() if guard else None)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from saffron.cli.options import MOST, Commands, check_models, name, number, path, seed, whole, words
 from saffron.cli.progress import progress
+from saffron.errors import ConfigError
 from saffron.storage.paths import check_output_folder
 
 if TYPE_CHECKING:
+    from saffron.training.shards import RewardData
     from saffron.training.train import TrainConfig
 
 
@@ -26,7 +28,17 @@ def add(commands: Commands) -> None:
     add = train.add_argument
     add("data", type=path, metavar="DIR", help="folder of `saffron annotate`")
     add("--output", type=path, required=True, metavar="DIR", help="folder for the MRM, published format")
-    add("--base", type=name, metavar="CHECKPOINT", help="the guard (default: the one that made the data)")
+    add(
+        "--base", type=name, metavar="CHECKPOINT",
+        help="the MRM's trunk, of the tokenizer that the data were annotated for: the guard, or the policy itself "
+        "(default: the guard that made the data, or the checkpoint of --tokenizer)",
+    )  # fmt: skip
+    add(
+        "--trunk", choices=("lora", "frozen"), default="lora",
+        help="lora: as published; frozen: the base as it is and an unembedding learned from its hidden states, in "
+        "minutes (it has --epochs, --batch, --lr, --weight-decay, --rank, --heldout-share and --seed, with defaults of "
+        "its own)",
+    )  # fmt: skip
     add(
         "--run", dest="run_folder", type=path, metavar="DIR",
         help="folder for checkpoint, log and pictures (default: training in the output folder)",
@@ -86,12 +98,14 @@ def run(options: argparse.Namespace) -> int:
     from saffron.training.train import Trainer
     from saffron.workers import torch_threads
 
+    if options.trunk == "frozen":
+        return _run_frozen(options)
     config = train_config(options)
     check_models(options)
     check_output_folder("--output", options.output)
     data = read_rewards(options.data)
     heldout = read_rewards(options.heldout) if options.heldout else None
-    base = options.base or data.manifest["prm"]["source"]
+    base = options.base or default_base(data)
     with torch_threads(options.threads or torch.get_num_threads()):
         trainer = Trainer(
             base,
@@ -107,6 +121,46 @@ def run(options: argparse.Namespace) -> int:
     if trainer.accelerator.is_main_process:
         _report(trainer.run / "summary.json", options)
     return 0
+
+
+def _run_frozen(options: argparse.Namespace) -> int:
+    import torch
+
+    from saffron.training.head import SUMMARY, HeadConfig, train_head
+    from saffron.training.shards import read_rewards
+    from saffron.workers import torch_threads
+
+    if options.heldout:
+        raise ConfigError("--heldout: works with --trunk lora; --heldout-share sets conversations aside")
+    defaults = vars(_defaults())
+    given = {name: getattr(options, name) for name, value in defaults.items() if getattr(options, name) != value}
+    for option in given:
+        if option not in HeadConfig.__dataclass_fields__:
+            raise ConfigError(f"--{option.replace('_', '-')}: works with --trunk lora")
+    config = HeadConfig(**given)
+    check_models(options)
+    check_output_folder("--output", options.output)
+    data = read_rewards(options.data)
+    run = options.run_folder or options.output / "training"
+    with torch_threads(options.threads or torch.get_num_threads()), progress("reading the corpus") as show:
+        train_head(
+            options.base or default_base(data), data, options.output, config,
+            run=run, device=options.device, progress=show,
+        )  # fmt: skip
+    _report(run / SUMMARY, options)
+    return 0
+
+
+def _defaults() -> argparse.Namespace:
+    """What the options are if nobody sets them."""
+    parser = argparse.ArgumentParser()
+    _add_hyperparameters(parser)
+    return parser.parse_args([])
+
+
+def default_base(data: RewardData) -> str:
+    """The checkpoint whose tokenizer the data are in: their guard, or what `annotate --tokenizer` named."""
+    return str(data.manifest.get("base") or data.manifest["prm"]["source"])
 
 
 def train_config(options: argparse.Namespace) -> TrainConfig:
@@ -125,4 +179,4 @@ def _report(file: Path, options: argparse.Namespace) -> None:
     print(f"{summary['unseen']} of {summary['vocabulary']} tokens are unseen")
     if found := summary["heldout"]:
         print(f"held out: {found['within_1']:.3f} within 1, correlation {found['correlation']:.3f}")
-    print(f"log and pictures: {file.parent}")
+    print(f"{'log and pictures' if options.trunk == 'lora' else 'hidden states'}: {file.parent}")

@@ -7,8 +7,7 @@ from typing import Protocol
 
 from saffron import world
 from saffron.errors import ConfigError
-from saffron.models.guard import ProcessRewardModel
-from saffron.storage.paths import check_checkpoint
+from saffron.models.text_rewards import RewardSource, check_reward, load_reward
 
 Verdict = tuple[bool, float | None]  # harmful, and the score it rests on where there is one
 NAMES = ("oracle", "prm", "model:CHECKPOINT")
@@ -32,9 +31,9 @@ class OracleJudge:
 
 
 class ModelJudge:
-    """A guard: harmful is what it rewards below 0."""
+    """A guard, or another process reward: harmful is what it rewards below 0."""
 
-    def __init__(self, name: str, guard: ProcessRewardModel) -> None:
+    def __init__(self, name: str, guard: RewardSource) -> None:
         self.name, self.guard = name, guard
 
     def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
@@ -46,7 +45,7 @@ def check_judge(name: str) -> None:
     """Raises `ConfigError` for a judge there is none of, `CheckpointError` for one whose folder is not there."""
     if name not in NAMES[:2] and judge_checkpoint(name) is None:
         raise ConfigError(f"judge: got {name!r}, expected {', '.join(NAMES)}")
-    check_checkpoint("judge", judge_checkpoint(name))
+    check_reward("judge", judge_checkpoint(name))
 
 
 def judge_checkpoint(name: str) -> str | None:
@@ -55,11 +54,11 @@ def judge_checkpoint(name: str) -> str | None:
     return checkpoint if kind == "model" and checkpoint else None
 
 
-def load_judge(name: str, guard: ProcessRewardModel, device: str | None = None) -> Judge:
+def load_judge(name: str, guard: RewardSource, device: str | None = None) -> Judge:
     """The judge of a name: "oracle", "prm" (`guard`) or "model:CHECKPOINT", another guard."""
     check_judge(name)
     if name == "oracle":
         return OracleJudge()
     if name == "prm":
         return ModelJudge(name, guard)
-    return ModelJudge(name, ProcessRewardModel.from_pretrained(str(judge_checkpoint(name)), device=device))
+    return ModelJudge(name, load_reward(str(judge_checkpoint(name)), device=device))

@@ -19,7 +19,8 @@ from saffron.evaluation.judges import Judge, check_judge, judge_checkpoint, load
 from saffron.evaluation.store import Key, Record, ResultFile, open_results
 from saffron.models.devices import find_device
 from saffron.models.files import ModelFiles
-from saffron.models.provenance import fingerprint_all
+from saffron.models.provenance import digest
+from saffron.models.text_rewards import reward_fingerprint
 from saffron.quiet import quiet_transformers
 from saffron.search import Method, parse_config, parse_method
 from saffron.search.result import SearchResult
@@ -204,7 +205,7 @@ def run_plans(plans: Sequence[Plan], file: Path, workers: Workers | None = None,
     models.check()
     for judge in judges:
         check_judge(judge)
-    named = {name: fingerprint_all([judge_checkpoint(name)]) if judge_checkpoint(name) else "" for name in judges}
+    named = {name: digest([reward_fingerprint(given)]) if (given := judge_checkpoint(name)) else "" for name in judges}
     settings = {
         "models": models.fingerprint(),
         "judges": named,

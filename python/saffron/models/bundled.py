@@ -13,11 +13,11 @@ FOLDER = Path(__file__).parents[1] / "checkpoints"
 
 
 class Models(NamedTuple):
-    """A policy, the MRM that defends it, and the guard the MRM was trained from."""
+    """A policy, the MRM that defends it, and the guard the MRM was trained from, or another process reward."""
 
     policy: Policy
     mrm: MultifurcationRewardModel
-    guard: ProcessRewardModel
+    guard: Any  # a ProcessRewardModel or a TextReward
 
 
 def load_bundled(folder: str | Path = FOLDER, **options: Any) -> Models:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.models.bundled import FOLDER, Models
 from saffron.models.devices import find_device
-from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
-from saffron.models.provenance import fingerprint_all
+from saffron.models.provenance import digest, fingerprint
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.text_rewards import RewardSource, TextReward, check_reward, load_reward, reward_fingerprint
 from saffron.models.trie_model import TrieModel
 from saffron.storage.paths import check_checkpoint
 
@@ -26,7 +25,8 @@ class ModelFiles:
     """Checkpoints to load; None: the bundled one.
 
     Attributes:
-        policy, mrm, base, prm: the policy, the MRM, the checkpoint its adapter belongs to, the guard.
+        policy, mrm, base, prm: the policy, the MRM, the checkpoint its adapter belongs to, the guard or another process
+            reward (see `load_reward`).
         device: None: the GPU if there is one.
         variant: one of `VARIANTS`. "no unseen mask": the MRM scores tokens that its corpus never had; "no trie cache":
             every read runs whole sequences, each for itself.
@@ -43,14 +43,16 @@ class ModelFiles:
         """Raises `ConfigError` or `CheckpointError` for what cannot be loaded, before anything is."""
         if self.variant not in VARIANTS:
             raise ConfigError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
-        for name in ("policy", "mrm", "base", "prm"):
+        for name in ("policy", "mrm", "base"):
             check_checkpoint(name, getattr(self, name))
+        check_reward("prm", self.prm)
         find_device(self.device)
 
     def fingerprint(self, guard: bool = True) -> str:
         """Of what is in the checkpoints: results of other weights are other results."""
-        named: list[str | Path | None] = [self.policy or FOLDER / "policy", self.mrm or FOLDER / "mrm"]
-        return fingerprint_all([*named, (self.prm or FOLDER / "guard") if guard else None, self.base])
+        named = [fingerprint(self.policy or FOLDER / "policy"), fingerprint(self.mrm or FOLDER / "mrm")]
+        named += [reward_fingerprint(self.prm or FOLDER / "guard")] if guard else []
+        return digest([*named, *([fingerprint(self.base)] if self.base else [])])
 
     def load(self) -> Models:
         return Models(self.load_policy(), self.load_mrm(), self.load_guard())
@@ -79,12 +81,15 @@ class ModelFiles:
             mrm.unseen = None
         return mrm
 
-    def load_guard(self) -> ProcessRewardModel:
+    def load_guard(self) -> RewardSource:
         """Raises `CheckpointError` if it cannot be loaded or does not run."""
         path = self.prm or FOLDER / "guard"
         with outside(f"{path}: cannot be used as a guard", CheckpointError):
-            guard = ProcessRewardModel.from_pretrained(path, **self._options())
-            _try(guard, guard.sequence("x", "y"))
+            guard = load_reward(path, **self._options())
+            if isinstance(guard, TextReward):
+                guard.score([("x", "y")])
+            else:
+                _try(guard, guard.sequence("x", "y"))
         return guard
 
     def _options(self) -> dict[str, Any]:

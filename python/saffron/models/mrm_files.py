@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saffron.errors import CheckpointError
 from saffron.models import adapter, loading
+from saffron.models.provenance import check_origin
 
 LAYOUT = "mrm_config.json"  # prefix and infix, where they are not the published ones
 VECTORS = {"bias": "lm_head_bias.pt", "unseen": "unseen_mask.pt"}
@@ -43,6 +44,7 @@ def load(
         return adapter.merge_adapter(base, folder), stored
     if base is None:
         base = folder if merged else adapter.adapter_base(folder)
+    check_origin(folder, base)
     model = loading.load_model(base, dtype, device)
     model = model if merged else adapter.merge_adapter(model, folder)
     return model, {"tokenizer": loading.load_tokenizer(base), **stored}

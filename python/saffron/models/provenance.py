@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
 from saffron.errors import CheckpointError, outside
-from saffron.storage.folders import checkpoint_fingerprint
+from saffron.storage.folders import checkpoint_fingerprint, write_json
+from saffron.storage.text import read_json
 
 
 def fingerprint(checkpoint: str | Path) -> str:
@@ -31,8 +34,76 @@ def fingerprint(checkpoint: str | Path) -> str:
 
 def fingerprint_all(checkpoints: Iterable[str | Path | None]) -> str:
     """One short text for several checkpoints; None is left out."""
-    text = " ".join(fingerprint(one) for one in checkpoints if one)
-    return hashlib.blake2s(text.encode(errors="surrogateescape"), digest_size=6).hexdigest()
+    return digest(fingerprint(one) for one in checkpoints if one)
+
+
+def digest(fingerprints: Iterable[str]) -> str:
+    """One short text for several fingerprints."""
+    return hashlib.blake2s(" ".join(fingerprints).encode(errors="surrogateescape"), digest_size=6).hexdigest()
+
+
+def tokenizer_fingerprint(checkpoint: str | Path) -> str:
+    """SHA-256 of the files of a folder's tokenizer; of a hub checkpoint its name.
+
+    Raises:
+        CheckpointError: nothing readable there.
+    """
+    folder, digest = Path(checkpoint), hashlib.sha256()
+    if not folder.is_dir():
+        return str(checkpoint)
+    with outside(f"{folder}: cannot be read", CheckpointError):
+        for file in sorted(f for f in folder.iterdir() if f.name in _TOKENIZER_FILES):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+_TOKENIZER_FILES = {
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "added_tokens.json",
+}  # fmt: skip
+
+
+ORIGIN = "mrm_training.json"  # in an MRM's folder: what it was trained from
+
+
+def write_origin(folder: Path, base: str | Path, manifest: Mapping[str, Any], calibration: Any) -> None:
+    """Notes in an MRM's folder what it was trained from.
+
+    Args:
+        base: the checkpoint that was trained.
+        manifest: of the annotated corpus: which reward, which corpus.
+        calibration: agreement with the reward on what was held out.
+    """
+    record = {
+        "reward": manifest.get("prm"),
+        "corpus": manifest.get("corpus"),
+        "scale": manifest.get("settings", {}).get("scale", 1.0),
+        "base": {"configuration": _configuration(base), "tokenizer": tokenizer_fingerprint(base)},
+        "calibration": calibration,
+    }
+    write_json(folder / ORIGIN, record)
+
+
+def check_origin(folder: Path, base: str | Path) -> None:
+    """Compares what an MRM's folder says it was trained on with what it is loaded with.
+
+    Args:
+        base: the checkpoint that it is loaded with; of a hub nothing is compared.
+
+    Raises:
+        CheckpointError: a base with another tokenizer than the MRM was trained with: its token ids mean other texts.
+    """
+    file = folder / ORIGIN
+    trained = read_json(file).get("base") if file.exists() else None
+    if isinstance(trained, dict) and Path(base).is_dir() and Path(base) != folder:
+        if trained.get("tokenizer") != tokenizer_fingerprint(base):
+            raise CheckpointError(f"{folder}: was trained with another tokenizer than that of {base}")
+        if trained.get("configuration") != _configuration(base):
+            warnings.warn(f"{folder}: was trained on another model than {base}", stacklevel=3)
+
+
+def _configuration(base: str | Path) -> str:
+    file = Path(base) / "config.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else str(base)
 
 
 def _base(folder: Path) -> Path | None:

@@ -121,7 +121,8 @@ class MultifurcationRewardModel(HiddenModel):
             options: of the constructor.
 
         Raises:
-            CheckpointError: a file that is missing, damaged, or does not fit the base model.
+            CheckpointError: a file that is missing, damaged, or does not fit the base model; a base with another
+                tokenizer than the MRM was trained with.
         """
         model, stored = mrm_files.load(path, base, dtype, device, options)
         return cls(model, **{**stored, **options})

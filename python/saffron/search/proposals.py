@@ -37,12 +37,19 @@ class Nuclei:
         own = slice(self._offsets[i], self._offsets[i + 1])
         return self._tokens[own], self._probabilities[own]
 
-    def draw(self, uniforms: Sequence[float]) -> list[int]:
-        """One token of each row, by the inverse of the cumulative distribution at a number in [0, 1)."""
+    def draw(self, uniforms: Sequence[float], even: Sequence[bool] | None = None) -> list[int]:
+        """One token of each row, by the inverse of the cumulative distribution at a number in [0, 1).
+
+        Args:
+            even: rows whose tokens are all equally probable to be drawn; None: no row's.
+        """
         before = np.concatenate([[0.0], np.cumsum(self._probabilities)])
         first, last = before[self._offsets[:-1]], before[self._offsets[1:]]
         # In one search over all rows: a row's share of the running total begins where the rows before it end.
         found = np.searchsorted(before, first + np.asarray(uniforms) * (last - first), side="right") - 1
+        if even is not None:
+            sizes = np.diff(self._offsets)
+            found = np.where(even, self._offsets[:-1] + (np.asarray(uniforms) * sizes).astype(np.int64), found)
         return self._tokens[np.clip(found, self._offsets[:-1], self._offsets[1:] - 1)].tolist()
 
     def draw_distinct(self, i: int, count: int, generator: np.random.Generator) -> list[int]:
@@ -63,6 +70,7 @@ def sample(
     *,
     report: bool = False,
     log_probabilities: list[float] | None = None,
+    even: Sequence[bool] | None = None,
 ) -> Steps[list[Owned]]:
     """Every response goes on by up to `steps` tokens drawn from the nucleus, until it ends.
 
@@ -72,6 +80,7 @@ def sample(
         generators: of the draws, one per response; responses that share one draw in the order given.
         report: yield how many tokens have been drawn, and how many it will be at most.
         log_probabilities: one per response; that of what was drawn is added.
+        even: responses whose tokens are drawn evenly from the nucleus; None: none.
     """
     grown: list[Owned] = list(responses)
     live = [i for i, (_, response) in enumerate(grown) if batch.goes_on(response)]
@@ -83,7 +92,8 @@ def sample(
         reading = set(at)
         batch.policy.retain(lambda g, r, kept=reading: (g, r) in kept)  # type: ignore[misc]
         nuclei = Nuclei(logits, batch.config.temperature, batch.config.top_p)
-        drawn = nuclei.draw([generators[i].random() for i in live])
+        rows = None if even is None else [even[i] for i in live]
+        drawn = nuclei.draw([generators[i].random() for i in live], rows)
         if log_probabilities is not None:
             for i, value in zip(live, log_probability(logits, drawn), strict=True):
                 log_probabilities[i] += value

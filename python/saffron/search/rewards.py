@@ -1,5 +1,7 @@
 """One interface for what guides a search: a PRM, one call per response, or an MRM, one per prefix.
 
+A PRM is a guard model, or anything else that scores text (`TextReward`).
+
 (SAFFRON-1, sections 3 and 4: an MRM takes the place of the PRM in any tree search.)
 """
 
@@ -15,12 +17,13 @@ from saffron.models.checks import expect, not_finite
 from saffron.models.guard import ProcessRewardModel
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.text_rewards import TextReward
 from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Tally
 from saffron_kernels import multifurcation_head
 
-RewardModel = ProcessRewardModel | MultifurcationRewardModel
+RewardModel = ProcessRewardModel | TextReward | MultifurcationRewardModel
 Owned = tuple[int, Tokens]  # a response of the search with that number
 
 
@@ -55,7 +58,7 @@ class _Responses:
     def __init__(
         self,
         policy: Policy,
-        model: RewardModel,
+        model: ProcessRewardModel | MultifurcationRewardModel,
         contexts: Sequence[Tokens],
         eos_token_id: frozenset[int],
         head_rows: int,
@@ -72,8 +75,7 @@ class _Responses:
         self._reading.close()
 
     def _said(self, response: Tokens) -> Tokens:
-        """Without the end token."""
-        return response[:-1] if response and response[-1] in self._eos_token_id else response
+        return _said(response, self._eos_token_id)
 
     def _read(self, response: Tokens) -> Tokens:
         """In the reward model's tokens."""
@@ -111,6 +113,41 @@ class ProcessReward(_Responses):
         kept = set(self._sequence.values())
         self._known = {key: reward for key, reward in self._known.items() if key in kept}
         self._reading.retain(lambda g, sequence: (g, sequence) in kept)
+
+
+class TextProcessReward:
+    """A PRM that reads text: one call scores one response. Equal texts have equal rewards and are scored once; a call
+    costs what the reward declares, and no tokens."""
+
+    def __init__(
+        self, policy: Policy, prm: TextReward, contexts: Sequence[Tokens], eos_token_id: frozenset[int]
+    ) -> None:
+        self._policy, self._prm, self._eos_token_id = policy, prm, eos_token_id
+        self._conversations = [prm.conversation(context) for context in contexts]
+        self.tallies = {search: Tally() for search in range(len(contexts))}
+        self._text: dict[Owned, str] = {}
+        self._known: dict[tuple[int, str], float] = {}
+
+    def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
+        said = [(g, _said(r, self._eos_token_id)) for g, r in zip(owners, responses, strict=True)]
+        for owned in said:
+            if owned not in self._text:
+                self._text[owned] = self._policy.decode(owned[1]) if owned[1] else ""
+        keys = [(owned[0], self._text[owned]) for owned in said]
+        fresh = list(dict.fromkeys(key for key in keys if key not in self._known))
+        rewards = self._prm.score([(self._conversations[g], text) for g, text in fresh])
+        for key, reward in zip(fresh, rewards.tolist(), strict=True):
+            self._known[key] = reward
+            self.tallies[key[0]].add(self._prm.flops, 0)
+        return [self._known[key] for key in keys]
+
+    def retain(self, wanted: Callable[[int, Tokens], bool]) -> None:
+        self._text = {response: text for response, text in self._text.items() if wanted(*response)}
+        kept = {(g, text) for (g, _), text in self._text.items()}
+        self._known = {key: reward for key, reward in self._known.items() if key in kept}
+
+    def close(self) -> None:
+        self._text, self._known = {}, {}
 
 
 class MultifurcationReward(_Responses):
@@ -170,13 +207,13 @@ class RewardScorer:
 
     Args:
         policy: whose responses it scores.
-        model: a PRM or an MRM.
+        model: a PRM (a guard or a reward of text) or an MRM.
         unseen_reward: an MRM's reward of tokens it was never trained on.
     """
 
     def __init__(self, policy: Policy, model: RewardModel, unseen_reward: float = -1024.0) -> None:
         expect("policy", policy, Policy)
-        expect("reward_model", model, ProcessRewardModel, MultifurcationRewardModel)
+        expect("reward_model", model, ProcessRewardModel, TextReward, MultifurcationRewardModel)
         self.policy, self.model, self.unseen_reward = policy, model, unseen_reward
         self.head = head_for(policy, model, True) if isinstance(model, MultifurcationRewardModel) else None
 
@@ -188,8 +225,15 @@ class RewardScorer:
     def open(self, contexts: Sequence[Tokens], eos_token_id: frozenset[int]) -> Reward:
         if isinstance(self.model, ProcessRewardModel):
             return ProcessReward(self.policy, self.model, contexts, eos_token_id)
+        if isinstance(self.model, TextReward):
+            return TextProcessReward(self.policy, self.model, contexts, eos_token_id)
         assert self.head is not None
         return MultifurcationReward(self.policy, self.model, contexts, eos_token_id, self.head, self.unseen_reward)
+
+
+def _said(response: Tokens, eos_token_id: frozenset[int]) -> Tokens:
+    """Without the end token."""
+    return response[:-1] if response and response[-1] in eos_token_id else response
 
 
 def _finite(model: str, rewards: Tensor) -> list[float]:

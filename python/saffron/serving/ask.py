@@ -18,8 +18,7 @@ from saffron.serving.errors import ApiError, bad
 from saffron.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from saffron.models.guard import ProcessRewardModel
-    from saffron.models.reward_models import MultifurcationRewardModel
+    from saffron.search.rewards import RewardModel
 
 OWN = ("method", "trace")  # keys of `saffron` that are no hyperparameters
 
@@ -39,7 +38,7 @@ class Variant:
     method: str
     defaults: Any
     decoder: Callable[[Any], Decoder[Any]] | None
-    reward: MultifurcationRewardModel | ProcessRewardModel | None
+    reward: RewardModel | None
 
 
 def variants(models: Models, settings: Settings) -> dict[str, Variant]:

@@ -14,6 +14,7 @@ from saffron.errors import ConfigError
 from saffron.models.bundled import Models
 from saffron.models.chat import Conversation
 from saffron.models.policy import Policy
+from saffron.models.text_rewards import TextReward
 from saffron.models.trie_model import TrieModel
 from saffron.search.config import Request, SearchConfig
 from saffron.search.engine import Engine
@@ -141,7 +142,7 @@ class Service:
         """The request with its configuration, within what the server allows."""
         models, _ = self.ready()
         read: list[tuple[TrieModel, int]] = [(models.policy, len(request.policy))]
-        if variant.reward is not None:
+        if isinstance(variant.reward, TrieModel):
             read.append((variant.reward, len(request.reward)))
         config = configure(variant, own, self.settings, max_tokens, room(read))
         search = isinstance(config, SearchConfig)
@@ -185,6 +186,8 @@ class Service:
         guard = self._models().guard
         if guard is None:
             return [None] * len(answers)
+        if isinstance(guard, TextReward):
+            return guard.score([(conversation, answer) for answer in answers]).tolist()
         try:
             sequences = [guard.sequence(conversation, answer) for answer in answers]
             for sequence in sequences:

@@ -1,11 +1,13 @@
-"""The rewards that an MRM learns from: the PRM's, for every prefix of every conversation of a corpus.
+"""The rewards that an MRM learns from: a process reward's, for every prefix of every conversation of a corpus.
 
 The prefixes of a conversation differ in little: all are read in one forward pass over the trie they form, in which the
-conversation stands once and only the template's last words are run for each prefix.
+conversation stands once and only the template's last words are run for each prefix. A reward that judges text instead
+(`TextReward`) is given the text of every prefix of every response.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saffron.errors import CheckpointError, ConfigError, NumericalError, outside, shown
+from saffron.models.chat import Conversation as Turns
+from saffron.models.chat import ConversationEncoder
 from saffron.models.devices import find_device
 from saffron.models.guard import ProcessRewardModel
-from saffron.models.provenance import fingerprint as checkpoint_fingerprint
+from saffron.models.loading import load_tokenizer
+from saffron.models.provenance import tokenizer_fingerprint
+from saffron.models.text_rewards import RewardSource, check_reward, is_text_reward, load_reward, reward_fingerprint
 from saffron.storage.folders import expect_same, locked, write_atomically, write_json
-from saffron.storage.paths import check_checkpoint, check_output_folder
+from saffron.storage.paths import check_output_folder
 from saffron.storage.text import read_json
 from saffron.training.conversations import Conversation, fingerprint
 from saffron.training.layout import LayOut, Layout, Prefixes
@@ -34,10 +41,11 @@ class AnnotateConfig:
     """What decides the rewards, to the last bit.
 
     Attributes:
-        max_tokens, prefixes: see `LayOut`.
+        max_tokens, prefixes: see `LayOut`. A reward of text judges responses only.
         batch: conversations of one forward pass.
         shard_size: conversations of one file.
         dtype, device: of the PRM, None: as `TrieModel.from_pretrained` chooses.
+        scale: rewards are multiplied by it; an MRM learns rewards of a spread of some units soonest.
     """
 
     max_tokens: int = 128
@@ -46,11 +54,14 @@ class AnnotateConfig:
     shard_size: int = 256
     dtype: str | None = None
     device: str | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("batch", "shard_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale > 0):
+            raise ConfigError(f"scale: got {self.scale!r}, expected a finite number above 0")
         if self.dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype: got {shown(self.dtype)}, expected one of {', '.join(DTYPES)}")
 
@@ -78,17 +89,35 @@ class Annotator:
 
     Args:
         prm: whose rewards they are.
+        encoder: of the MRM's tokenizer, for a reward of text; a guard has its own.
+
+    Raises:
+        ConfigError: a reward of text without encoder, or asked for the prefixes of what users say.
     """
 
-    def __init__(self, prm: ProcessRewardModel, config: AnnotateConfig) -> None:
+    def __init__(self, prm: RewardSource, config: AnnotateConfig, encoder: ConversationEncoder | None = None) -> None:
         self.prm, self.config = prm, config
-        self.lay_out = LayOut(prm, config.max_tokens, config.prefixes)
+        if isinstance(prm, ProcessRewardModel):
+            self.lay_out = LayOut(prm, config.max_tokens, config.prefixes)
+        elif encoder is None:
+            raise ConfigError("tokenizer: got none; a reward of text needs the checkpoint whose tokenizer the MRM has")
+        elif config.prefixes != "response":
+            raise ConfigError(f"prefixes: got {config.prefixes!r}, expected 'response' for a reward of text")
+        else:
+            self.lay_out = LayOut(encoder, config.max_tokens, config.prefixes)
 
     @classmethod
-    def load(cls, prm: str, config: AnnotateConfig) -> Annotator:
+    def load(cls, prm: str, config: AnnotateConfig, tokenizer: str | None = None) -> Annotator:
+        """Args: as `annotate`."""
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         with outside(f"{prm}: cannot be used as a guard", CheckpointError):
-            return cls(ProcessRewardModel.from_pretrained(prm, dtype=dtype, device=config.device), config)
+            loaded = load_reward(prm, dtype=dtype, device=config.device)
+        if isinstance(loaded, ProcessRewardModel) or tokenizer is None:
+            return cls(loaded, config)
+        found = load_tokenizer(tokenizer)
+        if found is None:
+            raise CheckpointError(f"{tokenizer}: holds no tokenizer")
+        return cls(loaded, config, ConversationEncoder(found, "mrm"))
 
     def rewards(self, layouts: Sequence[Layout]) -> list[list[float]]:
         """Rewards of every prefix of some conversations, in one forward pass.
@@ -97,12 +126,28 @@ class Annotator:
             PromptTooLongError: in the PRM's template a conversation exceeds its context.
             NumericalError: a reward is not a number.
         """
-        sequences = [prefix for layout in layouts for prefix in layout.prefixes()]
-        self.prm.check_length("conversation in the template", max(map(len, sequences), default=0))
-        scores = self.prm.score_tokens(sequences).float().cpu()
+        scores = self._scores(layouts) * self.config.scale
         if not scores.isfinite().all():
             raise NumericalError("the PRM gave a reward that is not a number")
         return [part.tolist() for part in scores.split([len(layout.ends) for layout in layouts])]
+
+    def _scores(self, layouts: Sequence[Layout]) -> Tensor:
+        if isinstance(self.prm, ProcessRewardModel):
+            sequences = [prefix for layout in layouts for prefix in layout.prefixes()]
+            self.prm.check_length("conversation in the template", max(map(len, sequences), default=0))
+            return self.prm.score_tokens(sequences).float().cpu()
+        return self.prm.score([pair for layout in layouts for pair in self._texts(layout)])
+
+    def _texts(self, layout: Layout) -> list[tuple[Turns, str]]:
+        """(what was said before, the response so far) of every prefix that gets a reward."""
+        tokenizer = self.lay_out.encoder.tokenizer
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        pairs, turns = [], layout.turns()
+        before = tuple(str(decode(turn)) for turn in turns)
+        for number in range(1, len(turns), 2):
+            said = Turns(before[:number])
+            pairs += [(said, str(decode(turns[number][:end]))) for end in range(1, len(turns[number]) + 1)]
+        return pairs
 
     def __call__(self, shard: Shard) -> Encoded:
         layouts = [self.lay_out(conversation) for conversation in shard.conversations]
@@ -120,13 +165,15 @@ def annotate(
     config: AnnotateConfig,
     workers: Workers | None = None,
     *,
+    tokenizer: str | None = None,
     source: str = "",
     progress: Callable[[int, int], None] = lambda conversations, rewards: None,
 ) -> dict[str, Any]:
     """Writes the rewards of a corpus to the folder `out`; what an interrupted run left there is taken up.
 
     Args:
-        prm: checkpoint of the guard.
+        prm: checkpoint of the guard, or another process reward as `load_reward` reads it.
+        tokenizer: checkpoint whose tokenizer the MRM has (its base), for a reward of text; a guard has its own.
         source: what the manifest names the corpus.
         progress: called with the number of conversations and rewards done since the last call; before the work starts
             with those that were there already, their rewards as 0.
@@ -136,9 +183,13 @@ def annotate(
     """
     workers = workers or Workers()
     config = replace(config, device=str(find_device(config.device)))
-    check_checkpoint("prm", prm)
+    check_reward("prm", prm)
+    if is_text_reward(prm):
+        Annotator.load(prm, config, tokenizer)  # what is wrong with it is said before the folder is made
+    else:
+        tokenizer = None
     check_output_folder("output", out)
-    manifest = _manifest(conversations, prm, config, workers, source)
+    manifest = _manifest(conversations, prm, tokenizer, config, workers, source)
     with locked(out):
         if (out / MANIFEST).exists():
             there = read_json(out / MANIFEST)
@@ -151,7 +202,7 @@ def annotate(
         shards = list(_shards(identity(manifest), conversations, config.shard_size))
         missing = [number for number in range(len(shards)) if not shard_file(out, number).exists()]
         progress(len(conversations) - sum(len(shards[number].conversations) for number in missing), 0)
-        done = workers.run(partial(Annotator.load, prm, config), [shards[number] for number in missing])
+        done = workers.run(partial(Annotator.load, prm, config, tokenizer), [shards[number] for number in missing])
         for item, encoded in done:
             write_atomically(shard_file(out, missing[item]), encoded.content)
             progress(encoded.conversations, encoded.rewards)
@@ -164,12 +215,24 @@ def _shards(identity: str, conversations: Sequence[Conversation], size: int) -> 
 
 
 def _manifest(
-    conversations: Sequence[Conversation], prm: str, config: AnnotateConfig, workers: Workers, source: str
+    conversations: Sequence[Conversation],
+    prm: str,
+    tokenizer: str | None,
+    config: AnnotateConfig,
+    workers: Workers,
+    source: str,
 ) -> dict[str, Any]:
+    settings = asdict(config) | {"threads": workers.threads}
+    if config.scale == 1:
+        del settings["scale"]  # as in manifests of before there were others
+    if tokenizer is not None:
+        settings["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    base = prm.removeprefix("guard:") if tokenizer is None else tokenizer
     return {
         "format": FORMAT,
         "corpus": {"source": source, "fingerprint": fingerprint(conversations), "conversations": len(conversations)},
-        "prm": {"source": str(prm), "fingerprint": checkpoint_fingerprint(prm)},
-        "settings": asdict(config) | {"threads": workers.threads},
+        "prm": {"source": str(prm), "fingerprint": reward_fingerprint(prm)},
+        "base": base,
+        "settings": settings,
         "shards": -(-len(conversations) // config.shard_size),
     }

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Literal, get_args
 
 from saffron.errors import ConfigError
+from saffron.models.chat import ConversationEncoder
 from saffron.models.guard import ProcessRewardModel
 from saffron.training.conversations import Conversation, Turn
 
@@ -40,26 +41,44 @@ class Layout:
         """What the PRM judges: every prefix in its template, one for each of `rewarded`."""
         return [self.trunk[:end] + self.after for end in self.ends]
 
+    def turns(self) -> list[list[int]]:
+        """What users and agents say, in turn, as far as it was not cut off."""
+        found: list[list[int]] = []
+        before = FORMAT
+        for token, role in zip(self.input_ids, self.roles, strict=True):
+            if role != FORMAT and before == FORMAT:
+                found += [[]] * (len(found) % 2 != role - USER)  # a turn without words
+                found.append([])
+            if role != FORMAT:
+                found[-1].append(token)
+            before = role
+        return found
+
 
 class LayOut:
     """Lays conversations out for a PRM and an MRM with its tokenizer.
 
     Args:
+        prm: a guard, or the encoder of the MRM's tokenizer where the reward judges text: then the trunk is the turns'
+            tokens and nothing else.
         max_tokens: conversations are cut to so many tokens, as the MRM reads them (the paper: 128).
         prefixes: which ones get a reward. "conversation": all that end in a word of a user or an agent, as the paper's
             loss sums over every prefix of a sequence. "response": those that end in an agent's word; a search asks
             the MRM for no others.
     """
 
-    def __init__(self, prm: ProcessRewardModel, max_tokens: int = 128, prefixes: Prefixes = "conversation") -> None:
+    def __init__(
+        self, prm: ProcessRewardModel | ConversationEncoder, max_tokens: int = 128, prefixes: Prefixes = "conversation"
+    ) -> None:
         if max_tokens < 2:
             raise ConfigError(f"max_tokens: got {max_tokens}, expected at least 2")
         if prefixes not in get_args(Prefixes):
             raise ConfigError(f"prefixes: got {prefixes!r}, expected one of {', '.join(get_args(Prefixes))}")
         self.prm, self.max_tokens = prm, max_tokens
+        self.encoder = prm if isinstance(prm, ConversationEncoder) else prm.encoder
         self.rewarded_roles = {AGENT} if prefixes == "response" else {USER, AGENT}
-        begin = prm.require_tokenizer().bos_token or ""
-        self._first, self._before_turn = prm.encode(begin + BEFORE_TURN[0]), [prm.encode(t) for t in BEFORE_TURN]
+        begin, encode = self.encoder.tokenizer.bos_token or "", self.encoder.template_text
+        self._first, self._before_turn = encode(begin + BEFORE_TURN[0]), [encode(text) for text in BEFORE_TURN]
         self._template = cache(self._encoded_template)
 
     def __call__(self, conversation: Conversation) -> Layout:
@@ -90,12 +109,20 @@ class LayOut:
             left -= len(self._before(number))
             if left <= 0:
                 break
-            ids = self.prm.encoder.text(turn) if isinstance(turn, str) else list(turn)
+            ids = self.encoder.text(turn) if isinstance(turn, str) else list(turn)
             if ids:
-                self.prm.check_tokens(f"turn {number}", ids)
+                self._check_tokens(f"turn {number}", ids)
             found.append(ids[:left])
             left -= len(ids)
         return found
 
+    def _check_tokens(self, name: str, ids: list[int]) -> None:
+        if isinstance(self.prm, ProcessRewardModel):
+            self.prm.check_tokens(name, ids)
+        elif max(ids) >= (size := len(self.encoder.tokenizer)):
+            raise ConfigError(f"{name}: got the id {max(ids)}, expected ids from 0 to {size - 1}")
+
     def _encoded_template(self, turns: int) -> list[list[int]]:
+        if isinstance(self.prm, ConversationEncoder):
+            return [[] for _ in range(turns + 1)]
         return [self.prm.encode(piece) for piece in self.prm.template(turns)]

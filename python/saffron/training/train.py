@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saffron.errors import ConfigError, MissingDependencyError
 from saffron.models.devices import find_device
+from saffron.models.provenance import write_origin
 from saffron.storage.folders import checkpoint_fingerprint, expect_same, locked, write_json
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import read_json
@@ -158,6 +159,7 @@ class Trainer:
             raise ConfigError(f"device: got {device!r}, expected cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs")
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
         self.base, self.config, self.out, self.run = base, config, out, run or out / "training"
+        self.manifest = data.manifest
         if config.batch % self.accelerator.num_processes:
             raise ConfigError(
                 f"batch: got {config.batch}, expected a multiple of the {self.accelerator.num_processes} processes"
@@ -289,6 +291,7 @@ class Trainer:
             if len(true):
                 plots.scatter(self.run / "scatter.png", predicted, true)
             save_mrm(self.mrm, self.unseen, self.base, self.out)
+            write_origin(self.out, self.base, self.manifest, trained.heldout and trained.heldout.to_json())
             summary = trained.to_json() | self._sizes() | {"mrm": checkpoint_fingerprint(self.out)}
             write_json(self.run / SUMMARY, summary)
         self.accelerator.wait_for_everyone()
