@@ -7,6 +7,7 @@ a launch. The others serve decoders that mix these ops with their own; gather_kv
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
@@ -19,7 +20,7 @@ from timing import DEVICE
 from torch import Tensor
 from workloads import search_plan
 
-from saffron_kernels import advance_tree, append_kv, backends, gather_kv, merge_attention, select_beam
+from saffron_kernels import advance_tree, append_kv, backends, gather_kv, merge_attention, ops, select_beam
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from cases import example  # noqa: E402 - one good call of every op
@@ -211,10 +212,9 @@ def test_advance_tree(race, prompt: int) -> None:
 
 
 MOST_OVER_BARE = 1.6
-NAMES = ["append_kv", "tree_attention", "merge_attention", "gather_kv", "select_beam", "advance_tree"]
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", ops.NAMES)
 def test_host_cost(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What an op costs the host, compared with the same function registered with PyTorch and nothing around it.
 
@@ -229,7 +229,15 @@ def test_host_cost(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     library.impl(op, chosen, "CompositeExplicitAutograd")
     library.impl(op, torch.library.fallthrough_kernel, "Autograd")
     bare = getattr(torch.ops.saffron_bare, op).default
-    calls = {"function": lambda: chosen(*values), "bare": lambda: bare(*values), "ours": lambda: handle(*values)}
+    public = getattr(ops, op)
+    named = {n for n, p in inspect.signature(public).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    unnamed = [value for name, value in arguments.items() if name not in named]
+    options = {name: value for name, value in arguments.items() if name in named and value is not None}
+    calls = {
+        "function": lambda: chosen(*values),
+        "bare": lambda: bare(*values),
+        "ours": lambda: public(*unnamed, **options),
+    }
     best = dict.fromkeys(calls, math.inf)
     with torch.inference_mode():
         for _ in range(30):
