@@ -1,5 +1,7 @@
 """The ops in C++ (`csrc/cpu`): fp32 and bf16 storage, fp32 arithmetic, PyTorch's number of threads.
 
+fp16 is converted to fp32 first, of caches and heads the rows that are used; what only moves it moves its bits.
+
 The native functions take a tensor as (address, dtype code, shape, strides); outputs are allocated here, and what the
 native loops assume of a layout is seen to here. They check the contents of tensors and raise ValueError.
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saffron_kernels._native import cpu as _native
-from saffron_kernels.backends.contents import checked_count
+from saffron_kernels.backends.contents import check_index, checked_count
 from saffron_kernels.backends.reference import apart, rotate
 
 _View = tuple[int, int, Sequence[int], Sequence[int]]
@@ -26,8 +28,14 @@ _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3, tor
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "it runs on the CPU only"
-    if dtype not in (torch.float32, torch.bfloat16, torch.int32):
-        return "it serves fp32 and bf16 only"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int32):
+        return "it serves fp32, bf16 and fp16 only"
+    return None
+
+
+def why_not_op(op: str, dtype: torch.dtype) -> str | None:
+    if op == "multifurcate" and dtype == torch.float16:
+        return "it would have to convert the whole head"
     return None
 
 
@@ -45,6 +53,7 @@ def append_kv(
     k, v = apart(k, k_cache, v_cache), apart(v, k_cache, v_cache)
     if cos is not None and sin is not None:
         k = rotate(k.float(), cos.float(), sin.float()).to(k.dtype)
+    k, v, k_cache, v_cache = map(_bits, (k, v, k_cache, v_cache))
     _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
 
 
@@ -65,6 +74,16 @@ def tree_attention(
     if count is not None:
         held = checked_count(count, slot.shape[0])
         slot, begin, end = slot[:held], begin[:held], end[:held]
+    if q.dtype == torch.float16:
+        seen = begin < end
+        slot, begin, end = slot[seen], begin[seen], end[seen]
+        check_index("slot", slot, k_cache.shape[0])
+        k_cache, v_cache = k_cache[slot].float(), v_cache[slot].float()
+        slot = torch.arange(slot.shape[0], dtype=torch.int32)
+        out, lse = tree_attention(
+            q.float(), k_cache, v_cache, slot, begin, end, scale, None, None, None, softcap, sinks
+        )
+        return out.half(), lse
     q, k_cache, v_cache = _rows(q), _rows(k_cache), _rows(v_cache)
     out = q.new_empty(*q.shape[:2], v_cache.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -77,6 +96,9 @@ def tree_attention(
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    if out_a.dtype == torch.float16:
+        out, lse = merge_attention(out_a.float(), lse_a, out_b.float(), lse_b)
+        return out.half(), lse
     out_a, out_b = _rows(out_a), _rows(out_b)
     out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
     lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
@@ -89,8 +111,8 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
     k = k_cache.new_empty(sequences, kv_heads, length, head_dim)
     v = v_cache.new_empty(sequences, kv_heads, length, v_cache.shape[2])
-    caches = _view(k_cache), _view(v_cache)
-    _native.gather_kv(*caches, _view(slots), _view(k), _view(v), torch.get_num_threads())
+    caches, gathered = map(_view, map(_bits, (k_cache, v_cache))), map(_view, map(_bits, (k, v)))
+    _native.gather_kv(*caches, _view(slots), *gathered, torch.get_num_threads())
     return k, v
 
 
@@ -99,7 +121,7 @@ def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tup
 
     So membership differs from the reference's for tokens alone before which the mass lies that near to `top_p`.
     """
-    logits, top_p = _rows(logits), _of_each_row(top_p, logits.shape[0])
+    logits, top_p = _rows(_computable(logits)), _of_each_row(top_p, logits.shape[0])
     found = _native.nucleus(_view(logits), _view(top_p), _optional(banned), torch.get_num_threads())
     tokens, probabilities, offsets = map(torch.from_numpy, found)
     return tokens, probabilities, offsets
@@ -114,6 +136,12 @@ def multifurcation_head(
     tokens: Tensor,
     offsets: Tensor,
 ) -> Tensor:
+    if weight.dtype == torch.float16:
+        check_index("tokens", tokens, weight.shape[0])
+        named, tokens = tokens.unique(return_inverse=True)
+        tokens, hidden, weight = tokens.int(), hidden.float(), weight[named].float()
+        bias = None if bias is None else bias[named].float()
+        unseen = None if unseen is None else unseen[named]
     hidden, weight = _rows(hidden), _rows(weight)
     rewards = torch.empty(tokens.shape, dtype=torch.float32)
     head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
@@ -131,7 +159,8 @@ def select_beam(
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     beam = _new_beam(num_groups * width)
-    candidates = _view(rewards), _view(tokens), _view(offsets)
+    comparable = _computable(rewards)  # held until the native function returns
+    candidates = _view(comparable), _view(tokens), _view(offsets)
     _native.select_beam(*candidates, _view(groups), num_groups, width, _optional(widths), *map(_view, beam))
     return beam[0], beam[1], beam[2].to(rewards.dtype)
 
@@ -211,6 +240,15 @@ def block_plan(
 
 def _view(tensor: Tensor) -> _View:
     return tensor.data_ptr(), _CODE[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """fp16 as bf16, for what moves numbers without a look at them."""
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.float16 else tensor
 
 
 def _optional(tensor: Tensor | None) -> _View | None:
