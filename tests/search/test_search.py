@@ -50,7 +50,7 @@ def test_equals_a_dense_search(seed: int, eos_score: str) -> None:
     policy, mrm = tiny.pair(seed)
     config = replace(CONFIG, eos_score=eos_score, width=1 + 2 * seed)  # type: ignore[arg-type]
     for request, result in zip(REQUESTS, SaffronSearch(policy, mrm, config).search(REQUESTS), strict=True):
-        tokens, score, _ = dense_search(policy, mrm, request, config)
+        tokens, score, *_ = dense_search(policy, mrm, request, config)
         tokens = list(tokens)
         assert result.token_ids == tokens
         assert result.score == pytest.approx(score, abs=1e-4)

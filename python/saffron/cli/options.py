@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from saffron.errors import ConfigError, SaffronError, shown
-from saffron.search.config import EosScore, Ranking, SearchConfig
+from saffron.search.config import PRESETS, EosScore, PathScore, PolicyScore, Ranking, SearchConfig
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import check_text
 
@@ -130,6 +130,17 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--unseen-reward", type=number, default=default.unseen_reward, metavar="REWARD",
         help="reward of tokens that the MRM was never trained on",
     )  # fmt: skip
+    add("--preset", choices=[*PRESETS], default="paper", help="settings that the options below replace")
+    add("--temperature", type=number, metavar="T", help="divides the policy's logits")
+    add("--min-p", type=number, metavar="P", help="least probability of a candidate, as a share of the largest")
+    add("--top-k", type=whole(-MOST), metavar="K", help="most candidates per beam; 0: all of the nucleus")
+    add("--reward-cap", type=number, metavar="REWARD", help="rewards above it count as this")
+    add("--reward-tolerance", type=number, metavar="STEP", help="rewards are rounded down to multiples of it; 0: not")
+    add("--policy-weight", type=number, metavar="W", help="times the log-probability, added to the reward")
+    add("--policy-score", choices=get_args(PolicyScore), help="whose log-probability: mean of the path, or the token's")
+    add("--path-score", choices=get_args(PathScore), help="reward of a response, from those of its tokens")
+    add("--discount", type=number, metavar="D", help="of the reward so far, with --path-score discounted")
+    add("--commit-every", type=whole(-MOST), metavar="STEPS", help="keep only the best beam after so many; 0: never")
     add("--no-lm-head-bias", dest="lm_head_bias", action="store_false", help="leave out the trained bias of the MRM")
 
 
@@ -153,7 +164,8 @@ def workers(options: argparse.Namespace) -> Workers:
 
 
 def search_config(options: argparse.Namespace) -> SearchConfig:
-    return SearchConfig(**{name: getattr(options, name) for name in SearchConfig.__dataclass_fields__})
+    given = {name: getattr(options, name) for name in SearchConfig.__dataclass_fields__}
+    return SearchConfig.preset(options.preset, **{name: value for name, value in given.items() if value is not None})
 
 
 def check_prompt(where: str, prompt: object, prefill: object) -> tuple[str, str]:

@@ -19,16 +19,17 @@ from saffron.search.readers import Reader, Row
 from saffron.search.static_forest import (
     EVERY,
     MAX_END_TOKENS,
+    MAX_TOP_K,
     Index,
     Part,
     StaticForest,
     intervals,
 )
-from saffron.search.step import Batch, StepRecord
+from saffron.search.step import Batch, Child, StepRecord
 from saffron_kernels import backends
 from saffron_kernels.checks import FP8
 
-_SHARED = ("eos_score", "unseen_reward", "lm_head_bias", "ranking")  # by all searches of a forest
+_SHARED = ("eos_score", "unseen_reward", "lm_head_bias", "ranking", "is_published")  # by all searches of a forest
 
 
 class CapturedStep(EagerStep):
@@ -60,6 +61,8 @@ class CapturedStep(EagerStep):
                                   f"{getattr(ours, name)!r}")  # fmt: skip
         if search.max_width > ours.width:
             raise ConfigError(f"width: got {search.max_width}; captured steps were made for {ours.width} at most")
+        if not config.is_published and not 0 < config.top_k <= ours.top_k:
+            raise ConfigError(f"top_k: got {config.top_k}; captured steps were made for 1 to {ours.top_k}")
         if len(search.eos_token_id) > MAX_END_TOKENS:
             raise ConfigError(
                 f"eos_token_id: got {len(search.eos_token_id)}; captured steps take {MAX_END_TOKENS} at most"
@@ -70,7 +73,7 @@ class CapturedStep(EagerStep):
     def serves(self, config: SearchConfig, groups: int) -> bool:
         """Whether the buffers are of the right size for a forest of such searches."""
         ours = self.config
-        same = (getattr(config, name) == getattr(ours, name) for name in (*_SHARED, "width"))
+        same = (getattr(config, name) == getattr(ours, name) for name in (*_SHARED, "width", "top_k"))
         return self.groups == groups and all(same)
 
     @property
@@ -92,7 +95,7 @@ class CapturedStep(EagerStep):
         assert self.forest is not None
         models = self.models.policy, self.models.mrm
         length = max(model.context or 0 for model in models)
-        widths = [search.step_width for search in self._searches]
+        widths = [search.width for search in self._searches]
         records = []
         for record in self.forest.run(steps, widths, length):
             records.append(self._record(record))
@@ -149,6 +152,7 @@ class CapturedStep(EagerStep):
     def _record(self, record: Tensor) -> StepRecord:
         assert self.forest is not None
         rows = self.forest.rows
+        record, values = record.split([7 * rows + self.groups, len(record) - 7 * rows - self.groups])
         group, parent, token, reward, counts, logit, hidden, unseen = record.split([*[rows] * 7, self.groups])
         live = int((group < self.groups).sum())
         failures: dict[Handle, SaffronError] = {}
@@ -157,10 +161,14 @@ class CapturedStep(EagerStep):
             for g, fine in zip(group[:live].tolist(), good, strict=True):
                 if not fine:
                     failures.setdefault(self._searches[g], not_finite(model))
-        chosen = list(zip(parent.tolist(), token.tolist(), reward.view(torch.float32).tolist(), strict=True))
+        parents, score = parent.tolist(), reward.view(torch.float32).tolist()
+        more = [score, score, [0.0] * rows]
+        if len(values):
+            more = values.view(3, -1).contiguous().view(torch.float64).tolist()
+        chosen = zip(parents, token.tolist(), *more, strict=True)
         return StepRecord(
-            children=[node for node in chosen if node[0] < rows],
-            kept=[p - rows for p, _, _ in chosen if rows <= p < 2 * rows],
+            children=[Child(*node) for node in chosen if node[0] < rows],
+            kept=[p - rows for p in parents if rows <= p < 2 * rows],
             nucleus_sizes=counts[:live].tolist(),
             all_unseen=dict(zip(self._searches, unseen.bool().tolist(), strict=False)),
             failures=failures,
@@ -190,6 +198,8 @@ def why_not_captured(models: ModelPair, config: SearchConfig) -> str | None:
         return f"one graph runs on one device, and the models are on {policy.device} and {mrm.device}"
     if config.ranking != "paper":
         return f'ranking="{config.ranking}" is decided on the host; expected "paper"'
+    if not config.is_published and not 0 < config.top_k <= MAX_TOP_K:
+        return f"places for candidates are fixed in a graph: top_k is {config.top_k}, expected 1 to {MAX_TOP_K}"
     if not models.same:
         return "policy and MRM have different tokenizers, so every response passes through text on the host"
     if not (policy.share_prefixes and mrm.share_prefixes):

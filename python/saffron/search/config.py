@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from saffron.errors import ConfigError, shown
 
 MOST = 2**31 - 1  # numbers are int32 in the ops
 Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
+PolicyScore = Literal["path", "token"]
+PathScore = Literal["last", "mean", "minimum", "discounted"]
 LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
 
 
@@ -40,6 +42,23 @@ class SearchConfig:
             said), or the "mrm"'s reward of the end token.
         unseen_reward: reward of tokens the MRM was never trained on.
         lm_head_bias: apply the trained bias of the MRM's unembedding (the published code drops it).
+        temperature: divides the policy's logits before the nucleus is taken, above 0. Log-probabilities below are
+            those of the policy at this temperature.
+        min_p: least probability of a candidate, as a share of that of the most probable token; 0: none.
+        top_k: most candidates per beam, the most probable ones; 0: all of the nucleus.
+        reward_cap: rewards above it count as this ("safe enough is safe"); None: no cap.
+        reward_tolerance: rewards are rounded down to multiples of it, so that smaller differences do not count; 0: all
+            count.
+        policy_weight: times the log-probability of the response (`policy_score`), added to the reward.
+        policy_score: of the "path": mean log-probability per token of the response; of the "token": its last one's.
+        path_score: the reward of a response, from those of its tokens, each capped: of the "last" token, their "mean"
+            or "minimum", or "discounted": `discount` times that of the parent plus `1 - discount` times the token's.
+        discount: of `path_score="discounted"`, at least 0 and below 1.
+        commit_every: after each so many steps only the best beam is kept, so that streams come early; 0: never.
+
+    With a cap, a tolerance, a weight, or a path score other than "last", the mean log-probability per token of the
+    response decides between equal scores; otherwise the order of the beam does, as published. What each is good for
+    stands in docs/fluent.md.
     """
 
     width: int = 16
@@ -50,20 +69,64 @@ class SearchConfig:
     eos_score: EosScore = "parent"
     unseen_reward: float = -1024.0
     lm_head_bias: bool = True
+    temperature: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    reward_cap: float | None = None
+    reward_tolerance: float = 0.0
+    policy_weight: float = 0.0
+    policy_score: PolicyScore = "path"
+    path_score: PathScore = "last"
+    discount: float = 0.5
+    commit_every: int = 0
 
     def __post_init__(self) -> None:
-        check_whole(self, width=1, max_new_tokens=1, min_new_tokens=0)
+        check_whole(self, width=1, max_new_tokens=1, min_new_tokens=0, top_k=0, commit_every=0)
         check_top_p(self.top_p)
-        for name, allowed in (("ranking", get_args(Ranking)), ("eos_score", get_args(EosScore))):
+        check_number(self, temperature=True, reward_tolerance=False, policy_weight=False)
+        for name, of in CHOICES.items():
+            allowed = get_args(of)
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        reward = self.unseen_reward
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
-            raise ConfigError(
-                f"unseen_reward: got {reward!r}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}"
-            )
+        check_reward("unseen_reward", self.unseen_reward)
+        if self.reward_cap is not None:
+            check_reward("reward_cap", self.reward_cap)
+        for name, most in (("min_p", "at most 1"), ("discount", "below 1")):
+            value = getattr(self, name)
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+            if not fits or (name == "discount" and value == 1):
+                raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0 and {most}")
         if not isinstance(self.lm_head_bias, bool):
             raise ConfigError(f"lm_head_bias: got {self.lm_head_bias!r}, expected True or False")
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> Self:
+        """The settings of a name in `PRESETS`; `options` replace some of them.
+
+        Raises:
+            ConfigError: no such name, or options that are not allowed.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **options})
+
+    @property
+    def asks_policy(self) -> bool:
+        """Whether the log-probability of the response decides between equal scores."""
+        shaped = self.reward_cap is not None or self.reward_tolerance > 0 or self.policy_weight > 0
+        return shaped or self.path_score != "last"
+
+    @property
+    def is_published(self) -> bool:
+        """Whether candidates and their order are those of the published algorithm, which one fused op selects by."""
+        return not self.asks_policy and (self.temperature, self.min_p, self.top_k) == (1, 0, 0)
+
+
+CHOICES = {"ranking": Ranking, "eos_score": EosScore, "policy_score": PolicyScore, "path_score": PathScore}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "fluent": {"reward_cap": 0.0, "top_k": 64, "min_p": 0.02},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +185,11 @@ def check_number(config: object, **positive: bool) -> None:
             raise ConfigError(
                 f"{name}: got {value!r}, expected a finite number {'above' if above else 'of at least'} 0"
             )
+
+
+def check_reward(name: str, reward: object) -> None:
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
+        raise ConfigError(f"{name}: got {reward!r}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}")
 
 
 def check_top_p(top_p: object) -> None:

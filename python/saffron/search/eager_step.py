@@ -12,7 +12,8 @@ from saffron.models.checks import not_finite
 from saffron.search.handle import Handle
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Reader, Row, TextReader
-from saffron.search.step import Batch, StepRecord
+from saffron.search.selection import Beams, Finished, Rules, propose, select
+from saffron.search.step import Batch, Child, StepRecord
 from saffron_kernels import multifurcate
 
 
@@ -134,34 +135,71 @@ class EagerStep:
         finished = [batch.finished[i] for i in competing]
         assert record.outputs is not None
         logits, hidden = (x if len(rows) == len(x) else x[rows] for x in record.outputs)
-        device, config = logits.device, searches[0].config
+        choose = self._published if searches[0].config.is_published else self._ordered
+        parents, *chosen, counts, all_unseen = choose(number, mine, finished, logits, hidden)
+        for parent, *child in zip(parents.tolist(), *(values.tolist() for values in chosen), strict=True):
+            if parent < len(rows):
+                record.children.append(Child(rows[parent], *child))
+            elif parent < len(rows) + len(competing):
+                record.kept.append(competing[parent - len(rows)])
+        for i, count in zip(rows, counts.tolist(), strict=True):
+            record.nucleus_sizes[i] = count
+        record.all_unseen.update(zip(searches, all_unseen.tolist(), strict=True))
+
+    def _published(
+        self, number: dict[Handle, int], rows: list[Row], finished: list[Row], logits: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, ...]:
+        """By the fused op: parents, then the values of each child, nucleus sizes, and which searches are all unseen."""
+        device, config = logits.device, next(iter(number)).config
         head, inherits = self.models.head(config.lm_head_bias), config.eos_score == "parent"
-        groups = [number[row.search] for row in mine]
-        widths = [search.step_width for search in searches]
-        top_p: set[float] = {search.config.top_p for search in searches}
-        banned = {search: search.eos_token_id if may_not_end(search) else frozenset[int]() for search in searches}
+        widths = [search.step_width for search in number]
+        top_p: set[float] = {search.config.top_p for search in number}
         parent, token, reward, counts, all_unseen = multifurcate(
             logits, hidden, head.weight, head.bias, head.unseen, config.unseen_reward,
-            _int32(groups, device), len(searches), max(widths),
+            _int32([number[row.search] for row in rows], device), len(number), max(widths),
             # A tensor where they differ: fp64, as numbers of Python are.
-            top_p.pop() if len(top_p) == 1 else torch.tensor(
-                [row.search.config.top_p for row in mine], dtype=torch.float64, device=device
-            ),
-            banned=self._tokens([banned[row.search] for row in mine], device) if any(banned.values()) else None,
-            scores=_float32([row.node.score for row in mine], device) if inherits else None,
-            end_tokens=self._tokens([row.search.eos_token_id for row in mine], device) if inherits else None,
+            top_p.pop() if len(top_p) == 1 else _float64([row.search.config.top_p for row in rows], device),
+            banned=self._banned(rows, device),
+            scores=_float32([row.node.score for row in rows], device) if inherits else None,
+            end_tokens=self._tokens([row.search.eos_token_id for row in rows], device) if inherits else None,
             carried_scores=_float32([row.node.score for row in finished], device),
             carried_groups=_int32([number[row.search] for row in finished], device),
             widths=_int32(widths, device) if len(set(widths)) > 1 else None,
         )  # fmt: skip
-        for p, t, r in zip(parent.tolist(), token.tolist(), reward.tolist(), strict=True):
-            if p < len(rows):
-                record.children.append((rows[p], t, r))
-            elif p < len(rows) + len(competing):
-                record.kept.append(competing[p - len(rows)])
-        for i, count in zip(rows, counts.tolist(), strict=True):
-            record.nucleus_sizes[i] = count
-        record.all_unseen.update(zip(searches, all_unseen.tolist(), strict=True))
+        return parent, token, reward, reward, torch.zeros_like(reward), counts, all_unseen
+
+    def _ordered(
+        self, number: dict[Handle, int], rows: list[Row], finished: list[Row], logits: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The same by `selection`."""
+        device, config = logits.device, next(iter(number)).config
+        head = self.models.head(config.lm_head_bias)
+        groups = _int32([number[row.search] for row in rows], device)
+        rules = Rules.of([search.config for search in number], device)
+        candidates = propose(logits, rules.at(groups.long()), self._banned(rows, device))
+        rewards = candidates.rewards(hidden, head, config.unseen_reward)
+        if bool(rewards.isnan().any()):
+            raise ValueError("rewards: NaN; rewards must be numbers")
+        ends = None
+        if config.eos_score == "parent":
+            ends = self._tokens([row.search.eos_token_id for row in rows], device)
+            ends = ends.expand(len(rows), -1)
+        nodes, ended = [row.node for row in rows], [row.node.rank for row in finished]
+        widths = [search.step_width for search in number]
+        selection = select(
+            candidates, rewards,
+            Beams(groups, _int32([n.depth for n in nodes], device), _float64([n.reward for n in nodes], device),
+                  _float64([n.log_probability for n in nodes], device)),
+            Finished(_int32([number[row.search] for row in finished], device),
+                     _float64([rank[0] for rank in ended], device), _float64([rank[1] for rank in ended], device)),
+            rules, _int32(widths, device), max(widths), unseen=head.unseen, end_tokens=ends,
+        )  # fmt: skip
+        return *selection[:5], candidates.counts, selection.all_unseen
+
+    def _banned(self, rows: list[Row], device: torch.device) -> Tensor | None:
+        """End tokens of rows whose response may not end yet."""
+        banned = [row.search.eos_token_id if may_not_end(row.search) else frozenset[int]() for row in rows]
+        return self._tokens(banned, device) if any(banned) else None
 
     def _tokens(self, rows: list[frozenset[int]], device: torch.device) -> Tensor:
         """Token ids: one list for all rows where they agree, else one for each, padded with -1."""
@@ -187,7 +225,8 @@ def may_not_end(search: Handle) -> bool:
 
 def _settings(search: Handle) -> tuple[object, ...]:
     """What `multifurcate` takes one value of."""
-    return search.config.unseen_reward, search.config.lm_head_bias, search.config.eos_score
+    config = search.config
+    return config.unseen_reward, config.lm_head_bias, config.eos_score, config.is_published
 
 
 def _not_finite(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> dict[Handle, SaffronError]:
@@ -204,6 +243,10 @@ def _not_finite(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> dict[Han
 
 def _int32(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _float64(values: list[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _float32(values: list[float], device: torch.device) -> Tensor:

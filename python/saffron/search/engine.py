@@ -21,7 +21,7 @@ from saffron.search.method import Decoder
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
 from saffron.search.statistics import charge, count_step
-from saffron.search.step import Batch, Step, StepRecord
+from saffron.search.step import Batch, Child, Step, StepRecord
 from saffron.search.trace import trace_step
 
 
@@ -318,7 +318,7 @@ class Engine:
     def _run(self) -> bool:
         started = time.perf_counter()
         for search in self._searches:
-            search.step_width = search.width
+            search.step_width = search.next_width
         for search, error in self._step.prefill(self.prefill_tokens).items():
             self._leave([search], error)
         if self._stale and not any(row.search in self._searches for row in self._batch.rows):
@@ -352,9 +352,9 @@ class Engine:
         mine: dict[Handle, list[int]] = {}
         for i, row in enumerate(rows):
             mine.setdefault(row.search, []).append(i)
-        children: dict[Handle, list[tuple[int, int, float]]] = {search: [] for search in mine}
+        children: dict[Handle, list[Child]] = {search: [] for search in mine}
         for child in record.children:
-            children[rows[child[0]].search].append(child)
+            children[rows[child.row].search].append(child)
         kept = [finished[i] for i in record.kept]
         charge(self.models, rows)
         new, ended = list[Row](), list[Row]()
@@ -363,7 +363,7 @@ class Engine:
                 continue  # nothing was chosen for it
             tree, ends = search.tree, search.eos_token_id
             expanded = [rows[i].node for i in indices]
-            nodes = [tree.child(rows[i].node, token, score, token in ends) for i, token, score in children[search]]
+            nodes = [tree.child(rows[c.row].node, *c[1:], c.token in ends) for c in children[search]]
             if search.config.ranking == "paper":
                 stay = [node for other, node in kept if other is search]
             else:

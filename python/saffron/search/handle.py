@@ -163,6 +163,12 @@ class Handle(Pending):
         self._width = width
 
     @property
+    def next_width(self) -> int:
+        """Of the next step: 1 where it commits to the best beam (`SearchConfig.commit_every`)."""
+        every = self.config.commit_every
+        return 1 if every and (len(self.tree.steps) + 1) % every == 0 else self.width
+
+    @property
     def answer(self) -> Node:
         """The response that would be the answer if the search ended now."""
         return self.tree.answer if self.config.ranking == "paper" else self.tree.beam[0]

@@ -91,26 +91,30 @@ def parse_config(spec: str, **defaults: Any) -> tuple[Kind, Any]:
     if kind is None:
         raise ConfigError(f"method: got {name.strip()!r}, expected one of {', '.join(METHODS)}")
     types = get_type_hints(kind.config)
+    presets = {"preset": str} if kind.config is SearchConfig else {}
     options = {option: value for option, value in defaults.items() if option in types}
     given: set[str] = set()
     for part in filter(None, (part.strip() for part in rest.split(","))):
         option, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or option not in types:
-            raise ConfigError(f"{name.strip()}: got {part!r}, expected option=value with one of {', '.join(types)}")
+        if not equals or option not in {**types, **presets}:
+            allowed = ", ".join([*types, *presets])
+            raise ConfigError(f"{name.strip()}: got {part!r}, expected option=value with one of {allowed}")
         if option in given:
             raise ConfigError(f"{name.strip()}: got {option} twice")
         given.add(option)
-        options[option] = _value(option, text, types[option])
-    return kind, kind.config(**options)
+        options[option] = _value(text, types.get(option))
+    return kind, SearchConfig.preset(options.pop("preset", "paper"), **options) if presets else kind.config(**options)
 
 
-def _value(option: str, text: str, wanted: Any) -> Any:
+def _value(text: str, wanted: Any) -> Any:
     """An option's value; what is no such number stays text, which the configuration refuses by name."""
     if wanted is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if wanted in (int, float):
+    if wanted == float | None and text.lower() == "none":
+        return None
+    if wanted in (int, float, float | None):
         try:
-            return wanted(text)
+            return int(text) if wanted is int else float(text)
         except ValueError:
             return text
     return text

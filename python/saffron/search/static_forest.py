@@ -25,12 +25,16 @@ from saffron.search.config import SearchConfig
 from saffron.search.handle import Handle
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
+from saffron.search.selection import Beams, Finished, Rules, Selection, propose_fixed, select
+from saffron.search.tree import Node
 from saffron_kernels import KVTrie, TreeStep, advance_tree, multifurcate
 from saffron_kernels.checks import FP8
 
 _FINISHED, _ENDED, _EMPTY = 1, 2, 3  # kinds of chosen nodes; 0: a live child
 EVERY = 8  # steps between looks
 MAX_END_TOKENS = 8  # ids that end a response, of one search
+MAX_TOP_K = 1024  # candidates per beam, where they are not selected by `multifurcate`
+_NEVER = 1 << 30  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +124,8 @@ class StaticForest:
 
     Args:
         models: policy and MRM.
-        config: what is the same for all searches: `eos_score`, `unseen_reward`, `lm_head_bias`; and the largest width.
+        config: what is the same for all searches: `eos_score`, `unseen_reward`, `lm_head_bias`, `is_published`; and the
+            largest `width` and `top_k`.
         groups: places for searches.
         tokens: places for cached tokens of policy and MRM.
         capture: makes a replay of a step; None: every step is run as it is.
@@ -157,11 +162,19 @@ class StaticForest:
         # Per search: response tokens of its rows, least and most of them; nucleus mass, width, end tokens (-1 pads).
         self._depth, self._least, self._most = zeros(3, groups + 1, dtype=torch.int64)
         self._top_p, self._widths = zeros(groups + 1, dtype=torch.float64), zeros(groups)
+        self._commit = torch.full((groups,), _NEVER, dtype=torch.int64, device=device)  # steps between commitments
         self._ends = zeros(groups + 1, MAX_END_TOKENS)
         # Group, parent, token, reward (its bits), nucleus size, largest logit and largest |hidden| (their bits) of each
         # row; for each search whether the MRM knew no candidate.
         self._step = zeros(1, dtype=torch.int64)
         self._records = zeros(EVERY, 7 * rows + groups)
+        # Where the order is not the published one: score, reward, log-probability (these follow in the records) and its
+        # mean per token of each node; parameters of each search.
+        self._values: Tensor | None = None
+        if not config.is_published:
+            self._values = zeros(4, 2 * rows + 1, dtype=torch.float64)
+            self._rules = zeros(len(Rules._fields), groups + 1, dtype=torch.float64)
+            self._records = zeros(EVERY, 13 * rows + groups)
 
     def lay_out(
         self, rows: list[Row], finished: list[Row], searches: list[Handle], parts: Sequence[list[Part]]
@@ -191,8 +204,12 @@ class StaticForest:
         self._groups[at] = torch.tensor([number[search] for search, _ in finished], dtype=torch.int32)
         self._scores[at] = torch.tensor([node.score for _, node in finished])
         self._ends.fill_(-1)
+        self._commit.fill_(_NEVER)
+        if self._values is not None:
+            self._lay_out_values([node for _, node in rows], [node for _, node in finished], searches)
         for i, search in enumerate(searches):
             config = search.config
+            self._commit[i] = config.commit_every or _NEVER
             self._depth[i] = len(search.tree.steps)
             self._least[i], self._most[i], self._top_p[i] = config.min_new_tokens, config.max_new_tokens, config.top_p
             self._ends[i, : len(search.eos_token_id)] = torch.tensor(sorted(search.eos_token_id), dtype=torch.int32)
@@ -202,6 +219,16 @@ class StaticForest:
         for i, (search, node) in enumerate(rows):
             if node.parent is None:
                 self._tokens[1, i] = search.request.reward[-1]
+
+    def _lay_out_values(self, rows: list[Node], finished: list[Node], searches: list[Handle]) -> None:
+        assert self._values is not None
+        self._values.zero_()
+        for at, nodes in ((0, rows), (self.rows, finished)):
+            values = [(*node.rank, node.reward, node.log_probability) for node in nodes]
+            columns = torch.tensor(values, dtype=torch.float64).reshape(-1, 4).T[[0, 2, 3, 1]]
+            self._values[:, at : at + len(nodes)] = columns
+        self._rules[:] = torch.stack(Rules.of([self.config]))
+        self._rules[:, : len(searches)] = torch.stack(Rules.of([search.config for search in searches]))
 
     def run(self, steps: int, widths: list[int], length: int) -> Tensor:
         """Runs some steps and returns what they recorded, on the host: the one synchronisation.
@@ -232,22 +259,25 @@ class StaticForest:
         return self._records[:steps].cpu()
 
     def _choose(self, logits: Tensor, hidden: Tensor) -> None:
-        """`multifurcate`, and from its answer the next rows, finished nodes and plans."""
-        config, rows, inherits = self.config, self.rows, self.config.eos_score == "parent"
-        groups = self._groups[:rows]
+        """Selects, and makes the next rows, finished nodes and plans of what was chosen."""
+        rows, groups = self.rows, self._groups[: self.rows]
         ends = self._ends.index_select(0, groups)
         early = (self._depth < self._least).index_select(0, groups)
-        parent, token, reward, counts, all_unseen = multifurcate(
-            logits, hidden, self.head.weight, self.head.bias, self.head.unseen, config.unseen_reward,
-            groups, self.groups, config.width, self._top_p.index_select(0, groups),
-            banned=torch.where(early[:, None], ends, -1),
-            scores=self._scores[:rows] if inherits else None,
-            end_tokens=ends if inherits else None,
-            carried_scores=self._scores[rows:-1], carried_groups=self._groups[rows:-1], widths=self._widths,
-        )  # fmt: skip
+        banned = torch.where(early[:, None], ends, -1)
+        widths = torch.where((self._depth[:-1] + 1) % self._commit == 0, 1, self._widths)
         # The norm of NaN is NaN, as is the maximum: the host sees in them whether an output was finite.
-        finite = logits.amax(1), torch.linalg.vector_norm(hidden, torch.inf, 1)
-        record = [groups, parent, token, _bits(reward), counts, *map(_bits, finite), all_unseen.int()]
+        largest, norm = logits.amax(1), torch.linalg.vector_norm(hidden, torch.inf, 1)
+        values = None
+        if self._values is None:
+            parent, token, reward, counts, all_unseen = self._published(logits, hidden, ends, banned, widths)
+        else:
+            selection, counts, bad = self._ordered(logits, hidden, ends, banned, widths)
+            parent, token, reward, all_unseen = selection.parent, selection.token, selection.score, selection.all_unseen
+            values = torch.stack(selection[2:6])
+            norm = norm.masked_fill(bad, torch.nan)
+        record = [groups, parent, token, _bits(reward), counts, _bits(largest), _bits(norm), all_unseen.int()]
+        if values is not None:
+            record.append(values[:3].view(torch.int32).flatten())
         self._records.index_copy_(0, self._step, torch.cat(record)[None])
 
         group = self._groups.index_select(0, parent)
@@ -261,8 +291,45 @@ class StaticForest:
         place = torch.where(is_row, self._place, self._place + is_row.sum().neg() + rows)
         self._nodes.copy_(self._nothing)
         self._nodes.scatter_(1, place.long().expand(4, -1), chosen[:, order])
+        if self._values is not None and values is not None:
+            self._values.zero_()
+            self._values.scatter_(1, place.long().expand(4, -1), values[:, order])
         self._step.add_(1)
         self._advance()
+
+    def _published(
+        self, logits: Tensor, hidden: Tensor, ends: Tensor, banned: Tensor, widths: Tensor
+    ) -> tuple[Tensor, ...]:
+        config, rows, inherits = self.config, self.rows, self.config.eos_score == "parent"
+        groups = self._groups[:rows]
+        return multifurcate(
+            logits, hidden, self.head.weight, self.head.bias, self.head.unseen, config.unseen_reward,
+            groups, self.groups, config.width, self._top_p.index_select(0, groups), banned=banned,
+            scores=self._scores[:rows] if inherits else None,
+            end_tokens=ends if inherits else None,
+            carried_scores=self._scores[rows:-1], carried_groups=self._groups[rows:-1], widths=widths,
+        )  # fmt: skip
+
+    def _ordered(
+        self, logits: Tensor, hidden: Tensor, ends: Tensor, banned: Tensor, widths: Tensor
+    ) -> tuple[Selection, Tensor, Tensor]:
+        """The selection, the nucleus sizes, and which rows have rewards that are NaN."""
+        assert self._values is not None
+        config, rows, values = self.config, self.rows, self._values
+        groups = self._groups[:rows]
+        rules = Rules(*self._rules)
+        candidates = propose_fixed(logits, rules.at(groups.long()), banned, config.top_k)
+        rewards = candidates.rewards(hidden, self.head, config.unseen_reward)
+        assert candidates.used is not None
+        bad = (rewards.isnan() & candidates.used).view(rows, -1).any(1)
+        selection = select(
+            candidates, rewards.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf),
+            Beams(groups, self._depth.index_select(0, groups), values[1, :rows], values[2, :rows]),
+            Finished(self._groups[rows:-1], values[0, rows:-1], values[3, rows:-1]),
+            Rules(*self._rules[:, :-1]), widths, config.width,
+            unseen=self.head.unseen, end_tokens=ends if config.eos_score == "parent" else None,
+        )  # fmt: skip
+        return selection, torch.where(groups < self.groups, candidates.counts, 0), bad
 
     def _advance(self) -> None:
         """The plans of the new rows; those that are used write their K and V at the end of it."""

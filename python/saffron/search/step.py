@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,12 +26,27 @@ class Batch:
     finished: list[Row] = field(default_factory=list)
 
 
+class Child(NamedTuple):
+    """A chosen child.
+
+    Attributes:
+        row: of the batch, its parent's.
+        token, score, reward, log_probability: as `Node` has them.
+    """
+
+    row: int
+    token: int
+    score: float
+    reward: float
+    log_probability: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one step chose.
 
     Attributes:
-        children: row of the batch, token and score of each chosen child, by row; siblings by score.
+        children: the chosen, by row; siblings in the order of choice.
         kept: which of the batch's finished nodes stay in their beam. Nodes that did not compete are not among them.
         nucleus_sizes: of each row.
         all_unseen: for each search, whether the MRM knew no candidate.
@@ -39,7 +54,7 @@ class StepRecord:
         outputs: logits and hidden states of the rows, where the step has them on the host's side.
     """
 
-    children: list[tuple[int, int, float]]
+    children: list[Child]
     kept: list[int]
     nucleus_sizes: list[int]
     all_unseen: dict[Handle, bool]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saffron.search.handle import Handle
 from saffron.search.model_pair import ModelPair
+from saffron.search.selection import Rules, propose
 from saffron.search.tree import Node
-from saffron_kernels import multifurcation_head, nucleus
 
 
 def trace_step(
@@ -27,13 +27,11 @@ def trace_step(
     banned = None
     if expanded[0].depth < config.min_new_tokens:
         banned = torch.tensor(sorted(search.eos_token_id), dtype=torch.int32, device=logits.device)
-    tokens, probabilities, offsets = nucleus(logits, config.top_p, banned)
-    rewards = multifurcation_head(
-        hidden, head.weight, head.bias, head.unseen, config.unseen_reward, tokens, offsets
-    ).tolist()
-    unseen = [False] * len(rewards) if head.unseen is None else head.unseen[tokens].tolist()
+    proposed = propose(logits, Rules.of([config] * len(expanded), logits.device), banned)
+    rewards = proposed.rewards(hidden, head, config.unseen_reward).tolist()
+    unseen = [False] * len(rewards) if head.unseen is None else head.unseen[proposed.tokens].tolist()
     child = {(n.parent.id, n.token): n.id for n in search.tree.beam if n.parent is not None}
-    ids, bounds, probability = tokens.tolist(), offsets.tolist(), probabilities.tolist()
+    ids, bounds, probability = (x.tolist() for x in (proposed.tokens, proposed.offsets, proposed.probabilities))
     candidates = [
         [
             {

@@ -16,10 +16,12 @@ class Node:
     Attributes:
         parent: None for the empty response.
         token: its last token, -1 for the empty response.
-        score: what it competes with: its last token's reward, or what it inherited.
+        score: what it competes with: its last token's reward, or what it inherited; see `SearchConfig` for others.
         finished: the token ended the response.
         depth: number of tokens.
         id: numbers the nodes of one tree in the order of their creation.
+        reward: of the response (`SearchConfig.path_score`), capped.
+        log_probability: of the response under the policy; 0 where the configuration does not ask for it.
         children: number of children in the cache.
         row: which row of the models' batch it is, while it is one.
     """
@@ -30,8 +32,15 @@ class Node:
     finished: bool
     depth: int
     id: int
+    reward: float = 0.0
+    log_probability: float = 0.0
     children: int = 0
     row: int = -1
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Greater is better: the score, and between equal scores the mean log-probability per token."""
+        return self.score, self.log_probability / max(self.depth, 1)
 
     def tokens(self) -> list[int]:
         """The response, first token first."""
@@ -62,8 +71,10 @@ class Tree:
     steps: list[StepStatistics] = field(default_factory=list)
     trace: list[dict[str, Any]] | None = None
 
-    def child(self, parent: Node, token: int, score: float, finished: bool) -> Node:
-        node = Node(parent, token, score, finished, parent.depth + 1, self.next_id)
+    def child(
+        self, parent: Node, token: int, score: float, reward: float, log_probability: float, finished: bool
+    ) -> Node:
+        node = Node(parent, token, score, finished, parent.depth + 1, self.next_id, reward, log_probability)
         self.next_id += 1
         return node
 
@@ -75,10 +86,10 @@ class Tree:
         """
         old = self.live
         if ranking == "paper":
-            self.beam = sorted([*kept, *children], key=lambda n: -n.score)
+            self.beam = sorted([*kept, *children], key=lambda n: n.rank, reverse=True)
         else:  # As published: an unfinished node carries no score, and the order of the step stands between equals.
-            best = sorted(children, key=lambda n: -n.score)
-            finished = sorted([n for n in [*kept, *best] if n.finished], key=lambda n: -n.score)
+            best = sorted(children, key=lambda n: n.rank, reverse=True)
+            finished = sorted([n for n in [*kept, *best] if n.finished], key=lambda n: n.rank, reverse=True)
             self.beam = [*finished, *(n for n in best if not n.finished)][:width]
         in_beam = set(self.beam)
         live = [node for node in children if node in in_beam and not node.finished]
@@ -103,8 +114,8 @@ class Tree:
 
     @property
     def answer(self) -> Node:
-        """The node of the highest score; of equals a finished one, then the first."""
-        return max(self.beam, key=lambda node: (node.score, node.finished))
+        """The node of the highest rank; of equals a finished one, then the first."""
+        return max(self.beam, key=lambda node: (node.rank, node.finished))
 
 
 def common_prefix(nodes: list[Node]) -> Node:
