@@ -249,9 +249,10 @@ def test_presets() -> None:
     fluent = SearchConfig.preset("fluent", width=3)
     assert fluent.asks_policy and fluent.width == 3
     assert parse_config("saffron:preset=fluent,width=3")[1] == fluent
-    assert parse_config("saffron:preset=fluent,width=3,reward_cap=none,path_score=mean")[1] == replace(
-        fluent, reward_cap=None, path_score="mean"
+    assert parse_config("saffron:preset=fluent,width=3,reward_cap=-2.5,path_score=mean")[1] == replace(
+        fluent, reward_cap=-2.5, path_score="mean"
     )
+    assert parse_config("saffron:reward_cap=none")[1] == SearchConfig()
     with pytest.raises(ConfigError, match="^preset: got 'free'"):
         parse_config("saffron:preset=free")
     with pytest.raises(ConfigError, match="preset"):
