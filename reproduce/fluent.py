@@ -45,8 +45,8 @@ from saffron.search.step import Batch, StepRecord
 
 TOP_P, TOKENS = 0.95, 32  # the wider nucleus of docs/results.md
 RULES = (
-    "", "preset=fluent", "policy_weight=1", "policy_weight=4", "reward_tolerance=2", "reward_cap=2", "reward_cap=6",
-    "reward_cap=2,path_score=mean", "reward_cap=2,path_score=minimum",
+    "", "policy_weight=1,top_k=64,min_p=0.02", "policy_weight=1", "policy_weight=4", "reward_tolerance=2",
+    "reward_cap=2", "reward_cap=6", "reward_cap=2,path_score=mean", "reward_cap=2,path_score=minimum",
 )  # fmt: skip
 NOISE, DIMENSIONS = 2.0, 64  # standard deviation of the noise, and how many numbers it is made of
 
@@ -95,11 +95,13 @@ class NoisyStep(EagerStep):
 def cells(quick: bool) -> Iterator[Cell]:
     """Most telling first: the rules with noise, then without; then what commitment costs."""
     if quick:
-        yield from (Cell(NOISE, 2, rule) for rule in ("", "preset=fluent", "commit_every=4"))
+        yield from (Cell(NOISE, 2, rule) for rule in ("", "reward_cap=6", "commit_every=4"))
         return
     for width in (16, 4):
         yield from (Cell(NOISE, width, rule) for rule in RULES)
-    yield from (Cell(0.0, 16, rule) for rule in ("", "preset=fluent", "reward_cap=2", "reward_cap=6"))
+    yield from (
+        Cell(0.0, 16, rule) for rule in ("", "policy_weight=1,top_k=64,min_p=0.02", "reward_cap=2", "reward_cap=6")
+    )
     yield from (Cell(0.0, 16, f"commit_every={every}") for every in (16, 8, 4))
 
 

@@ -125,7 +125,7 @@ class SearchConfig:
 CHOICES = {"ranking": Ranking, "eos_score": EosScore, "policy_score": PolicyScore, "path_score": PathScore}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "fluent": {"policy_weight": 1.0, "top_k": 64, "min_p": 0.02},
+    "fluent": {"reward_cap": 6.0, "top_k": 64, "min_p": 0.02},  # a reward in log-odds: 0.998 safe,
 }
 
 
