@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Traffic:
 
     Attributes:
         attacked, prefill: share of attacked requests, and the attack, in the first and in the second half.
-        log: the part of the log that it starts from.
+        log: the part of the log that it starts from. scale: of the bounds.
     """
 
     name: str
@@ -52,6 +52,11 @@ class Traffic:
     attacked: tuple[float, float]
     prefill: tuple[int, int] = (STRONG, STRONG)
     log: int = STRONG
+    scale: float = SETTINGS.confidence.scale
+
+    @property
+    def settings(self) -> WidthSettings:
+        return replace(SETTINGS, confidence=Confidence(scale=self.scale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ FULL = Scale(
         Traffic("1:1", 800, (0.5, 0.5)),
         Traffic("stronger attack", 400, (0.5, 0.5), (WEAK, STRONG), WEAK),
         Traffic("attacks x5", 300, (0.1, 0.5)),
+        Traffic("1:1, scale 0.0005", 300, (0.5, 0.5), scale=0.0005),
     ),
 )  # fmt: skip
 QUICK = Scale(
@@ -145,7 +151,7 @@ class Study:
         nobody is served), and the bin begins again from it.
         """
         state = self.folder / f"{re.sub('[^0-9a-z]+', '-', traffic.name)}.npz"
-        adaptive = AdaptiveWidth.load(state) if state.exists() else AdaptiveWidth(SETTINGS)
+        adaptive = AdaptiveWidth.load(state) if state.exists() else AdaptiveWidth(traffic.settings)
         if not state.exists():
             adaptive.warm_start(self.logged(traffic.log))
         self.search.adaptive = adaptive
