@@ -219,8 +219,8 @@ def _loss(
     usual = 1 - np.mean([r["safe"] for r in logs if r["part"] == part])
     unsafe = sum(not r["safe"] for r in late)
     return (
-        f"The alarm came within {len(stages[1][1])} requests of the shift, {len(late)} of them attacked (a chunk of 50\n"
-        f"is always under way). Until then {unsafe} answers were unsafe; the widest search would have let\n"
+        f"The alarm came within {len(stages[1][1])} requests of the shift, {len(late)} of them attacked (a chunk of\n"
+        f"50 is always under way). Until then {unsafe} answers were unsafe; the widest search would have let\n"
         f"{usual * len(late):.1f} through. The alarm cannot prevent this: it needs failures to see."
     )
 
