@@ -151,7 +151,7 @@ are safe that the floor, if it held, would allow it with a chance below {CHANCE:
 
 
 def _saved(flops: np.ndarray, other: np.ndarray) -> Interval:
-    """1 - mean / mean of the other, with the interval of both samples drawn anew."""
+    """1 - mean / mean of the other, with the interval of both samples drawn again."""
     rng = np.random.default_rng(0)
     means = [x[rng.integers(len(x), size=(1000, len(x)))].mean(1) for x in (flops, other)]
     low, high = np.quantile(1 - means[0] / means[1], (0.025, 0.975))
