@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,7 +177,8 @@ class ConversationEncoder:
             self._check_shown(text, messages, chat_template, options)
             return self.template_text(text)
         plain = self._encoder(chat_template)
-        marks = _unused(f"{messages}{options}", 1 + len(plain.names))
+        said = "".join(message["content"] for message in messages)  # as it is: `repr` would escape what we look for
+        marks = _unused(said + json.dumps(options, ensure_ascii=False, default=str), 1 + len(plain.names))
         marked = [{**message, "content": plain.marked(message["content"], marks)} for message in messages]
         text = self.render(marked, chat_template, **options)
         self._check_shown(re.sub(f"[{''.join(marks)}]", "", text), messages, chat_template, options)

@@ -184,9 +184,7 @@ class TrieModel:
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("kv", "dependents", "_weights")}
         kv = self.kv
-        state["cache_options"] = {
-            "capacity": kv.capacity, "grow": kv.grow, "k_scale": kv.k_scale, "v_scale": kv.v_scale,
-        }  # fmt: skip
+        state["cache_options"] = {name: getattr(kv, name) for name in ("capacity", "grow", "k_scale", "v_scale")}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
