@@ -14,6 +14,7 @@ import torch
 from saffron.errors import ConfigError, EngineClosedError, EngineError, QueueFullError
 from saffron.models.checks import expect, expect_limits
 from saffron.models.policy import end_tokens
+from saffron.models.trie_model import TrieModel
 from saffron.search.admission import Admission, give_up
 from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import EagerStep
