@@ -133,8 +133,7 @@ class Engine:
             ConfigError, PromptTooLongError: a request that cannot be run, or caches that do not grow (other methods do
             not say what they need at most). QueueFullError, EngineClosedError.
         """
-        models = (method.policy, *([method.scorer.model] if method.scorer else []))
-        for model in models:
+        for model in (method.policy, *([method.scorer.model] if method.scorer else [])):
             if isinstance(model, TrieModel) and not model.kv.grow:
                 raise ConfigError(f"method: got {type(method).__name__}, which needs caches that grow")
         method.check([request])
