@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn  # the narrowest dtype that K and V are stored in
@@ -19,6 +21,35 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
 def expect(condition: bool, name: str, given: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name}: got {given}, expected {allowed}")
+
+
+def whole(name: str, number: object, least: int | None = None) -> None:
+    """Refuses what is no whole number (`TypeError`; a bool is none), or one below `least` (`ValueError`)."""
+    if not isinstance(number, int | np.integer) or isinstance(number, bool):
+        raise TypeError(f"{name}: got {number!r}, expected a whole number")
+    expect(least is None or bool(number >= least), name, number, f"at least {least}")
+
+
+def token_ids(name: str, tokens: object) -> NDArray[np.int64]:
+    """A list or 1-D array of token ids as an array; nothing is rounded, parsed or cut.
+
+    Raises:
+        TypeError: something else than whole numbers. ValueError: none, several dimensions, or ids beyond int32.
+    """
+    if not isinstance(tokens, Sequence | np.ndarray | Tensor) or isinstance(tokens, str | bytes):
+        raise TypeError(f"{name}: got a {type(tokens).__name__}, expected a list or an array of token ids")
+    expect(len(tokens) > 0, name, "no tokens", "at least one")
+    if not isinstance(tokens, np.ndarray | Tensor):
+        for kind in set(map(type, tokens)):
+            if not issubclass(kind, int | np.integer) or kind is bool:
+                raise TypeError(f"{name}: got a {kind.__name__} among the tokens, expected whole numbers")
+    array = np.asarray(tokens)
+    if array.dtype.kind not in "iuO":  # objects: numbers of more than 64 bits
+        raise TypeError(f"{name}: got an array of {array.dtype}, expected whole numbers")
+    expect(array.ndim == 1, name, f"{array.ndim} dimensions", "1")
+    low, high = int(array.min()), int(array.max())
+    expect(low >= 0 and high < 1 << 31, name, f"tokens from {low} to {high}", "0 to 2**31 - 1")
+    return array.astype(np.int64)
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -132,7 +132,8 @@ class KVTrie:
             discards them.
 
     Raises:
-        ValueError, TypeError: a size below 1, a dtype that K and V are not stored in, or scales that do not fit.
+        ValueError, TypeError: a size that is no whole number of at least 1, a dtype that K and V are not stored in, or
+        scales that do not fit.
     """
 
     def __init__(
@@ -152,7 +153,8 @@ class KVTrie:
         v_dim = head_dim if v_dim is None else v_dim
         sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "v_dim": v_dim, "capacity": capacity}
         for name, size in sizes.items():
-            checks.expect(size >= 1, name, size, "at least 1")
+            checks.whole(name, size, 1)
+            checks.expect(size < 1 << 31, name, size, "less than 2**31")
         stored = dtype == FP8 or (dtype.is_floating_point and dtype.itemsize > 1)
         checks.expect(stored, "dtype", dtype, f"a floating-point dtype of 16 bits or more, or {FP8}")
         self.k_scale, self.v_scale = (
@@ -188,22 +190,21 @@ class KVTrie:
         had. If the forward pass fails, call `release(leaves, discard=True)`: the new nodes have no K and V yet.
 
         Raises:
-            ValueError: an empty sequence, or a token that is negative or beyond int32.
+            ValueError: an empty sequence, or a token that is negative or beyond int32. TypeError: tokens that are not
+            whole numbers: nothing is rounded or parsed.
             CacheFullError: no room, and the trie does not grow.
         """
-        for i, sequence in enumerate(sequences):
-            checks.expect(len(sequence) > 0, f"sequences[{i}]", "no tokens", "at least one")
-        checks.expect(outputs >= 1, "outputs", outputs, "at least 1")
+        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
+            raise TypeError(f"sequences: got a {type(sequences).__name__}, expected a list of token sequences")
+        ids = [checks.token_ids(f"sequences[{i}]", sequence) for i, sequence in enumerate(sequences)]
+        checks.whole("outputs", outputs, 1)
         with self.lock:
-            return self._insert(sequences, outputs)
+            return self._insert(ids, outputs)
 
-    def _insert(self, sequences: Sequence[Sequence[int] | NDArray[np.integer]], outputs: int) -> Prefill:
+    def _insert(self, sequences: list[NDArray[np.int64]], outputs: int) -> Prefill:
         self.abandon()
         offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
-        ids = np.concatenate([np.empty(0, np.int64), *(np.asarray(s, dtype=np.int64) for s in sequences)])
-        low, high = ids.min(initial=0), ids.max(initial=0)
-        checks.expect(low >= 0 and high < 1 << 31, "sequences", f"tokens from {low} to {high}", "0 to 2**31 - 1")
-        tokens = ids.astype(np.int32)
+        tokens = np.concatenate([np.empty(0, np.int64), *sequences]).astype(np.int32)
         leaves, cached, new = self._with_room(lambda: self.index.insert(tokens, offsets))
         try:
             return self._prefill(tokens, offsets, outputs, leaves, cached, new)
@@ -289,12 +290,14 @@ class KVTrie:
 
         Whoever reserves what it needs at most, before it begins, never meets a full cache: everybody else on this trie
         has to reserve as well. Returns False, and does nothing, where the slots set aside would exceed the capacity of
-        a trie that does not grow, or `limit`.
+        a trie that does not grow, or `limit`. Raises `ValueError` where more is given back than was set aside.
         """
+        checks.whole("slots", slots)
         with self.lock:
             limits = [x for x in (limit, None if self.grow else self.capacity) if x is not None]
             if slots > 0 and limits and self.reserved + slots > min(limits):
                 return False
+            checks.expect(self.reserved + slots >= 0, "slots", slots, f"at least {-self.reserved}")
             self.reserved += slots
             return True
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 _LONGEST = 240  # characters of what somebody else's error says
 # What other libraries advise does not hold here: other commands, other options, unsafe ways to load a file.
 _ADVICE = re.compile(
-    r"weights_only|trust_remote_code|hf auth|huggingface-cli|huggingface\.co|pass a token|private repository|"
+    r"weights_only|ignore_mismatched_sizes|look at the above|"
+    r"trust_remote_code|hf auth|huggingface-cli|huggingface\.co|pass a token|private repository|"
     r"please (open|report|file|check|install|upgrade|make sure)|https?://",
     re.IGNORECASE,
 )
@@ -95,11 +96,17 @@ def reason(error: BaseException) -> str:
         return "nested too deeply"
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    first, *rest = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    text = re.sub(r"; use sys\.set_int_max_str_digits\(\).*", "", str(error))
+    first, *rest = [line.strip() for line in text.split("\n") if line.strip()] or [type(error).__name__]
     if first.endswith(":") and rest:
         first = f"{first} {rest[0]}"
     sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", first)]
-    said = " ".join(part for part in sentences if part and not _ADVICE.search(part)) or type(error).__name__
+    said = " ".join(part for part in sentences if part and not _ADVICE.search(part))
+    if not said:
+        offline = re.search(
+            r"connect|offline|resolve|network|internet", f"{type(error).__name__} {text}", re.IGNORECASE
+        )
+        said = "the hub cannot be reached" if offline else type(error).__name__
     return said if len(said) <= _LONGEST else said[: _LONGEST - 1] + "…"
 
 

@@ -303,7 +303,7 @@ def test_a_failing_forward_pass_leaves_no_empty_nodes(
     with torch.no_grad():
         ours(PROMPT[:, :4], past_key_values=cache)
         with monkeypatch.context() as patch:
-            patch.setattr(ours.model.layers[1], "forward", fail)
+            patch.setattr(type(ours.model.layers[1].mlp), "forward", fail)
             with pytest.raises(error):
                 ours(torch.tensor([[9]] if decoding else [[9, 10]]), past_key_values=cache)
         assert cache.get_seq_length() == (0 if decoding else 4)  # a decode step gives its old prefixes up first

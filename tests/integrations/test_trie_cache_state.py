@@ -60,6 +60,19 @@ def loaded(model: Any) -> None:
     model.load_state_dict({name: 0.8 * value for name, value in model.state_dict().items()})
 
 
+def hooked(model: Any) -> None:
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, output: 3 * output)
+
+
+def replaced(model: Any) -> None:
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.forward = lambda x, forward=mlp.forward: -forward(x)
+
+
+def rotary(model: Any) -> Any:
+    return model.get_base_model().model.rotary_emb
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "set_adapter": lambda model: model.set_adapter("b"),
     "disable": lambda model: model.base_model.disable_adapter_layers(),
@@ -68,6 +81,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "optimizer": trained,
     "load": loaded,
     "dtype": lambda model: model.to(torch.float64),
+    "buffer": lambda model: rotary(model).inv_freq.mul_(0.5),
+    "another buffer": lambda model: setattr(rotary(model), "inv_freq", rotary(model).inv_freq * 0.5),
+    "attribute": lambda model: setattr(rotary(model), "attention_scaling", 0.5),
+    "hook": hooked,
+    "forward": replaced,
 }
 
 

@@ -44,8 +44,13 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("window", [2, 6, 11])
-@pytest.mark.parametrize("name", WINDOWS)
+# Every window for layers of one kind, for two, with sinks and with soft-capping; for the others one each, in turn.
+SIZES = (2, 6, 11)
+EACH = ("MistralConfig", "Gemma3TextConfig", "GptOssConfig", "Gemma2Config")
+CASES = [(name, window) for i, name in enumerate(WINDOWS) for window in (SIZES if name in EACH else SIZES[i % 3 :][:1])]
+
+
+@pytest.mark.parametrize(("name", "window"), CASES)
 def test_texts_longer_than_the_window(name: str, window: int) -> None:
     if name not in architectures.classes():
         pytest.skip(f"this transformers has no {name}")
@@ -56,8 +61,9 @@ def test_texts_longer_than_the_window(name: str, window: int) -> None:
         pytest.skip(str(error))
     trie = TrieModel(ours)
     assert set(trie.geometry.windows) - {None}, "no layer has a window"
-    search(trie, eager, LONG, steps=8)
-    generate(ours, eager)
+    search(trie, eager, LONG, steps=4)
+    if name in EACH and window == 6:
+        generate(ours, eager)
 
 
 def seen(plan: TreeStep, queries: int) -> list[list[int]]:

@@ -25,12 +25,12 @@ DECODE_PATH = {
         "trie_model", "vocabulary",
     },
     "search": {
-        "captured_step", "config", "eager_step", "engine", "handle", "model_pair", "prefix_scorer", "readers", "result",
-        "saffron", "static_forest", "statistics", "step", "tree",
+        "admission", "captured_step", "config", "eager_step", "engine", "handle", "model_pair", "prefix_scorer",
+        "readers", "result", "saffron", "static_forest", "statistics", "step", "tree",
     },
 }  # fmt: skip
 FILES = {PACKAGE / room / f"{name}.py" for room, names in DECODE_PATH.items() for name in names}
-MOST_LINES = 4357  # whoever makes the path shorter lowers this ceiling
+MOST_LINES = 4400  # whoever makes the path shorter lowers this ceiling
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from saffron.cli.options import Commands, add_search_options, path, positive, search_config, seed
-from saffron.storage.paths import check_output_file
+from saffron.storage.folders import check_replaceable
 
 
 def add(commands: Commands) -> None:
@@ -20,7 +21,9 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = search_config(options)
-    check_output_file("--html", options.html)
+    from saffron.search.page import PAGE
     from saffron.world.demo import run_demo
+
+    check_replaceable("--html", Path(options.html), PAGE)
 
     return run_demo(config, options.count, options.seed, options.html, options.json)

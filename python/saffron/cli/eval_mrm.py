@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from saffron.cli.options import Commands, add_model_options, check_models, name, number, path, positive
 from saffron.cli.progress import progress
-from saffron.storage.paths import check_output_file
+from saffron.storage.folders import check_replaceable
 
 if TYPE_CHECKING:
     from saffron.training.agreement import Agreement
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     check_models(options)
     for option in ("plot", "plot_depth"):
         if file := getattr(options, option):
-            check_output_file(f"--{option.replace('_', '-')}", file)
+            check_replaceable(f"--{option.replace('_', '-')}", file, plots.MARK)
     rows = read_rewards(options.data).rows[: options.limit]
     named = None if options.policy is True else options.policy
     models = ModelFiles(named, options.mrm, options.base, device=options.device)

@@ -27,9 +27,10 @@ from saffron.cli.options import (
 from saffron.cli.progress import progress
 from saffron.cli.timing import Clock
 from saffron.errors import ConfigError, PromptTooLongError, outside
+from saffron.storage.folders import check_replaceable
 from saffron.storage.paths import check_output_file
 from saffron.storage.results import ResultFile, Schema, open_results
-from saffron.storage.text import read_json_lines
+from saffron.storage.text import check_keys, read_json_lines
 
 if TYPE_CHECKING:
     from saffron.models.files import ModelFiles
@@ -80,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
     work = _read_prompts(options)
     check_models(options)
     if options.trace:
-        check_output_file("--trace", options.trace, [options.output])
+        from saffron.search.result import TRACE
+
+        check_replaceable("--trace", options.trace, TRACE, [options.output])
     with _results(options) as results:
         left = list(batches(work, options.batch, results.done if results else set()))
         if results is not None and not left:
@@ -216,8 +219,11 @@ def _read_prompts(options: argparse.Namespace) -> list[Work]:
         where = f"{options.prompts}: line {line}"
         if not isinstance(record, dict):
             raise ConfigError(f"{where} must be a JSON object")
+        check_keys(where, record, ("prompt", "prefill"))
         prompt, prefill = check_prompt(where, record.get("prompt"), record.get("prefill", options.prefill))
         work.append(Work(number(prompt, prefill), where, prompt, prefill))
+    if not work:
+        raise ConfigError(f"{options.prompts}: holds no prompts")
     return work
 
 

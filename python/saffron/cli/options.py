@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from saffron.errors import ConfigError, SaffronError, shown
-from saffron.search.config import PRESETS, EosScore, PathScore, PolicyScore, Ranking, SearchConfig
+from saffron.search.config import PRESETS, EosScore, PathScore, PolicyScore, Ranking, SearchConfig, check_lengths
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import check_text
 
@@ -28,8 +28,9 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
         digits = text.removeprefix("-")
         value = int(text) if digits.isascii() and digits.isdecimal() and len(digits) < 20 else None
         if value is None or not least <= value <= most:
-            kind = f"of at least {least}" if most == MOST else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number {kind}")
+            kind = f" of at least {least}" if most == MOST else f" from {least} to {most}"
+            kind = "" if least == -MOST and value is None else kind  # the configuration knows the least value
+            raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a whole number{kind}")
         return value
 
     return read
@@ -165,7 +166,10 @@ def workers(options: argparse.Namespace) -> Workers:
 
 def search_config(options: argparse.Namespace) -> SearchConfig:
     given = {name: getattr(options, name) for name in SearchConfig.__dataclass_fields__}
-    return SearchConfig.preset(options.preset, **{name: value for name, value in given.items() if value is not None})
+    named = {name: value for name, value in given.items() if value is not None}
+    config = SearchConfig.preset(options.preset, **named)
+    check_lengths(config)
+    return config
 
 
 def check_prompt(where: str, prompt: object, prefill: object) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from saffron.cli.options import Commands, add_worker_options, positive, seed, workers
+from saffron.storage.paths import check_output_folder
 
 
 def add(commands: Commands) -> None:
@@ -23,11 +24,16 @@ def add(commands: Commands) -> None:
         "--experiment",
         nargs="+",
         choices=["paper", "proof", "scale", "floor", "offline"],
-        help="only these (default: all, and the page)",
+        metavar="NAME",
+        help="only these: paper, proof, scale, floor, offline (default: all, and the page)",
     )
-    stepmix.add_argument("--trials", type=positive, default=20, help="MDPs of each setting (default %(default)s)")
-    stepmix.add_argument("--episodes", type=positive, default=40_000, help="of each trial (default %(default)s)")
-    stepmix.add_argument("--seed", type=seed, default=0, help="of MDPs and episodes (default %(default)s)")
+    stepmix.add_argument(
+        "--trials", type=positive, default=20, metavar="N", help="MDPs of each setting (default %(default)s)"
+    )
+    stepmix.add_argument(
+        "--episodes", type=positive, default=40_000, metavar="N", help="of each trial (default %(default)s)"
+    )
+    stepmix.add_argument("--seed", type=seed, default=0, metavar="N", help="of MDPs and episodes (default %(default)s)")
     stepmix.add_argument("--json", action="store_true", help="print the records as JSON lines instead of the tables")
     stepmix.add_argument("--quick", action="store_true", help="little of everything: does it run?")
     add_worker_options(stepmix)
@@ -42,6 +48,9 @@ def run(options: argparse.Namespace) -> int:
 
     from saffron.conservative import experiment, report
 
+    for option in ("output", "docs"):
+        if folder := getattr(options, option):
+            check_output_folder(f"--{option}", folder)
     report.pyplot()  # whatever is missing is said now and not at the end
     jobs = [replace(job, seed=options.seed) for job in experiment.jobs(options.trials, options.episodes, options.quick)]
     if options.experiment:

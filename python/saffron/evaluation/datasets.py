@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from saffron import world
 from saffron.errors import ConfigError, MissingDependencyError, outside, reason, shown
-from saffron.storage.text import read_json_lines
+from saffron.storage.text import check_keys, read_json_lines
 
 Kind = Literal["forbidden", "allowed"]
 Record = dict[str, Any] | list[Any]
@@ -56,7 +56,12 @@ class Source(NamedTuple):
 
 def _conversation(record: Record) -> tuple[str, str]:
     """Harmful HEx-PHI: a user's message and an assistant's; what a system says is left out."""
-    messages = [m for m in (record if isinstance(record, list) else record["messages"]) if m.get("role") != "system"]
+    said = record if isinstance(record, list) else record.get("messages")
+    if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+        raise ValueError('expected a list of messages, or an object with "messages"')
+    messages = [message for message in said if message.get("role") != "system"]
+    if len(messages) != 2:
+        raise ValueError(f"it has {len(messages)} messages, expected one of a user and one of an assistant")
     roles = [message.get("role", role) for message, role in zip(messages, ("user", "assistant"), strict=True)]
     if roles != ["user", "assistant"]:
         raise ValueError(f"its messages are of {', '.join(map(str, roles))}, expected user, assistant")
@@ -75,6 +80,7 @@ def _refusal(record: Record) -> tuple[str, str] | None:
 def _pair(record: Record) -> tuple[str, str]:
     if not isinstance(record, dict):
         raise TypeError("a record is an object")
+    check_keys("record", record, ("prompt", "target", "kind"))
     return record["prompt"], record.get("target", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
     """Refuses what cannot be merged, or what nobody has compared with the unmerged model."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder / CONFIG}: peft_type: got {config.get('peft_type')!r}, expected 'LORA'")
+    for option in ("r", "lora_alpha"):
+        value = config.get(option, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"{folder / CONFIG}: {option}: got {value!r}, expected a finite number")
     for option in ("alora_invocation_tokens", "layer_replication", "arrow_config", "megatron_config", "use_qalora"):
         if config.get(option):
             raise CheckpointError(f"{folder / CONFIG}: {option} is not supported: such an adapter cannot be merged")

@@ -276,6 +276,7 @@ class Geometry:
         windows: per layer, how many tokens a query sees (itself included), None for all.
         outputs: what the model returns besides logits.
         longest: the longest text whose rotary embeddings do not depend on its length, None for any.
+        relative: a text says the same wherever its positions begin (RoPE).
     """
 
     layers: int
@@ -287,6 +288,7 @@ class Geometry:
     windows: tuple[int | None, ...]
     outputs: tuple[str, ...] = ()
     longest: int | None = None
+    relative: bool = False
 
     def check_length(self, tokens: int) -> None:
         """Raises `UnsupportedModelError` for texts of other rotary embeddings than those of their cached prefixes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -171,11 +173,28 @@ class ConversationEncoder:
             ConfigError: the template refuses the conversation, or is broken.
         """
         if not self.split_special_tokens:
-            return self.template_text(self.render(messages, chat_template, **options))
+            text = self.render(messages, chat_template, **options)
+            self._check_shown(text, messages, chat_template, options)
+            return self.template_text(text)
         plain = self._encoder(chat_template)
-        marks = _unused(f"{messages}{options}")
+        said = "".join(message["content"] for message in messages)  # as it is: `repr` would escape what we look for
+        marks = _unused(said + json.dumps(options, ensure_ascii=False, default=str), 1 + len(plain.names))
         marked = [{**message, "content": plain.marked(message["content"], marks)} for message in messages]
-        return plain.encode_marked(self.render(marked, chat_template, **options), marks)
+        text = self.render(marked, chat_template, **options)
+        self._check_shown(re.sub(f"[{''.join(marks)}]", "", text), messages, chat_template, options)
+        return plain.encode_marked(text, marks)
+
+    def _check_shown(
+        self, text: str, messages: Sequence[Message], chat_template: str | None, options: Mapping[str, Any]
+    ) -> None:
+        """Refuses a template that leaves out what the user said last; it may trim or escape it."""
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None or "".join(messages[last]["content"].split()) in "".join(text.split()):
+            return
+        probe = "".join(chr(ord("a") + i % 26) for i in range(80))
+        asked = [{**message, "content": probe} if i == last else message for i, message in enumerate(messages)]
+        if probe not in self.render(asked, chat_template, **options):
+            raise ConfigError(f"{self.owner}: its chat template does not show what the user says")
 
     def render(self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None, **options: Any) -> str:
         """The text of a conversation and of what opens the answer."""
@@ -242,8 +261,8 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
-def _unused(text: str) -> tuple[str, str]:
-    """Two characters for private use that the text lacks."""
+def _unused(text: str, count: int) -> list[str]:
+    """So many characters for private use that the text lacks."""
     taken = set(text)
-    first, second, *_ = (c for c in map(chr, range(0xE000, 0xF900)) if c not in taken)
-    return first, second
+    free = (c for c in map(chr, itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))) if c not in taken)
+    return list(itertools.islice(free, count))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
 from saffron.errors import ConfigError, NumericalError
 
 
@@ -14,6 +19,13 @@ def expect(name: str, value: object, *kinds: type) -> None:
     """Raises `ConfigError` that names the argument, unless the value is of one of these types."""
     if not isinstance(value, kinds):
         raise ConfigError(f"{name}: got {kind(value)}, expected {' or '.join(k.__name__ for k in kinds)}")
+
+
+def expect_list(name: str, value: object, of: str) -> None:
+    """Raises `ConfigError` unless it is a list, tuple or array (a text is none of them)."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray | Tensor):
+        given = repr(value) if isinstance(value, int | str) else kind(value)
+        raise ConfigError(f"{name}: got {given}, expected a list of {of}")
 
 
 def expect_limits(**limits: object) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.errors import CheckpointError, ConfigError
+from saffron.errors import CheckpointError, ConfigError, NumericalError, shown
 from saffron.models.chat import Conversation, Prompt, check_template_options, check_text
+from saffron.models.checks import expect_list
 from saffron.models.reward_models import HiddenModel
 from saffron_kernels import multifurcation_head
 
@@ -58,7 +59,11 @@ class ProcessRewardModel(HiddenModel):
             prompt: as for `context_tokens`.
             response: text, or ids of a tokenizer equal to the guard's.
         """
-        ids = self.encoder.text(check_text("response", response)) if isinstance(response, str) else list(response)
+        if isinstance(response, str):
+            ids = self.encoder.text(check_text("response", response))
+        else:
+            expect_list("response", response, "token ids, or a text")
+            ids = list(response)
         return [*self.context_tokens(prompt), *ids, *self.suffix_tokens()]
 
     def context_tokens(self, prompt: Prompt) -> list[int]:
@@ -81,6 +86,10 @@ class ProcessRewardModel(HiddenModel):
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]]) -> Tensor:
         """Rewards `[pairs]` of (prompt, response) pairs, fp32: positive is safe. One forward pass for all."""
+        expect_list("pairs", pairs, "pairs (prompt, response)")
+        for i, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"pairs[{i}]: got {shown(pair)}, expected a pair (prompt, response)")
         return self.score_tokens([self.sequence(prompt, response) for prompt, response in pairs])
 
     @torch.inference_mode()
@@ -88,12 +97,19 @@ class ProcessRewardModel(HiddenModel):
         """Rewards `[sequences]`, fp32, of token ids that stand in the moderation template already, as `sequence` does.
 
         One forward pass over every distinct prefix.
+
+        Raises:
+            NumericalError: a reward is not finite.
         """
+        expect_list("sequences", sequences, "token sequences")
         if not sequences:
             return torch.empty(0)
         rows, hidden = self.prefill(sequences)
         self.release(rows)
-        return self.verdict(hidden)
+        rewards = self.verdict(hidden)
+        if not bool(rewards.isfinite().all()):
+            raise NumericalError("guard: a reward is not finite (NaN or infinity); are its weights?")
+        return rewards
 
     def verdict(self, hidden: Tensor) -> Tensor:
         """Rewards `[sequences]`, fp32, of hidden states `[sequences, hidden]` at the end of the moderation template."""

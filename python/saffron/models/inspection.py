@@ -3,7 +3,8 @@
 Name lists cannot say which of some 200 architectures a trie serves. So a model runs over the texts `a b c` and `a b d`
 as one row, in the order `a b c d` and then `a b d c`, and every call of the attention function is looked at. The order
 must not matter: so layers are found that look at their neighbours (convolutions, recurrences) or count positions
-themselves. A third run, over the text `a b c d` without positions, tells whether those of the model begin at 0.
+themselves. The second run stands at later positions, which tells whether the model reads differences alone (RoPE).
+A third run, over the text `a b c d` without positions, tells whether those of the model begin at 0.
 """
 
 from __future__ import annotations
@@ -229,7 +230,10 @@ def _inspect(model: PreTrainedModel) -> Geometry:
     ids = torch.tensor([i for i in range(3, 8) if i != special][:4], device=model.device) % len(embeddings.weight)
     positions = torch.tensor([_POSITIONS], device=model.device)
     first, output = _run(model, ids, positions, _BRANCHES)
-    _, other_order = _run(model, ids[_SWAPPED], positions, _BRANCHES)
+    longest = _longest(model.config)
+    room = min(longest or _FAR, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _FAR)
+    shift = max(0, min(32, room - 4))
+    _, other_order = _run(model, ids[_SWAPPED], positions + shift, _BRANCHES)
     _, alone = _run(model, ids, None, _CHAIN)
     layers = [first[i] for i in sorted(first)]
     if not layers:
@@ -245,13 +249,16 @@ def _inspect(model: PreTrainedModel) -> Geometry:
     # Comparisons with NaN are false: it is looked for elsewhere.
     if bool((logits[:3] - chain[:3]).abs().max() > tolerance):
         raise UnsupportedModelError("the positions that it counts by itself do not begin at 0, as those of a trie do")
+    relative = not bool((logits - swapped[_SWAPPED]).abs().max() > tolerance)
+    if not relative:  # the order of tokens, or where they stand?
+        swapped = _run(model, ids[_SWAPPED], positions, _BRANCHES)[1]["logits"][0].float()
     if bool((logits - swapped[_SWAPPED]).abs().max() > tolerance):
         raise UnsupportedModelError(
             "its outputs depend on the order of tokens in a row: it counts positions itself, or looks beyond attention"
         )
     others = [name for name, value in output.items() if value is not None and name not in SERVED_OUTPUTS]
     windows = tuple(x.window for x in layers)
-    return Geometry(len(layers), *forms.pop(), windows, tuple(others), _longest(model.config))
+    return Geometry(len(layers), *forms.pop(), windows, tuple(others), longest, relative and shift > 0)
 
 
 def _longest(config: PretrainedConfig) -> int | None:

@@ -50,8 +50,9 @@ def load_model(
         wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=wanted, attn_implementation=ATTENTION, output_loading_info=True
-            )
+                path, dtype=wanted, attn_implementation=ATTENTION, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )  # fmt: skip
         except SaffronError:
             raise
         except Exception as error:  # transformers, safetensors and torch each raise types of their own
@@ -59,6 +60,9 @@ def load_model(
     model, info = loaded
     if info["missing_keys"]:  # transformers fills what is missing with random numbers
         raise CheckpointError(f"{path}: weights are missing: {some(sorted(info['missing_keys']))}")
+    if info.get("mismatched_keys"):
+        wrong = [f"{name} {list(there)} instead of {list(here)}" for name, there, here in info["mismatched_keys"]]
+        raise CheckpointError(f"{path}: weights of other shapes than its configuration says: {some(sorted(wrong))}")
     return model.to(place)
 
 

@@ -16,6 +16,7 @@ from saffron.errors import CheckpointError
 from saffron.models import adapter, loading
 from saffron.models.provenance import check_origin
 
+LARGEST_BIAS = 1e30  # rewards and their differences stay finite in fp32
 LAYOUT = "mrm_config.json"  # prefix and infix, where they are not the published ones
 VECTORS = {"bias": "lm_head_bias.pt", "unseen": "unseen_mask.pt"}
 
@@ -82,9 +83,13 @@ def _stored_layout(folder: Path) -> dict[str, str]:
         return {}
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return {name: stored[name] for name in ("prefix", "infix") if name in stored}
+        unknown = sorted(set(stored) - {"prefix", "infix"})
+        found = {name: stored[name] for name in ("prefix", "infix") if name in stored}
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: cannot be read") from error
+    if unknown:
+        raise CheckpointError(f"{file}: got {loading.some(unknown)}, expected prefix and infix")
+    return found
 
 
 def _load_vector(file: Path) -> Tensor:
@@ -105,6 +110,10 @@ def check_bias(bias: Tensor, vocab_size: int) -> None:
         raise CheckpointError(f"lm_head_bias: got {bias.dtype}, expected a floating point dtype")
     if not bool(bias.isfinite().all()):
         raise CheckpointError("lm_head_bias: holds NaN or infinity")
+    if bias.numel() and float(bias.abs().max()) > LARGEST_BIAS:
+        raise CheckpointError(
+            f"lm_head_bias: holds {float(bias.abs().max()):g}, expected values of at most {LARGEST_BIAS}"
+        )
 
 
 def check_unseen(unseen: Tensor, vocab_size: int) -> None:

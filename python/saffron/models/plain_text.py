@@ -75,17 +75,33 @@ class PlainEncoder:
             found[i] = self._twin_of(backend)[0].encode(texts[i], add_special_tokens=False).ids
         return found
 
-    def marked(self, text: str, marks: tuple[str, str]) -> str:
-        """The text with marks around every name of a control token, so that a template's own can be told from it."""
-        return self._names.sub(lambda name: marks[0] + name[0] + marks[1], text)
+    @property
+    def names(self) -> list[str]:
+        """Of the control tokens."""
+        return list(self._control)
 
-    def encode_marked(self, text: str, marks: tuple[str, str]) -> list[int]:
+    def marked(self, text: str, marks: Sequence[str]) -> str:
+        """The text with marks around every name of a control token, so that a template's own can be told from it.
+
+        Args:
+            marks: one character that stands before a name, and one for each of `names` that stands behind it.
+        """
+        behind = dict(zip(self._control, marks[1:], strict=True))
+        return self._names.sub(lambda name: marks[0] + name[0] + behind[name[0]], text)
+
+    def encode_marked(self, text: str, marks: Sequence[str]) -> list[int]:
         """Token ids of what a template made of texts that were marked."""
-        start, end = map(re.escape, marks)
-        # One mark is enough: a template may cut texts into parts.
-        written = re.compile(f"{start}({self._names.pattern})|({self._names.pattern})(?={end})|({self._names.pattern})")
-        from_template = [name[3] for name in written.finditer(text) if name[3]]
-        if start not in text and end not in text:
+        start, behind = marks[0], dict(zip(self._control, marks[1:], strict=True))
+        every = f"[{''.join(marks)}]"
+        found = re.compile(f"({start}?)({self._names.pattern})({every}?)")
+
+        def written(name: re.Match[str]) -> bool:
+            """By a person. One of the marks is enough, as a template may cut texts into parts; the mark of another name
+            belongs to a text that was cut before it."""
+            return bool(name[1]) or name[3] == behind[name[2]]
+
+        from_template = [name[2] for name in found.finditer(text) if not written(name)]
+        if re.search(every, text) is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             control = [i for i in ids if i in self._ids and i != self._unknown]
             if control == [i for i in map(self._control.__getitem__, from_template) if i != self._unknown]:
@@ -96,8 +112,8 @@ class PlainEncoder:
                 f"{self._owner}: its tokenizer cannot spell the name of a control token that the prompt holds"
             )
         twin, names = self._twin_of(backend)
-        text = written.sub(lambda name: names[name[3]] if name[3] else name[1] or name[2], text)
-        return twin.encode(re.sub(f"[{start}{end}]", "", text), add_special_tokens=False).ids
+        text = found.sub(lambda name: (name[2] if written(name) else names[name[2]]) + name[3], text)
+        return twin.encode(re.sub(every, "", text), add_special_tokens=False).ids
 
     def _encode_slowly(self, text: str) -> list[int]:
         """With a tokenizer written in Python."""

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saffron.errors import ConfigError, PromptTooLongError
 from saffron.models import attention
-from saffron.models.fingerprint import fingerprint
+from saffron.models.checks import expect, expect_list
+from saffron.models.fingerprint import check_adapters, fingerprint
 from saffron.models.flops import ModelFlops
 from saffron.models.inspection import inspect_model
 from saffron.models.loading import load_model, load_tokenizer
@@ -54,10 +55,10 @@ class Dependent(Protocol):
 class TrieModel:
     """A decoder-only model whose K/V cache is a trie.
 
-    What was cached with other weights is not used: when parameters, their dtype or device, or the adapters of PEFT have
-    changed since the last call (`fingerprint`), the cache is emptied, with a warning. The model stays in the mode,
-    training or evaluation, that it is in; calls of this class run in evaluation mode. Copies and pickles hold the model
-    and an empty cache.
+    What was cached with other weights is not used: when parameters, buffers, their dtype or device, forward hooks, or
+    the adapters of PEFT have changed since the last call (`fingerprint`), the cache is emptied, with a warning. The
+    model stays in the mode, training or evaluation, that it is in; calls of this class run in evaluation mode. Copies
+    and pickles hold the model and an empty cache.
 
     Args:
         model: loaded with `attn_implementation="saffron"`.
@@ -86,6 +87,8 @@ class TrieModel:
         keep_prefixes: bool = False,
         share_prefixes: bool = True,
     ) -> None:
+        expect("model", model, PreTrainedModel)
+        check_adapters(model)
         self.geometry = inspect_model(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -140,9 +143,7 @@ class TrieModel:
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            raise ConfigError(
-                f"{type(self).__name__}: text needs a tokenizer, and this checkpoint holds none; pass ids"
-            )
+            raise ConfigError(f"{type(self).__name__}: text needs a tokenizer, and this checkpoint has none; pass ids")
         return self.tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -164,6 +165,7 @@ class TrieModel:
     def check_tokens(self, name: str, tokens: Sequence[int]) -> None:
         """Raises `ConfigError` for what is not a token id of the vocabulary."""
         size = self._input_size
+        expect_list(name, tokens, "token ids")
         for token in tokens:
             if not isinstance(token, int | np.integer) or isinstance(token, bool):
                 raise ConfigError(f"{name}: got {token!r} among the ids, expected whole numbers")
@@ -182,9 +184,7 @@ class TrieModel:
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("kv", "dependents", "_weights")}
         kv = self.kv
-        state["cache_options"] = {
-            "capacity": kv.capacity, "grow": kv.grow, "k_scale": kv.k_scale, "v_scale": kv.v_scale,
-        }  # fmt: skip
+        state["cache_options"] = {name: getattr(kv, name) for name in ("capacity", "grow", "k_scale", "v_scale")}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,10 +197,12 @@ class TrieModel:
 
         Raises:
             ConfigError: a search, guidance or other rows still stand on cached tokens.
+            UnsupportedModelError: adapters that are not served.
         """
         weights = fingerprint(self.model)
         if weights == self._weights:
             return
+        check_adapters(self.model)
         kv = self.kv
         kv.abandon()
         cached = kv.num_nodes
@@ -273,6 +275,7 @@ class TrieModel:
             the trie node of each sequence's last token, held once for each sequence until `forget`, so that longer
             sequences find their K and V (none where `share_prefixes` is off); and the output `[sequences, ...]`.
         """
+        expect_list("sequences", sequences, "token sequences")
         for i, sequence in enumerate(sequences):
             self.check_tokens(f"sequences[{i}]", sequence)
         if not self.share_prefixes:
@@ -308,7 +311,8 @@ class TrieModel:
         Raises:
             ConfigError: no sequences, an empty one, or ids outside the vocabulary.
         """
-        if not sequences:
+        expect_list("sequences", sequences, "token sequences")
+        if len(sequences) == 0:
             raise ConfigError("sequences: got none, expected at least one")
         leaves, output = self.read(sequences)
         self.kv.release(leaves)
@@ -324,8 +328,10 @@ class TrieModel:
             the output `[new rows, ...]` at the new tokens.
 
         Raises:
-            ConfigError: the weights changed since the rows began.
+            ConfigError: what is no token id, or the weights changed since the rows began.
         """
+        if len(tokens):
+            self.check_tokens("tokens", tokens)
         if rows.beams is None:
             rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
             return self._run_alone(rows.sequences)

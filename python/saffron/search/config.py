@@ -35,7 +35,7 @@ class SearchConfig:
         width: beams kept, N in the paper. 1 is greedy in the reward.
         top_p: nucleus mass, above 0 and at most 1.
         max_new_tokens: longest response, without the prefill.
-        min_new_tokens: tokens before the response may end.
+        min_new_tokens: tokens before the response may end; from max_new_tokens on, it never ends by itself.
         ranking: "paper": a node's score is its last token's MRM reward, and finished nodes compete with theirs.
             "released": as the published code; unfinished nodes carry no score and stand behind finished ones.
         eos_score: score of a child that ends the response: its "parent"'s (ending changes nothing about what was
@@ -135,7 +135,7 @@ class DecodingConfig:
 
     Attributes:
         max_new_tokens: longest response, without the prefill.
-        min_new_tokens: tokens before the response may end.
+        min_new_tokens: tokens before the response may end; from max_new_tokens on, it never ends by itself.
         temperature: divides the policy's logits before it proposes tokens, above 0.
         top_p: nucleus mass that it proposes tokens from, above 0 and at most 1.
     """
@@ -174,6 +174,18 @@ def check_whole(config: object, **lowest: int) -> None:
             raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least {least}")
         if value > MOST:
             raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at most {MOST}")
+
+
+def check_lengths(config: SearchConfig | DecodingConfig) -> None:
+    """Raises `ConfigError` where somebody asks for a longer answer than the longest.
+
+    The default of `min_new_tokens` asks for nothing: with a smaller `max_new_tokens`, answers are that long.
+    """
+    default = type(config)().min_new_tokens
+    if config.max_new_tokens < config.min_new_tokens != default:
+        raise ConfigError(
+            f"min_new_tokens: got {config.min_new_tokens}, expected at most max_new_tokens, {config.max_new_tokens}"
+        )
 
 
 def check_number(config: object, **positive: bool) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from saffron.errors import CapacityError, ConfigError, EngineClosedError, QueueFullError
+from saffron.errors import ConfigError, EngineClosedError, EngineError, QueueFullError
 from saffron.models.checks import expect, expect_limits
 from saffron.models.policy import end_tokens
 from saffron.models.trie_model import TrieModel
+from saffron.search.admission import Admission, give_up
 from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle, Job, Pending
@@ -37,7 +39,8 @@ class Engine:
 
     An error that one request causes (outputs that are not finite, a response that outgrows the MRM's context) ends that
     search alone; after any other error every running search ends with an `EngineError`, and the engine goes on. `close`
-    it, or use it in a `with` block: until then it keeps the room in the caches that its searches have set aside.
+    it, or use it in a `with` block: one that is dropped ends its searches with an `EngineClosedError`; a thread that
+    was started keeps it until it is closed.
 
     Args:
         models: a policy and an MRM.
@@ -64,6 +67,7 @@ class Engine:
         prefill_tokens: int | None = 512,
         step: Step | None = None,
     ) -> None:
+        expect("models", models, ModelPair)
         self.policy, self.mrm, self.models = models.policy, models.mrm, models
         self.config = SearchConfig() if config is None else config
         expect("config", self.config, SearchConfig)
@@ -73,13 +77,17 @@ class Engine:
         self.cache_tokens, self.prefill_tokens = cache_tokens, prefill_tokens
         self._step: Step = step or EagerStep(models)
         # Of the forest: held during a step.
-        self._lock, self._stepping = threading.RLock(), False
-        self._searches: dict[Handle, None] = {}  # that prefill or run, in the order of joining
+        self._lock = threading.RLock()
+        self._stepper: int | None = None  # the thread that takes a step now
+        self._room = Admission(models, cache_tokens)
+        self._searches = self._room.held  # that prefill or run
         self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
         # Of the queue.
         self._changed, self._waiting, self._jobs = threading.Condition(), deque[Handle](), list[Job]()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._dropped = weakref.finalize(self, give_up, self._step, self._room, self._waiting, self._jobs)
+        self._dropped.atexit = False
 
     def submit(
         self,
@@ -125,8 +133,7 @@ class Engine:
             ConfigError, PromptTooLongError: a request that cannot be run, or caches that do not grow (other methods do
             not say what they need at most). QueueFullError, EngineClosedError.
         """
-        models = (method.policy, *([method.scorer.model] if method.scorer else []))
-        for model in models:
+        for model in (method.policy, *([method.scorer.model] if method.scorer else [])):
             if isinstance(model, TrieModel) and not model.kv.grow:
                 raise ConfigError(f"method: got {type(method).__name__}, which needs caches that grow")
         method.check([request])
@@ -152,7 +159,7 @@ class Engine:
         if self._lock.acquire(blocking=False):
             with self._lock:  # it is reentrant
                 self._lock.release()
-                if not self._stepping:
+                if self._stepper is None:
                     self._drop()
 
     # --- steps: one thread at a time ---
@@ -162,9 +169,13 @@ class Engine:
 
         Args:
             linger: searches that end in it keep their slots until the next step or `close`.
+
+        Raises:
+            EngineError: a callback of a running step calls it.
         """
+        self.check_outside("step")
         with self._lock, torch.inference_mode():
-            self._stepping = True
+            self._stepper = self._room.driver = threading.get_ident()
             try:
                 self._drop()
                 self._admit()
@@ -176,7 +187,7 @@ class Engine:
                 self._end_all(error)
                 raise
             finally:
-                self._stepping = False
+                self._stepper = None
         if not linger:
             self.reap()  # also those cancelled meanwhile
         return went_on
@@ -186,6 +197,11 @@ class Engine:
         while not all(handle.done for handle in handles) if handles else self.busy:
             if not self.step():
                 time.sleep(0.001)  # others hold the cache that the next search needs
+
+    def check_outside(self, what: str) -> None:
+        """Raises `EngineError` in the callbacks of a running step, where waiting for the engine would never end."""
+        if self._stepper == threading.get_ident():
+            raise EngineError(f"{what}: called by a callback (on_step) of a step, which would then wait for itself")
 
     @property
     def busy(self) -> bool:
@@ -214,6 +230,7 @@ class Engine:
 
     def close(self, *, drain: bool = True) -> None:
         """Takes no more requests, and ends: after all of them are answered, or at once (`drain=False`)."""
+        self.check_outside("close")
         with self._changed:
             self._closed = True
             if not drain:
@@ -225,6 +242,7 @@ class Engine:
         self.run()
         with self._lock:
             self._step.close()
+        self._dropped.detach()  # others may use the step's buffers now
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -244,39 +262,25 @@ class Engine:
     def _check(self, search: Handle, index: int | None) -> None:
         request, config = search.request, search.config
         name, prompt = ("request", "prompt") if index is None else (f"requests[{index}]", f"prompt {index}")
-        models: tuple[TrieModel, TrieModel] = self.policy, self.mrm
-        for model, tokens in zip(models, (request.policy, request.reward), strict=True):
+        expect(name, request, Request)
+        for model, tokens in ((self.policy, request.policy), (self.mrm, request.reward)):
             model.check_tokens(name, tokens)
             model.check_length(prompt, len(tokens), config.max_new_tokens)
         self._step.check(search)
-        search.slots = self.models.slots(request, search.max_width, config.max_new_tokens)
-        for model, needed in zip(models, search.slots, strict=True):
-            kv = model.kv
-            limits = [self.cache_tokens, None if kv.grow else kv.capacity]
-            limit = min((x for x in limits if x is not None), default=needed)
-            if needed > limit:
-                raise CapacityError(
-                    f"the request could need {needed} slots of the {type(model).__name__}'s cache, which holds {limit}:"
-                    f" {config.max_new_tokens} new tokens at width {search.max_width}"
-                )
+        self._room.check(search)
 
     def _admit(self) -> None:
         """Lets those that wait join, in their order, as far as there is room."""
         most = self.max_searches
         while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
             search = self._waiting[0]
-            policy, mrm = search.slots
-            if not self.policy.kv.reserve(policy, self.cache_tokens):
+            admitted = self._room.admit(search)
+            stuck = None if admitted else self._room.stuck(search)
+            if not admitted and stuck is None:
                 return
-            if not self.mrm.kv.reserve(mrm, self.cache_tokens):
-                self.policy.kv.reserve(-policy)
-                return
-            self._searches[search] = None
-            if self.cache_tokens is not None or not self.mrm.kv.grow:
-                search.mrm_slots = mrm
             with self._changed:
                 self._waiting.remove(search)
-            self._step.add(search)
+            self._step.add(search) if stuck is None else search.fail(stuck)
 
     def _drop(self) -> None:
         with self._changed:
@@ -294,7 +298,9 @@ class Engine:
         try:
             self._step.leave(gone.keys())
         finally:
-            self._give_back(gone, error)
+            for search in gone:
+                self._room.give_back(search)
+                search.fail(error)
 
     def _end_all(self, error: BaseException) -> None:
         """After an error that is nobody's own: gives everything back."""
@@ -303,15 +309,9 @@ class Engine:
         try:
             self._step.close()
         finally:
-            self._give_back([*self._searches], error)
-
-    def _give_back(self, searches: Iterable[Handle], error: BaseException | None) -> None:
-        """What was set aside for them."""
-        for search in searches:
-            del self._searches[search]
-            for model, slots in zip((self.policy, self.mrm), search.slots, strict=True):
-                model.kv.reserve(-slots)
-            search.fail(error)
+            for search in list(self._searches):
+                self._room.give_back(search)
+                search.fail(error)
 
     # --- one step ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class Pending:
     def __init__(self, engine: Engine) -> None:
         self.error: SaffronError | None = None
         self.cancelled = False
-        self._engine = engine
+        self._engine = weakref.ref(engine)  # an engine that only its handles know is dropped
         self._result: SearchResult | None = None
         self._changed = threading.Condition()
         self._listener: Callable[[], object] | None = None
@@ -36,7 +37,12 @@ class Pending:
         return self._result is not None or self.error is not None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits for the end; False if it has not come within `timeout` seconds."""
+        """Waits for the end; False if it has not come within `timeout` seconds.
+
+        Raises:
+            EngineError: a callback of the engine's own step calls it.
+        """
+        self._check_outside()
         with self._changed:
             return self._changed.wait_for(lambda: self.done, timeout)
 
@@ -54,10 +60,16 @@ class Pending:
             raise self.error
         return self._result
 
+    def _check_outside(self) -> None:
+        engine = self._engine()
+        if engine is not None and not self.done:
+            engine.check_outside("wait")
+
     def cancel(self) -> None:
         """Ends the search without an answer; its slots come back at once, or after the step that is running."""
         self.cancelled = True
-        self._engine.reap()
+        if (engine := self._engine()) is not None:
+            engine.reap()
 
     def fail(self, error: BaseException | None) -> None:
         """Ends it with a typed error; None: it was cancelled."""
@@ -184,7 +196,8 @@ class Handle(Pending):
         """`tokens` as text; a later one begins with it. A character that is there in part is left out."""
         if self._result is not None:
             return self._result.text
-        text = self._engine.policy.decode(self.tokens)
+        engine = self._engine()
+        text = self._said if engine is None else engine.policy.decode(self.tokens)
         if text.startswith(self._said) and not text.endswith("\ufffd"):
             self._said = text
         return self._said
@@ -197,6 +210,8 @@ class Handle(Pending):
         """
         said = ""
         while True:
+            if wait is None:
+                self._check_outside()
             ended, steps = self.done, len(self.tree.steps)
             text = self.result().text if ended else self.text
             if text[len(said) :]:

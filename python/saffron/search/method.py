@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saffron.errors import ConfigError
 from saffron.models.chat import Prompt, as_conversations
-from saffron.models.checks import expect, kind, not_finite
+from saffron.models.checks import expect, expect_list, kind, not_finite
 from saffron.models.policy import Policy
 from saffron.search.config import DecodingConfig, DrawingConfig, Request
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
@@ -224,7 +224,9 @@ class Decoder(ABC, Generic[ConfigT]):
         """The method itself: returns an answer for each search, and yields between its forward passes."""
 
     def check(self, requests: Sequence[Request]) -> None:
+        expect_list("requests", requests, "Request")
         for i, request in enumerate(requests):
+            expect(f"requests[{i}]", request, Request)
             self.policy.check_tokens(f"requests[{i}]", request.policy)
             self.policy.check_length(f"prompt {i}", len(request.policy), self.config.max_new_tokens)
             if self.scorer is not None:

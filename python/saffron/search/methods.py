@@ -8,10 +8,12 @@ from typing import Any, get_type_hints
 
 from saffron.errors import ConfigError
 from saffron.models.bundled import Models
+from saffron.models.checks import expect
+from saffron.models.checks import kind as kind_of
 from saffron.search.adaptive import AdaptiveConfig, AdaptiveSearch
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
-from saffron.search.config import DecodingConfig, SearchConfig
+from saffron.search.config import DecodingConfig, SearchConfig, check_lengths
 from saffron.search.deal import DeAL, DeALConfig
 from saffron.search.mcts import MCTS, MCTSConfig
 from saffron.search.method import Method
@@ -81,11 +83,17 @@ def parse_method(spec: str, models: Models, **defaults: Any) -> Method:
         ConfigError: a method, option or value that is not allowed.
     """
     kind, config = parse_config(spec, **defaults)
+    missing = [name for name in ("policy", "mrm", "guard") if not hasattr(models, name)]
+    if missing:
+        raise ConfigError(
+            f"models: got {kind_of(models)} without {', '.join(missing)}, expected what load_bundled returns"
+        )
     return kind.build(models, config)
 
 
 def parse_config(spec: str, **defaults: Any) -> tuple[Kind, Any]:
     """`parse_method` up to the models: the method's entry in `METHODS` and its configuration, checked."""
+    expect("method", spec, str)
     name, _, rest = spec.partition(":")
     kind = METHODS.get(name.strip())
     if kind is None:
@@ -103,7 +111,9 @@ def parse_config(spec: str, **defaults: Any) -> tuple[Kind, Any]:
             raise ConfigError(f"{name.strip()}: got {option} twice")
         given.add(option)
         options[option] = _value(text, types.get(option))
-    return kind, SearchConfig.preset(options.pop("preset", "paper"), **options) if presets else kind.config(**options)
+    config = SearchConfig.preset(options.pop("preset", "paper"), **options) if presets else kind.config(**options)
+    check_lengths(config)
+    return kind, config
 
 
 def _value(text: str, wanted: Any) -> Any:

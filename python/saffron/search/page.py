@@ -8,22 +8,26 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from saffron.errors import ConfigError
 from saffron.search.result import SearchResult
+from saffron.storage.folders import write_replaceable
+
+PAGE = b'<meta name="generator" content="saffron-kernels">'
 
 
 def write_page(file: str | Path, traced: SearchResult, undefended: SearchResult | None = None) -> None:
     """Writes the search tree of a traced result as HTML.
 
     Raises:
-        ValueError: the result holds no trace.
+        ConfigError: the result holds no trace; the file cannot be written, or holds something else than such a page.
     """
     if traced.trace is None:
-        raise ValueError("traced: this search was not traced; ask for it with trace=True")
+        raise ConfigError("traced: this search was not traced; ask for it with trace=True")
     environment = Environment(loader=PackageLoader("saffron"), autoescape=select_autoescape())
     # "</" would end the script element the data stands in.
     data = json.dumps(draw(traced)).replace("</", "<\\/")
     text = environment.get_template("search.html").render(result=traced, undefended=undefended, data=data)
-    Path(file).write_text(text, encoding="utf-8")
+    write_replaceable(Path(file), text.encode(), PAGE)
 
 
 def draw(traced: SearchResult) -> dict[str, Any]:

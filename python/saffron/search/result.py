@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from saffron.errors import ConfigError
+from saffron.storage.folders import write_replaceable
+
+TRACE = b'{"answer": {"text": '  # what a file of a traced search holds
 FinishReason = Literal["eos", "length"]
 
 
@@ -123,11 +126,11 @@ class SearchResult:
         A step's record holds `step`, `all_unseen`, `expanded`: for each beam its `node` and its `candidates`, each with
         `token`, `text`, `probability`, `reward`, `unseen` and `child` (the node it became, null if it was pruned), and
         `beam`: the nodes after the step, best first, with `node`, `parent`, `token`, `score`, `finished`.
+
+        Raises:
+            ConfigError: it was not traced; the file cannot be written, or holds something else than a trace.
         """
         if self.trace is None:
-            raise ValueError("trace: this search was not traced; ask for it with trace=True")
-        write_json_lines(file, [*self.trace, {"answer": self.to_json()}])
-
-
-def write_json_lines(file: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    Path(file).write_text("".join(json.dumps(record) + "\n" for record in records))
+            raise ConfigError("trace: this search was not traced; ask for it with trace=True")
+        lines = "".join(json.dumps(record) + "\n" for record in [*self.trace, {"answer": self.to_json()}])
+        write_replaceable(Path(file), lines.encode(), TRACE)

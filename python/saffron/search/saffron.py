@@ -13,7 +13,7 @@ from typing import Any
 
 from saffron.errors import ConfigError
 from saffron.models.chat import Prompt, as_conversations
-from saffron.models.checks import expect
+from saffron.models.checks import expect, expect_list
 from saffron.models.policy import Policy, end_tokens
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.captured_step import CapturedStep, why_not_captured
@@ -136,6 +136,7 @@ class SaffronSearch:
         Raises:
             SaffronError: that of the first search that ends without an answer; the others end with it.
         """
+        expect_list("requests", requests, "Request")
         step = self._captured_step(config or self.config, len(set(requests))) if self.capture and not trace else None
         engine = self.engine(prefill_tokens=None, step=step)
         handles: dict[Request, Handle] = {}

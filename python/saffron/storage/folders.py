@@ -6,13 +6,14 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.storage.paths import check_output_file
+from saffron.storage.text import read_bytes
 
 _TEMPORARY = ".saffron-{}.tmp"
 
@@ -36,6 +37,29 @@ def write_atomically(file: Path, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def check_replaceable(name: str, file: Path, mark: bytes, inputs: Iterable[Path | None] = ()) -> None:
+    """`check_output_file`, and refuses a file that holds something else than what this program writes there.
+
+    Args:
+        mark: what each file of this kind begins with or holds.
+
+    Raises:
+        ConfigError: as `check_output_file`, or somebody else's content, which stays.
+    """
+    check_output_file(name, file, inputs)
+    if file.exists():
+        content = read_bytes(file)
+        if content and mark not in content:
+            raise ConfigError(f"{name}: {file}: holds something else, which is not overwritten; choose another file")
+
+
+def write_replaceable(file: Path, content: bytes, mark: bytes) -> None:
+    """`write_atomically` after `check_replaceable`."""
+    assert mark in content
+    check_replaceable("file", file, mark)
+    write_atomically(file, content)
 
 
 def write_json(file: Path, record: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import stat
@@ -53,6 +54,13 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield number, parse_json(line, f"{file}: not JSON lines: line {number}")
+
+
+def check_keys(where: str, record: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raises `ConfigError` for a key that looks like a known one and is none. Others may stand there."""
+    for key in record:
+        if key not in known and (near := difflib.get_close_matches(key, known, 1, 0.75)) and near[0] not in record:
+            raise ConfigError(f"{where}: got the key {key!r}, which is not known; {near[0]!r} is")
 
 
 def check_text(name: str, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from saffron.errors import MissingDependencyError, outside
+from saffron.storage.folders import write_atomically
 from saffron.training.agreement import Agreement
 
+MARK = b"saffron-kernels"  # the title of our pictures, by which they are known
 SMOOTHED = 50  # points of the smoothed curve of the loss
 MOST_POINTS = 20_000
 
@@ -82,4 +85,8 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 
 def _save(figure: Any, file: Path) -> None:
     with outside(f"{file}: cannot be drawn"):  # no such folder; a format that matplotlib lacks
-        figure.savefig(file, metadata={"Software": None} if file.suffix == ".png" else None)
+        kind = file.suffix.removeprefix(".").lower() or "png"
+        metadata = {"Title": MARK.decode(), **({"Software": None} if kind == "png" else {})}
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, metadata=metadata if kind in ("png", "svg", "pdf") else None)
+    write_atomically(file, picture.getvalue())

@@ -25,6 +25,7 @@ from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.integrations.transformers.call import Call, answer, by_name, check_output, read
 from saffron.integrations.transformers.rows import Pass, Rows
 from saffron.models.attention import ATTENTION, NO_GRADIENTS, TrieStep
+from saffron.models.checks import expect
 from saffron.models.trie_model import TrieModel
 from saffron_kernels import TreeStep
 
@@ -66,7 +67,14 @@ class TrieCache(Cache):
         static: bool = False,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
+        expect("model", model, nn.Module)
         base: Any = getattr(model, "get_base_model", lambda: model)()  # of a PEFT model
+        expect("model", base, PreTrainedModel)
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"{type(model.active_peft_config).__name__}: adapters that stand before the text as embeddings or "
+                "cached tokens (prefix tuning, prompt tuning, p-tuning) are not served by a TrieCache"
+            )
         implementation = base.config._attn_implementation
         if implementation != ATTENTION:
             raise ConfigError(
@@ -83,8 +91,9 @@ class TrieCache(Cache):
             model.generate(**inputs, past_key_values=TrieCache.from_trie(trie))
 
         What was cached with other weights is never used: after `set_adapter`, `disable_adapter`, an optimizer's step or
-        `model.to(...)` the trie is emptied with a warning, and rows that go on are run again. Changes through
-        `parameter.data` cannot be noticed: make a new trie after them.
+        `model.to(...)` the trie is emptied with a warning, and rows that go on are run again; the same where buffers,
+        forward hooks or numbers that modules hold (`scaling`) have changed. Changes through `parameter.data` cannot be
+        noticed: make a new trie after them.
 
         Args:
             trie: a model with its trie; a `Policy` too, so that Saffron search and `generate` share prompts.
@@ -142,6 +151,12 @@ class TrieCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that all rows together can have, -1 where the trie grows."""
         return -1 if self.trie.kv.grow else self.trie.kv.capacity
+
+    @property
+    def max_cache_len(self) -> int:
+        raise UnsupportedModelError(
+            "past_key_values: a TrieCache cannot be replaced by one that an adapter fills (prefix tuning)"
+        )
 
     @property
     def batch_size(self) -> int:
@@ -222,7 +237,7 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     call = read(model, arguments)
     _check_mode(model)
     cache.trie.check_weights()
-    planned = cache._rows.plan(call.ids, call.real, call.positions, call.wanted)
+    planned = cache._rows.plan(call.ids, call.mask, call.positions, call.wanted)
     tokens, plan, queries = planned.tokens, planned.step, len(planned.tokens)
     static = cache.static and planned.decode
     if static:

@@ -30,7 +30,7 @@ class Call:
 
     Attributes:
         ids: `[rows, new]` int64.
-        real: `[rows, new]` bool, which ids are no padding, None: all.
+        mask: `[rows, earlier and new columns]` bool, what is no padding, None: all.
         positions: `[rows or 1, new]` int64, or None.
         wanted: ascending new columns whose outputs are wanted.
         kept: of these, the indices of those whose logits are wanted.
@@ -39,7 +39,7 @@ class Call:
     """
 
     ids: NDArray[np.int64]
-    real: NDArray[np.bool_] | None
+    mask: NDArray[np.bool_] | None
     positions: NDArray[np.int64] | None
     wanted: NDArray[np.int64]
     kept: NDArray[np.int64]
@@ -69,17 +69,21 @@ def read(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Call:
     if ids is None or ids.dim() != 2 or ids.shape[1] == 0:
         given = "None" if ids is None else f"shape {list(ids.shape)}"
         raise ConfigError(f"input_ids: got {given}, expected [rows, new tokens]; prefixes are found by token ids")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"input_ids: got {ids.dtype}, expected whole numbers")
     new = ids.shape[1]
     mask = _two_dimensional("attention_mask", arguments.get("attention_mask"), new)
     positions = _two_dimensional("position_ids", arguments.get("position_ids"), new)
+    if positions is not None and positions.is_floating_point():
+        raise ConfigError(f"position_ids: got {positions.dtype}, expected whole numbers")
     kept = _columns(arguments.get("logits_to_keep", 0), new)
     hidden = others.get("output_hidden_states")
     wanted = np.arange(new) if (model.config.output_hidden_states if hidden is None else hidden) else np.unique(kept)
     return_dict = arguments.get("return_dict")
     return Call(
         ids=_host(ids),
-        real=None if mask is None else _host(mask) != 0,
-        positions=None if positions is None else _host(positions),
+        mask=None if mask is None else _host(mask) != 0,
+        positions=None if positions is None else _host(positions)[:, -new:],
         wanted=wanted,
         kept=np.searchsorted(wanted, kept),
         return_dict=bool(model.config.return_dict if return_dict is None else return_dict),
@@ -113,13 +117,13 @@ def _refuse(model: PreTrainedModel, others: Mapping[str, Any]) -> None:
 
 
 def _two_dimensional(name: str, tensor: Tensor | None, new: int) -> Tensor | None:
-    """The last `new` columns of a `[rows, columns]` tensor."""
+    """A `[rows, columns]` tensor, checked."""
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.shape[1] < new:
         given = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ConfigError(f"{name}: got {given}, expected [rows, at least {new} columns] for a TrieCache")
-    return tensor[:, -new:]
+    return tensor
 
 
 def _columns(keep: int | Tensor, new: int) -> NDArray[np.int64]:

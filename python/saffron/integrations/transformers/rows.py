@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.models.trie_model import TrieModel
 from saffron_kernels import Beams, KVTrie, TreeStep
 
@@ -64,20 +64,22 @@ class Rows:
         self._texts: list[NDArray[np.int32]] | None = None  # of the beams, where they are not cached any more
         self._beam_of_row: Ints | None = None  # -1: padding so far
         self._real: Bools | None = None  # [rows, columns], None: no padding
+        self._counted: bool | None = None  # of padded rows, whether their positions were given
 
     def __len__(self) -> int:
         return 0 if self._beam_of_row is None else len(self._beam_of_row)
 
-    def plan(self, ids: Ints, real: Bools | None, positions: Ints | None, wanted: Ints) -> Pass:
+    def plan(self, ids: Ints, mask: Bools | None, positions: Ints | None, wanted: Ints) -> Pass:
         """Makes room for new columns.
 
         Args:
-            ids: `[rows, new]` tokens. real: `[rows, new]` which are no padding, None: all.
-            positions: `[rows or 1, new]` what the caller takes the positions to be, None: whatever they are.
+            ids: `[rows, new]` tokens. mask: `[rows, columns + new]` what is no padding, None: all.
+            positions: `[rows or 1, new]` what the caller takes the positions to be, None: the columns.
             wanted: ascending indices of the new columns whose outputs are wanted.
 
         Raises:
-            ConfigError: other rows than before, rows that end in padding, positions that are not those of the text.
+            ConfigError: other rows or another mask than before, rows that end in padding, positions that are not those
+            of the text.
             UnsupportedModelError: a text of other rotary embeddings than its prefixes. CacheFullError: no room.
         """
         if self._beam_of_row is not None and len(ids) != len(self):
@@ -85,16 +87,61 @@ class Rows:
                 f"input_ids: got {len(ids)} rows, expected the {len(self)} rows of the TrieCache; another batch needs "
                 "a cache of its own, which finds common prefixes where both are made by TrieCache.from_trie"
             )
-        if real is not None and real.all():
-            real = None
+        whole = self._whole_mask(mask, ids.shape)
+        real = None if whole is None or whole[:, self.columns :].all() else whole[:, self.columns :]
         lengths = self._lengths(len(ids))
         depth = lengths[:, None] + (np.arange(1, ids.shape[1] + 1) if real is None else real.cumsum(1)) - 1
         _check_padding(depth, real)
         _check_positions(depth, real, positions)
+        if whole is not None:
+            self._check_holes(whole, positions is not None)
         self.trie.geometry.check_length(int(depth.max()) + 1)
         if self._beams is not None and ids.shape[1] == 1 and real is None and lengths.all():
             return self._decode(ids[:, 0])
         return self._extend(ids, real, wanted)
+
+    def _whole_mask(self, mask: Bools | None, shape: tuple[int, ...]) -> Bools | None:
+        """The mask over all columns, None: no padding. It must say of earlier columns what it said before."""
+        before = self._real
+        if mask is None:
+            if before is not None:
+                raise ConfigError("attention_mask: got None, expected a mask: earlier columns hold padding")
+            return None
+        rows, new = shape
+        if mask.shape != (rows, self.columns + new):
+            raise ConfigError(
+                f"attention_mask: got shape {list(mask.shape)}, expected [{rows}, {self.columns + new}]: the "
+                f"{self.columns} columns that stand in the TrieCache and {new} new ones"
+            )
+        changed = mask[:, : self.columns] != (True if before is None else before)
+        if changed.any():
+            row, column = (int(i[0]) for i in np.nonzero(changed))
+            raise ConfigError(
+                f"attention_mask: got {int(mask[row, column])} in row {row}, column {column}, where an earlier call "
+                f"said {int(not mask[row, column])}; a TrieCache cannot change what its rows have read"
+            )
+        return None if mask.all() else mask
+
+    def _check_holes(self, real: Bools, counted: bool) -> None:
+        """Refuses padding that the model would read otherwise with a cache of rows."""
+        first = real.argmax(1)
+        hole = real.any(1) & (first + real.sum(1) < real.shape[1])
+        geometry = self.trie.geometry
+        if not counted and (hole.any() or not geometry.relative):
+            row = int((hole if hole.any() else ~real.all(1)).argmax())
+            raise ConfigError(
+                f"position_ids: got None, and row {row} holds padding: without position_ids a model counts padding "
+                "as positions, which a trie does not; pass attention_mask.cumsum(1) - 1 of the new columns"
+            )
+        if self._counted not in (None, counted):
+            raise ConfigError("position_ids: pass them in every call of rows that hold padding, or in none")
+        window = min((w for w in geometry.windows if w is not None), default=None)
+        if window is not None and hole.any() and real.shape[1] > window:
+            raise UnsupportedModelError(
+                f"attention_mask: row {int(hole.argmax())} holds padding between its tokens, and the model has sliding "
+                f"windows of {window} columns, in which padding would count; not served by a TrieCache"
+            )
+        self._counted = counted
 
     def _lengths(self, rows: int) -> Ints:
         """Tokens of each row, without padding."""
@@ -112,12 +159,13 @@ class Rows:
         ids = children & 0xFFFFFFFF
         beams, step = self.kv.advance(self._beams, (children >> 32).astype(np.int32), ids.astype(np.int32))
         self.kv.unfinished = beams.nodes
-        columns, real = self.columns, self._real
+        columns, real, counted = self.columns, self._real, self._counted
         self._clear()  # the old nodes have given up their holds
 
         def finish() -> None:
             self.kv.unfinished = None
             self._beams, self._beam_of_row, self.columns, self._real = beams, query, columns, real
+            self._counted = counted
             self._add_columns(1, None)
 
         return Pass(torch.from_numpy(ids).to(self.kv.k.device), step, query[:, None], True, finish)
@@ -231,8 +279,8 @@ class Rows:
     def fork(self) -> Rows:
         """The same rows once more, with holds of their own."""
         other = Rows(self.trie)
-        other.columns, other._beams, other._texts, other._beam_of_row, other._real = (
-            self.columns, self._beams, self._texts, self._beam_of_row, self._real,
+        other.columns, other._beams, other._texts, other._beam_of_row, other._real, other._counted = (
+            self.columns, self._beams, self._texts, self._beam_of_row, self._real, self._counted,
         )  # fmt: skip
         if self._beams is not None:
             self.kv.index.hold(self._beams.nodes)
