@@ -138,8 +138,8 @@ def _steady(traffic: Any, records: Sequence[Record], logs: Sequence[Record], set
         f"All requests: {1 - flops.sum() / totals[0]:.1%} less compute than the widest search, "
         f"{1 - flops.sum() / totals[1]:+.1%} against the best fixed width of each bin."
     )
-    header = ("bin", "requests", "floor", "safe", "windows below", "saved against the widest", "best fixed width")
-    header += ("saved against it", "attack success", "answered")
+    header = ("bin", "requests", "floor", "safe", "windows below", "saved against the widest", "best fixed width",
+              "saved against it", "attack success", "answered")  # fmt: skip
     return f"""### Attacked to allowed {traffic.name}, {len(records)} requests
 
 {_table(header, rows)}
@@ -177,7 +177,7 @@ def _plans(records: Sequence[Record], settings: WidthSettings) -> str:
 
 def _shift(traffic: Any, records: Sequence[Record], logs: Sequence[Record], settings: WidthSettings) -> str:
     half = len(records) // 2
-    stages = [("before the shift", records[:half])]
+    stages: list[tuple[str, Sequence[Record]]] = [("before the shift", records[:half])]
     after, eras = records[half:], sorted({r["era"][0] for r in records[half:]})
     names = {1: "after it, until the alarm or the end", 2: "after the alarm: the widest search",
              3: "after a log of the new traffic"}  # fmt: skip
@@ -206,7 +206,7 @@ def _shift(traffic: Any, records: Sequence[Record], logs: Sequence[Record], sett
 
 
 def _loss(
-    stages: Sequence[tuple[str, list[Record]]], logs: Sequence[Record], settings: WidthSettings, last: int
+    stages: Sequence[tuple[str, Sequence[Record]]], logs: Sequence[Record], settings: WidthSettings, last: int
 ) -> str:
     """What an alarm cost. last: the attack after the shift."""
     if len(stages) == 2:
