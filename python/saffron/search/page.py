@@ -16,18 +16,26 @@ PAGE = b'<meta name="generator" content="saffron-kernels">'
 
 
 def write_page(file: str | Path, traced: SearchResult, undefended: SearchResult | None = None) -> None:
-    """Writes the search tree of a traced result as HTML.
+    """Writes `page_of`.
 
     Raises:
         ConfigError: the result holds no trace; the file cannot be written, or holds something else than such a page.
+    """
+    write_replaceable(Path(file), page_of(traced, undefended).encode(), PAGE)
+
+
+def page_of(traced: SearchResult, undefended: SearchResult | None = None) -> str:
+    """The search tree of a traced result as HTML.
+
+    Raises:
+        ConfigError: the result holds no trace.
     """
     if traced.trace is None:
         raise ConfigError("traced: this search was not traced; ask for it with trace=True")
     environment = Environment(loader=PackageLoader("saffron"), autoescape=select_autoescape())
     # "</" would end the script element the data stands in.
     data = json.dumps(draw(traced)).replace("</", "<\\/")
-    text = environment.get_template("search.html").render(result=traced, undefended=undefended, data=data)
-    write_replaceable(Path(file), text.encode(), PAGE)
+    return environment.get_template("search.html").render(result=traced, undefended=undefended, data=data)
 
 
 def draw(traced: SearchResult) -> dict[str, Any]:

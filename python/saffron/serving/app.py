@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from saffron.models.bundled import Models
-from saffron.serving import routes
+from saffron.serving import completions, openapi, page, routes, tokens
 from saffron.serving.middleware import Surroundings, http_error
 from saffron.serving.service import Service
 from saffron.serving.settings import Settings
@@ -40,9 +40,15 @@ def create_app(models: Models | Callable[[], Models], settings: Settings | None 
 
     app = Starlette(
         routes=[
+            Route("/", page.page),
+            Route("/openapi.json", openapi.openapi),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", completions.completions, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{id:path}", routes.model),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", tokens.tokenizer_info),
             Route("/health", routes.health),
             Route("/version", routes.version),
             Route("/metrics", routes.metrics),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from saffron.errors import ConfigError, shown
 from saffron.models.bundled import Models
@@ -20,6 +20,7 @@ from saffron.serving.settings import Settings
 if TYPE_CHECKING:
     from saffron.search.rewards import RewardModel
 
+Trace = bool | Literal["page"]
 OWN = ("method", "trace")  # keys of `saffron` that are no hyperparameters
 
 
@@ -70,7 +71,7 @@ class Ask:
         request: what the models read before the answer.
         conversation: None for a plain prompt.
         n: answers, from the final beam. stop: texts before which an answer is cut.
-        trace: return the whole search.
+        trace: return the whole search, as records or drawn as a page.
         logprobs: how many alternatives of each token are wanted with its log-probability; None: neither.
     """
 
@@ -80,7 +81,7 @@ class Ask:
     conversation: Conversation | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
-    trace: bool = False
+    trace: Trace = False
     logprobs: int | None = None
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from saffron.errors import shown
 from saffron.models.chat import ROLES, Conversation, check_template_options
+from saffron.serving.ask import Trace
 from saffron.serving.body import Fields, check_text
 from saffron.serving.errors import ApiError, bad
 from saffron.serving.settings import Settings
@@ -59,7 +60,7 @@ class ChatRequest:
     stream: bool
     include_usage: bool
     echo: bool
-    trace: bool
+    trace: Trace
     logprobs: int | None
     options: Mapping[str, Any]
 
@@ -70,7 +71,7 @@ def read_chat(body: Mapping[str, Any], settings: Settings) -> ChatRequest:
     if fields.get("modalities") not in (None, ["text"], []):
         raise bad("modalities", REFUSED["modalities"], "unsupported_parameter")
     fields.without_effect()
-    conversation = _conversation(fields, settings)
+    conversation = conversation_of(fields, settings)
     n = fields.whole("n", 1, 1, settings.max_width)
     top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
     if top and not fields.flag("logprobs"):
@@ -106,13 +107,13 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
     return stream, bool(options.get("include_usage"))
 
 
-def read_own(fields: Fields) -> tuple[dict[str, Any], bool]:
+def read_own(fields: Fields) -> tuple[dict[str, Any], Trace]:
     """The object `saffron`, and whether it asks for the trace."""
     own = fields.object("saffron")
-    trace = own.get("trace", False)
-    if not isinstance(trace, bool):
-        raise bad("saffron.trace", f"got {shown(trace)}, expected true or false")
-    return own, trace
+    trace = own.get("trace")
+    if trace is not None and not isinstance(trace, bool) and trace != "page":
+        raise bad("saffron.trace", f'got {shown(trace)}, expected true, false or "page"')
+    return own, trace or False
 
 
 def _max_tokens(fields: Fields, settings: Settings) -> int | None:
@@ -120,7 +121,7 @@ def _max_tokens(fields: Fields, settings: Settings) -> int | None:
     return fields.whole(name, 1, 1, settings.max_tokens) if name in fields else None
 
 
-def _conversation(fields: Fields, settings: Settings) -> Conversation:
+def conversation_of(fields: Fields, settings: Settings) -> Conversation:
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad("messages", "expected a list of messages that is not empty")

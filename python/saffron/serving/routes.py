@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from saffron import __version__
+from saffron.search.page import page_of
 from saffron.serving.ask import Ask
 from saffron.serving.body import read_json
 from saffron.serving.chat import ChatRequest, read_chat
@@ -76,8 +77,8 @@ async def describe(running: Running, asked: ChatRequest, answer: Answer) -> list
     described = []
     for index, (choice, verdict) in enumerate(zip(answer.choices, verdicts, strict=True)):
         own = own_part(choice, verdict)
-        if index == 0 and answer.trace is not None:
-            own["trace"] = answer.trace
+        if index == 0 and ask.trace:
+            own |= await service.work(traced, ask, answer)
         logprobs = None
         if ask.logprobs is not None:
             logprobs = await service.work(chat_logprobs, service, ask, choice)
@@ -87,6 +88,16 @@ async def describe(running: Running, asked: ChatRequest, answer: Answer) -> list
             "finish_reason": choice.finish_reason, "saffron": own,
         })  # fmt: skip
     return described
+
+
+def traced(ask: Ask, answer: Answer) -> dict[str, Any]:
+    """The whole search: its records, or drawn as a page."""
+    result, conversation = answer.result, ask.conversation
+    if ask.trace != "page":
+        return {"trace": result.trace}
+    if conversation is not None:
+        result = replace(result, prompt=conversation.turns[-1], prefill=conversation.prefill)
+    return {"page": page_of(result)}
 
 
 def own_part(choice: Choice, verdict: float | None) -> dict[str, Any]:
@@ -104,11 +115,11 @@ def finish(running: Running, answer: Answer, request: Request) -> dict[str, Any]
     seconds, name = time.monotonic() - running.started, ask.variant.id
     metrics = running.service.metrics
     metrics.first.labels(name).observe(seconds if running.first is None else running.first)
-    metrics.answered(name, prompt, tokens, answer.choices[0].finish_reason, answer.cost, seconds)
+    metrics.answered(name, prompt, tokens, answer.choices[0].finish_reason, answer.result.cost, seconds)
     request.state.log.update(model=name, prompt_tokens=prompt, tokens=tokens)
     return {
         "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens,
-        "saffron": asdict(answer.cost),
+        "saffron": asdict(answer.result.cost),
     }  # fmt: skip
 
 

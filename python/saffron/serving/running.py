@@ -7,10 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from saffron.search.handle import Handle
-from saffron.search.result import Cost
+from saffron.search.result import Cost, SearchResult
 from saffron.search.tree import Node
 from saffron.serving.ask import Ask
 from saffron.serving.errors import ApiError
@@ -33,11 +32,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a request; `choices` are the best first."""
+    """What came of a request: its `choices`, the best first, and what the search says of the first."""
 
     choices: list[Choice]
-    cost: Cost
-    trace: list[dict[str, Any]] | None
+    result: SearchResult
 
 
 class Gone(Exception):
@@ -117,10 +115,10 @@ class Running:
         result, n = self.pending.result(0), self.ask.n
         if not isinstance(self.pending, Handle):
             choice = _choice(result.text, result.token_ids, result.score, result.finish_reason, self.ask.stop)
-            return Answer([choice], result.cost, None)
+            return Answer([choice], result)
         best = self.pending.answer
         others = [node for node in self.pending.tree.beam if node is not best]
-        return Answer([self._node(node) for node in [best, *others][:n]], result.cost, result.trace)
+        return Answer([self._node(node) for node in [best, *others][:n]], result)
 
     def _end(self, why: str) -> None:
         if not self._ended_by and not self.pending.done:
@@ -139,7 +137,11 @@ class Running:
         """After a step: ends a search whose answer is certain to be cut, whatever follows."""
         if cut(handle.text, self.ask.stop)[1]:
             cost = Cost.of(*handle.tree.tallies, handle.seconds)
-            self._stopped = Answer([self._node(handle.answer)], cost, handle.tree.trace)
+            choice, tree = self._node(handle.answer), handle.tree
+            result = SearchResult(
+                choice.text, choice.tokens, choice.score, "length", cost, list(tree.steps), trace=tree.trace
+            )
+            self._stopped = Answer([choice], result)
             handle.cancelled = True
 
     def _node(self, node: Node) -> Choice:

@@ -20,7 +20,7 @@ from saffron.search.config import Request, SearchConfig
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle, Pending
 from saffron.search.model_pair import ModelPair
-from saffron.serving.ask import Ask, Variant, choose, configure, room, variants
+from saffron.serving.ask import Ask, Trace, Variant, choose, configure, room, variants
 from saffron.serving.chat import ChatRequest
 from saffron.serving.errors import bad, unavailable
 from saffron.serving.metrics import Metrics
@@ -137,7 +137,7 @@ class Service:
 
     def ask(
         self, variant: Variant, request: Request, own: dict[str, Any] | Any, *, max_tokens: int | None, n: int,
-        stop: tuple[str, ...], trace: bool, logprobs: int | None,
+        stop: tuple[str, ...], trace: Trace, logprobs: int | None,
     ) -> Ask:  # fmt: skip
         """The request with its configuration, within what the server allows."""
         models, _ = self.ready()
@@ -166,7 +166,7 @@ class Service:
         """
         _, engine = self.ready()
         if ask.variant.decoder is None:
-            pending: Pending = engine.submit(ask.request, ask.config, trace=ask.trace, on_step=on_step)
+            pending: Pending = engine.submit(ask.request, ask.config, trace=bool(ask.trace), on_step=on_step)
         else:
             pending = engine.submit_job(ask.variant.decoder(ask.config), ask.request)
         self._unfinished.add(pending)
