@@ -23,8 +23,6 @@ from saffron.cli.options import (
 from saffron.errors import ConfigError, MissingDependencyError, outside
 
 if TYPE_CHECKING:
-    from saffron.models.bundled import Models
-    from saffron.models.files import ModelFiles
     from saffron.serving.settings import Settings
 
 
@@ -88,6 +86,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
     from saffron.models.files import ModelFiles
     from saffron.serving import create_app
+    from saffron.serving.checkpoints import load_models
     from saffron.serving.run import Server
 
     if options.threads:
@@ -95,7 +94,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("saffron.serving").setLevel("ERROR" if options.quiet else "INFO")
     files = ModelFiles(options.policy, options.mrm, options.base, options.prm, options.device)
-    app = create_app(lambda: _load(files, options), settings)
+    app = create_app(lambda: load_models(files, options.guard), settings)
     with outside("TLS"):
         config = uvicorn.Config(
             app, host=options.host, port=options.port, log_config=None, access_log=False, lifespan="on",
@@ -114,14 +113,6 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     if server.service.failure is not None:
         raise server.service.failure
     return 0
-
-
-def _load(files: ModelFiles, options: argparse.Namespace) -> Models:
-    from saffron.models.bundled import Models
-
-    # The guard that comes with the package judges its own world: with other models only one that is named.
-    guard = options.guard and (options.prm or not (options.policy or options.mrm))
-    return Models(files.load_policy(), files.load_mrm(), files.load_guard() if guard else None)
 
 
 def _settings(options: argparse.Namespace) -> Settings:
