@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from saffron import __version__
 from saffron.errors import shown
+from saffron.models.likelihood import TokenChance, likelihoods
 from saffron.search import config as search_config
 from saffron.search.result import Cost
 from saffron.serving.ask import Ask, Variant, choose
@@ -20,7 +21,7 @@ from saffron.serving.body import Fields, check_text, read_json
 from saffron.serving.chat import REFUSED, WITHOUT_EFFECT, Trace, read_own, read_stream
 from saffron.serving.errors import bad
 from saffron.serving.events import EventStream, watched
-from saffron.serving.likelihood import TokenChance, likelihoods, token_text
+from saffron.serving.likelihood import token_text
 from saffron.serving.routes import finish, own_part, traced
 from saffron.serving.running import Answer, Choice, Running
 from saffron.serving.service import Service
@@ -77,7 +78,9 @@ def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRe
         include_usage=usage,
         echo=echo,
         trace=trace,
-        logprobs=fields.whole("logprobs", 0, 0, MOST_LOGPROBS) if fields.get("logprobs") not in (None, False) else None,
+        logprobs=fields.whole("logprobs", 0, 0, MOST_LOGPROBS)
+        if "logprobs" in fields and fields.get("logprobs") is not False
+        else None,
     )
 
 
