@@ -25,6 +25,7 @@ from saffron.serving.service import Service
 CONFIGS = [SearchConfig(width=w, top_p=p, max_new_tokens=t, min_new_tokens=0) for w, p, t in
            ((1, 0.8, 3), (2, 0.8, 5), (3, 0.5, 4), (4, 0.95, 6))]  # fmt: skip
 PROMPTS = 16
+FRESH = httpx.Limits(max_keepalive_connections=0)  # a connection that broke is then an error of the server
 
 
 def resident() -> int:
@@ -48,7 +49,7 @@ def expected(models: Models) -> dict[tuple[int, int], str]:
 
 async def soak(url: str, requests: int, clients: int, answers: dict[tuple[int, int], str], seed: int) -> Counter[str]:
     chance, seen, left = random.Random(seed), Counter[str](), iter(range(requests))
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=FRESH) as client:
 
         async def work() -> None:
             for _ in left:

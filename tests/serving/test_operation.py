@@ -98,6 +98,17 @@ def test_a_search_ends_within_a_step_of_the_departure(server: Running) -> None:
     assert len(pending.tree.steps) <= steps + 1
 
 
+def test_a_client_that_leaves_before_its_body_is_there(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    before = server.service.metrics.cancelled._value.get()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "host: x\r\ncontent-type: application/json\r\ncontent-length: 100"
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{{".encode())
+        time.sleep(0.05)
+    until(lambda: server.service.metrics.cancelled._value.get() == before + 1)
+    assert "failed" not in caplog.text
+
+
 def test_a_client_that_leaves_the_queue_makes_room(server: Running) -> None:
     engine = server.service.engine
     assert engine is not None

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,8 @@ def test_the_page_needs_nothing_but_its_server(server: Running) -> None:
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert not re.search(r"""(src|href)\s*=\s*["']|url\(|@import|https?://""", answer.text)
     labelled = set(re.findall(r'<label for="(\w+)"', answer.text)) | {"width", "tokens"}
-    fields = set(re.findall(r'<(?:input|textarea) id="(\w+)"', answer.text))
-    assert fields == labelled and 'lang="en"' in answer.text and answer.text.count('aria-live="polite"') == 2
+    inputs = set(re.findall(r'<(?:input|textarea) id="(\w+)"', answer.text))
+    assert inputs == labelled and 'lang="en"' in answer.text and answer.text.count('aria-live="polite"') == 2
 
 
 def test_an_answer_may_bring_its_search_as_a_page(server: Running) -> None:
@@ -89,5 +90,6 @@ def test_the_openapi_document_names_every_route(server: Running) -> None:
     routes = {route.path.replace(":path", "") for route in server.server.config.app.routes}  # type: ignore[union-attr]
     assert set(served["paths"]) == routes - {"/", "/openapi.json"}
     chat = served["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"width", "ranking", "trace"} <= chat["properties"]["saffron"]["properties"].keys()
+    own = {field.name for field in fields(SearchConfig)} - {"max_new_tokens"} | {"method", "trace"}
+    assert chat["properties"]["saffron"]["properties"].keys() == own
     assert chat["properties"]["saffron"]["properties"]["width"]["maximum"] == 8

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from saffron.errors import shown
-from saffron.serving.errors import ApiError, bad
+from saffron.serving.errors import ApiError, Gone, bad
 
 NUMBERS = (int, float)
 DEEPEST = 32  # levels of a request: a message's parts stand in the fourth
@@ -20,6 +20,7 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
     """The body of a request.
 
     Raises:
+        Gone: the client went away.
         ApiError: 413 for more bytes than `most`, 415 for another type of content (a page of another origin can send
             only those without asking), 400 for what is no JSON object.
     """
@@ -29,10 +30,13 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
             415, f"content-type: got {shown(kind)}, expected application/json", code="unsupported_media_type"
         )
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > most:
-            raise ApiError(413, f"the request exceeds {most} bytes", code="request_too_large")
+    try:
+        async for piece in request.stream():
+            data += piece
+            if len(data) > most:
+                raise ApiError(413, f"the request exceeds {most} bytes", code="request_too_large")
+    except ClientDisconnect:
+        raise Gone from None
     try:
         body = json.loads(data.decode(), parse_constant=_no_constant)
     except RecursionError:

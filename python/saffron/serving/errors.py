@@ -41,6 +41,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class Gone(Exception):
+    """The client went away; nobody waits for an answer."""
+
+
 def bad(param: str | None, message: str, code: str | None = None) -> ApiError:
     """A request that is wrong."""
     return ApiError(400, message if param is None else f"{param}: {message}", param=param, code=code)

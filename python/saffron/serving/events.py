@@ -10,9 +10,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from saffron.serving.errors import ApiError, api_error
+from saffron.serving.errors import ApiError, Gone, api_error
 from saffron.serving.middleware import log_error
-from saffron.serving.running import Gone, Running
+from saffron.serving.running import Running
 
 
 @asynccontextmanager

@@ -15,8 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from saffron.serving.errors import ApiError, api_error
-from saffron.serving.running import Gone
+from saffron.serving.errors import ApiError, Gone, api_error
 from saffron.serving.service import Service
 
 log = logging.getLogger("saffron.serving")

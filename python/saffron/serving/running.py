@@ -12,7 +12,7 @@ from saffron.search.handle import Handle
 from saffron.search.result import Cost, SearchResult
 from saffron.search.tree import Node
 from saffron.serving.ask import Ask
-from saffron.serving.errors import ApiError
+from saffron.serving.errors import ApiError, Gone
 from saffron.serving.service import Service
 
 
@@ -36,10 +36,6 @@ class Answer:
 
     choices: list[Choice]
     result: SearchResult
-
-
-class Gone(Exception):
-    """The client went away; nobody waits for an answer."""
 
 
 class Running:
