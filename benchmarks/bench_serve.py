@@ -1,4 +1,4 @@
-"""`saffron serve` under load: speed and latency by concurrency and width, beside Best-of-N and undefended.
+"""`saffron serve` under load: speed and latency by concurrency and width, next to Best-of-N and undefended.
 
     python benchmarks/bench_serve.py --models bundled --concurrency 1 8 32 --width 4 16
 

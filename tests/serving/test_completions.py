@@ -35,7 +35,7 @@ def client(server: Running) -> Any:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def chances(models: Models, tokens: list[int]) -> list[list[float]]:
+def log_probabilities(models: Models, tokens: list[int]) -> list[list[float]]:
     """Log-probabilities `[tokens - 1, vocab]` of what follows each prefix."""
     return models.policy.logits([tokens[:i] for i in range(1, len(tokens))]).log_softmax(-1).tolist()
 
@@ -43,7 +43,7 @@ def chances(models: Models, tokens: list[int]) -> list[list[float]]:
 def test_log_likelihoods_of_a_prompt(client: Any, models: Models) -> None:
     """As log-likelihood tasks ask: echo, logprobs, one token or none that nobody reads."""
     ids = models.policy.encode(TEXT)
-    expected = chances(models, ids)
+    expected = log_probabilities(models, ids)
     for max_tokens in (0, 1):
         said = client.completions.create(model="tiny", prompt=TEXT, echo=True, logprobs=2, max_tokens=max_tokens)
         choice, logprobs = said.choices[0], said.choices[0].logprobs
@@ -63,7 +63,7 @@ def test_long_prompts_are_read_in_chunks(models: Models) -> None:
 
     tokens = torch.randint(2, 90, (150,), generator=torch.Generator().manual_seed(0)).tolist()
     found = [one.logprob for one in likelihoods(models.policy, tokens, 1, 0)]
-    own = [row[token] for row, token in zip(chances(models, tokens), tokens[1:], strict=True)]
+    own = [row[token] for row, token in zip(log_probabilities(models, tokens), tokens[1:], strict=True)]
     assert found == pytest.approx(own, abs=1e-4)
 
 

@@ -196,7 +196,7 @@ def test_names_of_control_tokens_are_text(server: Running) -> None:
 
 
 def test_a_poisoned_search_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """One token's embedding is NaN: requests that say it fail, those beside them are answered."""
+    """One token's embedding is NaN: requests that say it fail, those next to them are answered."""
     models = tiny.trio(seed=3)
     settings = Settings(config=CONFIG, max_tokens=240)
     with running(models, settings) as server, caplog.at_level(logging.INFO, "saffron.serving"):

@@ -190,11 +190,11 @@ async def _choice(
     """One choice of a completion; without an answer the prompt alone, which `echo` wants."""
     prompt = list(ask.request.policy)
     text = service.decode(prompt) if asked.echo else ""
-    chances = None
+    logprobs = None
     if asked.logprobs is not None:
         tokens = [] if choice is None else choice.tokens
-        chances = await service.work(_chances, service, prompt, tokens, asked.echo, asked.logprobs)
-    described = {"index": index, "text": text + (choice.text if choice else ""), "logprobs": chances,
+        logprobs = await service.work(_logprobs, service, prompt, tokens, asked.echo, asked.logprobs)
+    described = {"index": index, "text": text + (choice.text if choice else ""), "logprobs": logprobs,
                  "finish_reason": choice.finish_reason if choice else "length"}  # fmt: skip
     if choice is not None:
         own = own_part(choice, None)
@@ -202,7 +202,7 @@ async def _choice(
     return described
 
 
-def _chances(service: Service, prompt: list[int], tokens: list[int], echo: bool, top: int) -> dict[str, Any]:
+def _logprobs(service: Service, prompt: list[int], tokens: list[int], echo: bool, top: int) -> dict[str, Any]:
     """`choices[i].logprobs` of a completion. Nothing stands before a prompt's first token: null."""
     policy = service.policy
     first = 1 if echo else len(prompt)

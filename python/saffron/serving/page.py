@@ -1,4 +1,4 @@
-"""The page at `/`: a chat with the defended model beside the undefended one, and the tree of the last search."""
+"""The page at `/`: a chat with the defended model next to the undefended one, and the tree of the last search."""
 
 from __future__ import annotations
 
