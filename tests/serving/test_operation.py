@@ -252,7 +252,7 @@ def test_loading_and_draining(models: Models) -> None:
     until(lambda: bool(entered))
     (server,) = entered
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, server, **LONG)
+        answer = pool.submit(ask, server, max_tokens=60, saffron={"min_new_tokens": 60})
         until(lambda: server.service.state == "draining")
         refused = ask(server)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
@@ -261,6 +261,15 @@ def test_loading_and_draining(models: Models) -> None:
     assert not thread.is_alive() and server.service.engine is not None and not server.service.engine.busy
     with pytest.raises(httpx.ConnectError):
         ask(server)
+
+
+def test_what_outlives_the_drain_gets_503(models: Models) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with running(models, Settings(config=CONFIG, max_tokens=240), drain_seconds=0.1) as server:
+            answer = pool.submit(ask, server, **LONG)
+            until(lambda: server.service.unfinished == 1)
+        late = answer.result()
+    assert late.status_code == 503 and late.json()["error"]["code"] == "cancelled"
 
 
 def test_requests_before_the_models_are_there_get_503(models: Models) -> None:

@@ -42,7 +42,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(models: Models | Callable[[], Models], settings: Settings, drain_seconds: float = 10) -> Iterator[Running]:
+def running(models: Models | Callable[[], Models], settings: Settings, drain_seconds: float = 60) -> Iterator[Running]:
     app = create_app(models, settings)
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2)
     server = Server(config, drain_seconds)

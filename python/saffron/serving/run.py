@@ -18,7 +18,7 @@ class Server(uvicorn.Server):
 
     Args:
         config: of uvicorn; its app is made by `create_app`.
-        drain_seconds: after so long it ends with what is left.
+        drain_seconds: after so long what still runs gets 503.
     """
 
     def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
@@ -26,11 +26,10 @@ class Server(uvicorn.Server):
         assert isinstance(config.app, Starlette)
         self.service: Service = config.app.state.service
         self.service.on_failure = self._stop
-        self._drain_seconds = drain_seconds
+        self._drain_seconds, self._hurry = drain_seconds, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.service.state == "draining":
-            self._stop()
+        self._hurry = self.service.state == "draining"
         self.service.drain()
 
     async def main_loop(self) -> None:
@@ -42,7 +41,9 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
             if self.service.state == "draining":
                 left -= 0.05
-                if left <= 0 or not self.service.unfinished:
+                if left <= 0 or self._hurry:
+                    self.service.abandon()
+                if not self.service.unfinished:
                     self._stop()
 
     def _stop(self) -> None:

@@ -80,6 +80,11 @@ class Service:
         """Takes no more requests; those that run are answered."""
         self.state = "draining"
 
+    def abandon(self) -> None:
+        """Ends what runs: it gets 503."""
+        for pending in list(self._unfinished):
+            pending.cancel()
+
     async def stop(self) -> None:
         """Ends what still runs without an answer, and the threads."""
         self.state = "draining"
