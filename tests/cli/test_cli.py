@@ -154,7 +154,7 @@ def test_bad_prompt_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     for text, message in (
         ("{", "not JSON lines"),
         ("[1]", "JSON object"),
-        ('{"promt": "x"}', 'line 1 needs a text "prompt"'),
+        ('{"promt": "x"}', "line 1: got the key 'promt', which is not known; 'prompt' is"),
         ('{"prompt": "x"}\n{"prompt": "\\ud800"}', "line 2"),
     ):
         file = tmp_path / "prompts.jsonl"

@@ -164,7 +164,7 @@ def test_bias_and_mask_are_checked(tmp_path: Path) -> None:
         ("lm_head_bias.pt", good.index_fill(0, torch.tensor([3]), -torch.inf), "lm_head_bias: holds NaN or infinity"),
         ("lm_head_bias.pt", good.to(torch.complex64), "lm_head_bias: got torch.complex64"),
         ("lm_head_bias.pt", good.long(), "lm_head_bias: got torch.int64"),
-        ("lm_head_bias.pt", good.double() + 1e300, "lm_head_bias: its values exceed what the model's torch.float32"),
+        ("lm_head_bias.pt", good.double() + 1e300, r"lm_head_bias: holds 1e\+300"),
         ("lm_head_bias.pt", good[:5], r"lm_head_bias: got shape \[5\]"),
         ("lm_head_bias.pt", good[None], "expected one vector"),
         ("lm_head_bias.pt", good.to_sparse(), "expected one vector"),

@@ -37,7 +37,10 @@ def test_without_evidence_it_is_the_widest_search(models: Models) -> None:
     answers = search.answer(PROMPTS, "the quick")
     fixed = SaffronSearch(models.policy, models.mrm, replace(CONFIG, width=3)).generate(PROMPTS, "the quick")
     for (result, logged), expected in zip(answers, fixed, strict=True):
-        assert result.token_ids == expected.token_ids and result.cost == expected.cost
+        assert result.token_ids == expected.token_ids
+        searched, cost = expected.cost, result.cost
+        assert cost.policy_flops == searched.policy_flops and cost.policy_tokens == searched.policy_tokens
+        assert cost.reward_calls == searched.reward_calls + 2 and cost.reward_flops > searched.reward_flops
         assert (result.prompt, result.prefill) == (expected.prompt, "the quick")
         assert logged.scores[-1] == result.score and set(logged.widths) == {3}
         (judged,) = models.guard.score([(expected.prompt, expected.text)]).tolist()  # type: ignore[list-item]

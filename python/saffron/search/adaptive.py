@@ -20,7 +20,7 @@ from saffron.search.config import SearchConfig, check_top_p, check_whole
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
 from saffron.search.method import Progress, entropy
-from saffron.search.result import SearchResult
+from saffron.search.result import Cost, SearchResult
 from saffron.search.saffron import SaffronSearch
 
 
@@ -190,7 +190,7 @@ class AdaptiveSearch:
             steps = 0
             while any(not handle.done for handle in handles):
                 if not engine.step():
-                    time.sleep(0.001)  # another search on these models holds the cache that this one needs
+                    engine.wait_for_room()
                 done = max(len(handle.tree.steps) for handle in handles)
                 if progress is not None and done > steps:
                     progress(done, self.config.max_new_tokens)
@@ -200,13 +200,22 @@ class AdaptiveSearch:
             engine.close(drain=False)
         verdicts = self.safe(conversations, [result.text for result in results])
         seconds = (time.perf_counter() - started) / len(results)
-        return [
-            Answered(
-                replace(r, prompt=c.prompt, prefill=c.prefill, cost=replace(r.cost, seconds=seconds)),
-                control.finish(safe, r.score),
-            )
-            for r, c, control, safe in zip(results, conversations, controls, verdicts, strict=True)
-        ]
+        answered = []
+        for r, c, control, safe in zip(results, conversations, controls, verdicts, strict=True):
+            cost = self._with_guard(replace(r.cost, seconds=seconds), [(c, c.prefill), (c, r.text)])
+            result = replace(r, prompt=c.prompt, prefill=c.prefill, cost=cost)
+            answered.append(Answered(result, control.finish(safe, r.score)))
+        return answered
+
+    def _with_guard(self, cost: Cost, judged: Sequence[tuple[Prompt, str]]) -> Cost:
+        """The cost of a search and of what the guard judged for it, each text run whole."""
+        flops, lengths = self.guard.flops, [len(self.guard.sequence(*pair)) for pair in judged]
+        return replace(
+            cost,
+            reward_flops=cost.reward_flops + sum(flops.prompt(n) + 2 * flops.per_head_row for n in lengths),
+            reward_tokens=cost.reward_tokens + sum(lengths),
+            reward_calls=cost.reward_calls + len(lengths),
+        )
 
     def _check(self, conversations: Sequence[Conversation]) -> None:
         """That all models can read the prompts and their longest answers."""

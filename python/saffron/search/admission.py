@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from weakref import WeakSet
 
@@ -69,7 +71,16 @@ class Admission:
         for model, slots in zip(self._caches, self.held.pop(search), strict=True):
             model.kv.reserve(-slots)
 
-    def stuck(self, search: Handle) -> CapacityError | None:
+    def wait(self, waiting: deque[Handle], changed: threading.Condition) -> None:
+        """Waits a little for room, or fails the first of those that wait, if it would wait for ever."""
+        stuck = self._stuck(waiting[0]) if waiting else None
+        if stuck is None:
+            return time.sleep(0.001)
+        with changed:
+            search = waiting.popleft()
+        search.fail(stuck)
+
+    def _stuck(self, search: Handle) -> CapacityError | None:
         """The error of a search for which this thread would wait for ever: what is missing is held by searches that
         only this thread could take further (a stream that it has begun), and none of this engine's own."""
         if self.held:

@@ -196,7 +196,12 @@ class Engine:
         """Steps until the handles are done; without any, until there is nothing left to do."""
         while not all(handle.done for handle in handles) if handles else self.busy:
             if not self.step():
-                time.sleep(0.001)  # others hold the cache that the next search needs
+                self.wait_for_room()
+
+    def wait_for_room(self) -> None:
+        """After a step with nothing to do: others hold the cache that the next search needs. It fails where none but
+        this thread could give that back."""
+        self._room.wait(self._waiting, self._changed)
 
     def check_outside(self, what: str) -> None:
         """Raises `EngineError` in the callbacks of a running step, where waiting for the engine would never end."""
@@ -257,7 +262,7 @@ class Engine:
                 if self._closed and not self.busy:
                     return
             if not self.step():
-                time.sleep(0.001)
+                self.wait_for_room()
 
     def _check(self, search: Handle, index: int | None) -> None:
         request, config = search.request, search.config
@@ -274,13 +279,11 @@ class Engine:
         most = self.max_searches
         while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
             search = self._waiting[0]
-            admitted = self._room.admit(search)
-            stuck = None if admitted else self._room.stuck(search)
-            if not admitted and stuck is None:
+            if not self._room.admit(search):
                 return
             with self._changed:
                 self._waiting.remove(search)
-            self._step.add(search) if stuck is None else search.fail(stuck)
+            self._step.add(search)
 
     def _drop(self) -> None:
         with self._changed:
@@ -335,7 +338,8 @@ class Engine:
             search.seconds += seconds / len(running)
             self._report(search)
         for search in running:
-            if not search.done and self._ended(search):
+            ended = len(search.tree.steps) == search.config.max_new_tokens or not search.tree.live
+            if ended and not search.done:
                 search.finish(self._text)
         return bool(running or self._searches)
 
@@ -364,9 +368,8 @@ class Engine:
             tree, ends = search.tree, search.eos_token_id
             expanded = [rows[i].node for i in indices]
             nodes = [tree.child(rows[c.row].node, *c[1:], c.token in ends) for c in children[search]]
-            if search.config.ranking == "paper":
-                stay = [node for other, node in kept if other is search]
-            else:
+            stay = [node for other, node in kept if other is search]
+            if search.config.ranking != "paper":
                 stay = [node for node in tree.beam if node.finished]
             live = tree.expand(nodes, stay, search.config.ranking, search.step_width)
             sizes = [record.nucleus_sizes[i] for i in indices]
@@ -383,10 +386,6 @@ class Engine:
             search.fail(error)
         self._batch = Batch(new, [*kept, *ended])
         return [search for search in {**mine, **record.failures} if search in self._searches]
-
-    def _ended(self, search: Handle) -> bool:
-        tree = search.tree
-        return len(tree.steps) == search.config.max_new_tokens or not tree.live
 
     def _report(self, search: Handle) -> None:
         if search.on_step is not None and search.error is None:

@@ -147,7 +147,7 @@ class SaffronSearch:
             while any(not handle.done for handle in handles.values()):
                 before = sum(len(handle.tree.steps) for handle in handles.values())
                 if not engine.step(linger=True):
-                    time.sleep(0.001)  # another search on these models holds the cache that this one needs
+                    engine.wait_for_room()
                 for handle in handles.values():
                     if handle.error is not None:
                         raise handle.error
