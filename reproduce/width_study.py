@@ -119,7 +119,11 @@ class Study:
 
     def log(self, scale: Scale) -> Iterator[int]:
         """Searches of training prompts at every fixed width, and at widths drawn per phase, ten prompts each."""
-        parts = (("forbidden", STRONG, scale.fixed), ("allowed", 0, scale.allowed), ("forbidden", WEAK, scale.allowed))
+        parts: tuple[tuple[world.Kind, int, int], ...] = (
+            ("forbidden", STRONG, scale.fixed),
+            ("allowed", 0, scale.allowed),
+            ("forbidden", WEAK, scale.allowed),
+        )
         for kind, prefill, count in parts:
             asked = [Asked(e.prompt, e.target, prefill) for e in world.examples(kind, "train", count, seed=prefill)]
             for width in SETTINGS.widths:
