@@ -44,7 +44,7 @@ def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
         if dim == 64:
             return Config(16, 32, num_warps=8 if arch >= 100 else 4, num_stages=1)
         if dim == 128 and arch < 90:
-            return Config(16, 16, num_warps=4, num_stages=2)
+            return Config(16, 32, num_warps=4, num_stages=2)
         return Config(16, 32, num_warps=8, num_stages=2)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if dim > 128:  # the pass that keeps V from other rows holds twice as much of the result
