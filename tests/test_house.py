@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ PYTHON = [file for file in SOURCES if file.suffix == ".py"]
 def test_files_are_short() -> None:
     long = {str(f.relative_to(ROOT)): n for f in SOURCES if (n := len(f.read_text().splitlines())) > MOST_LINES}
     assert not long
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them as top-level modules: of two with one name it collects one."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_functions_are_short() -> None:

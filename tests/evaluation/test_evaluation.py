@@ -354,26 +354,26 @@ def test_files_that_hold_no_results(tmp_path):
 def test_kill_9_loses_nothing_and_repeats_nothing(tmp_path):
     file = tmp_path / "r.jsonl"
     # A method slow enough to be interrupted; the same command again goes on where it was.
-    arguments = ["eval", "--output", str(file), "--count", "48", "--batch", "2", "--judge", "oracle", "--workers", "2",
-                 "--method", "best-of-n:n=8,max_new_tokens=12,min_new_tokens=1"]  # fmt: skip
+    arguments = ["eval", "--output", str(file), "--count", "24", "--batch", "2", "--judge", "oracle", "--workers", "2",
+                 "--method", "best-of-n:n=4,max_new_tokens=12,min_new_tokens=1"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "saffron.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not (file.exists() and file.read_text().count("\n") >= 4):
             time.sleep(0.02)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     kept = read_results([file])
-    assert 4 <= len(kept) < 48
+    assert 4 <= len(kept) < 24
     assert main(arguments[:-4] + arguments[-2:]) == 0
     records = read_results([file])
     assert records[: len(kept)] == kept
-    assert len(records) == len({key(r) for r in records}) == 48
-    assert {r["case"] for r in records} == {c.id for c in load_cases("world", 48)}
+    assert len(records) == len({key(r) for r in records}) == 24
+    assert {r["case"] for r in records} == {c.id for c in load_cases("world", 24)}
 
 
 def test_command_prints_a_summary(tmp_path, capsys):

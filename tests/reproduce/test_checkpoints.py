@@ -200,7 +200,8 @@ def test_whole_training_end_to_end(tmp_path, monkeypatch):
     assert trained.vocab_size == policy.vocab_size == len(trained.bias) == len(trained.unseen)
     assert (out / "policy/tokenizer.json").read_bytes() == (out / "guard/tokenizer.json").read_bytes()
     assert sorted(file.name for file in (out / "mrm").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "lm_head_bias.pt", "unseen_mask.pt"
+        "adapter_config.json", "adapter_model.safetensors", "lm_head_bias.pt", "mrm_training.json",
+        "unseen_mask.pt",
     ]  # fmt: skip
     for file in out.rglob("*"):
         assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes()

@@ -216,7 +216,8 @@ def test_training_lowers_the_error(trained):
 
 
 def test_what_lies_in_the_folders(trained):
-    mrm = {"adapter_config.json", "adapter_model.safetensors", "lm_head_bias.pt", "unseen_mask.pt", "training"}
+    weights = {"adapter_config.json", "adapter_model.safetensors", "lm_head_bias.pt", "unseen_mask.pt"}
+    mrm = {*weights, "mrm_training.json", "training"}
     assert {file.name for file in trained.out.iterdir()} == mrm
     for name in ("curves.png", "scatter.png"):
         assert (trained.run / name).read_bytes().startswith(b"\x89PNG")
