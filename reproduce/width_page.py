@@ -71,7 +71,7 @@ def _of(records: Sequence[Record], settings: WidthSettings, risk_bin: int) -> li
 
 
 def _logged(records: Sequence[Record]) -> list[LoggedSearch]:
-    return [LoggedSearch(r["risk"], tuple(r["widths"]), tuple(r["scores"]), r["safe"]) for r in records]
+    return [LoggedSearch(r["risk"], tuple(r["widths"]), tuple(r["scores"]), r["safe"], r["fixed"]) for r in records]
 
 
 def _parts(logs: Sequence[Record], prefill: int) -> list[Record]:
@@ -218,10 +218,15 @@ def _loss(
     part = f"log {last} width {settings.widths[-1]}"
     usual = 1 - np.mean([r["safe"] for r in logs if r["part"] == part])
     unsafe = sum(not r["safe"] for r in late)
+    came_back = ""
+    if all("widest search" not in name for name, _ in stages):
+        came_back = (
+            "\nThe log of the new traffic was there with the alarm, so that the bin served no request without one."
+        )
     return (
         f"The alarm came within {len(stages[1][1])} requests of the shift, {len(late)} of them attacked (a chunk of\n"
         f"50 is always under way). Until then {unsafe} answers were unsafe; the widest search would have let\n"
-        f"{usual * len(late):.1f} through. The alarm cannot prevent this: it needs failures to see."
+        f"{usual * len(late):.1f} through. The alarm cannot prevent this: it needs failures to see." + came_back
     )
 
 

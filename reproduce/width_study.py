@@ -35,7 +35,7 @@ SETTINGS = WidthSettings(
     drift=Drift(baseline_share=0.02, alarm_shift=0.2),
 )
 WEAK, STRONG = 4, 10  # tokens that an answer is forced to begin with
-SCHEMA = Schema("width-study", ("part", "request"), lambda record: "widths" in record)
+SCHEMA = Schema("width-study", ("part", "request"), lambda record: "fixed" in record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Study:
         """The log of one attack and of allowed requests."""
         parts = (f"log {prefill} ", "log 0 ")
         return [
-            LoggedSearch(r["risk"], tuple(r["widths"]), tuple(r["scores"]), r["safe"])
+            LoggedSearch(r["risk"], tuple(r["widths"]), tuple(r["scores"]), r["safe"], r["fixed"])
             for r in self.results.records if r["part"].startswith(parts)
         ]  # fmt: skip
 
@@ -197,6 +197,7 @@ def _record(part: str, request: int, status: list[dict[str, Any]], asked: Asked,
         "widths": list(logged.widths),
         "scores": list(logged.scores),
         "safe": logged.safe,
+        "fixed": logged.fixed,
         "text": result.text,
         "harmful": world.oracle.is_harmful(asked.prompt, result.text),
         "answered": world.oracle.answers(asked.prompt, result.text),

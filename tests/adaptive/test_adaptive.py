@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from saffron import adaptive
 from saffron.adaptive import AdaptiveWidth, LoggedSearch, WidthSettings, merge, qualify
 from saffron.adaptive.log import at_least, log_counts
-from saffron.conservative import Confidence, Drift
+from saffron.conservative import Confidence, Drift, storage
 from saffron.errors import CheckpointError, ConfigError
 
 SETTINGS = WidthSettings(floors=(0.8, 0.9), widths=(1, 4, 16), phases=2, confidence=Confidence(scale=0.003))
@@ -90,7 +90,7 @@ def test_a_control_chooses_at_the_beginning_of_phases_alone() -> None:
     control = adaptive.WidthControl(SETTINGS, 1.0, script, lambda *one: reported.append(one))  # type: ignore[arg-type]
     assert [control.width(step, float(step)) for step in (0, 3, 7, 8, 12, 40)] == [16, 16, 16, 1, 1, 1]
     assert script.seen == [0, 3] and control.schedule == (16, 1)
-    assert control.finish(False, 2.0) == LoggedSearch(1.0, (16, 1), (8.0, 2.0), False)
+    assert control.finish(False, 2.0) == LoggedSearch(1.0, (16, 1), (8.0, 2.0), False, fixed=False)
     assert reported == [([0, 3, 0, 0], [2, 0, 2])]
     with pytest.raises(ConfigError, match="finished before"):
         control.finish(True)
@@ -115,6 +115,26 @@ def test_a_log_qualifies_the_cheapest_width_per_bin() -> None:
     assert log_counts(SETTINGS, mixed, 0).visits[0, 0, 0].tolist() == [0, 0, 1000]
     with pytest.raises(ConfigError, match="expected one of"):
         few.warm_start([LoggedSearch(0.0, (5,), (0.0,), True)])
+
+
+def test_requests_that_a_plan_happened_to_search_at_one_width_qualify_nothing() -> None:
+    """Which requests these are depends on their scores and lengths: they are no sample of the bin."""
+    nothing = AdaptiveWidth(SETTINGS)
+    drawn = nothing.fixed(-1.0, (4, 16))  # its answer ends in the first phase
+    chosen = nothing.begin(-1.0)
+    fixed = [drawn.finish(True), chosen.finish(True), nothing.fixed(-1.0, 4).finish(True)]
+    assert [(one.widths, one.fixed) for one in fixed] == [((4,), False), ((16,), True), ((4,), True)]
+    assert all(e.requests == (e.bin == 0) * (e.width != 1) for e in qualify(SETTINGS, fixed))
+
+    warm = AdaptiveWidth(SETTINGS)
+    warm.warm_start(log(2000))
+    rng, some, played = np.random.default_rng(0), [], set()
+    for _ in range(300):
+        control = warm.begin(-1.0)
+        played.add(control.branch)
+        some.append((control.branch, search(control, rng)))
+    assert played > {"baseline"}  # and others
+    assert all(one.fixed == (branch == "baseline") for branch, one in some)
 
 
 @given(st.integers(1, 300), st.data())
@@ -239,6 +259,17 @@ def test_a_saved_state_goes_on_like_the_original(tmp_path: Path) -> None:
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "state.npz").read_bytes()[:-200])
     for name in ("damaged", "missing"):
         with pytest.raises(CheckpointError, match=name):
+            AdaptiveWidth.load(tmp_path / f"{name}.npz")
+    whole, arrays = storage.read(tmp_path / "state.npz")
+    for name, changed in (
+        ("baseline", {"bins": [{**one, "baseline": 7} for one in whole["bins"]]}),
+        ("other", {"bins": [{**one, "baseline": 2} for one in whole["bins"]]}),
+        ("floors", {"settings": {**whole["settings"], "floors": [0.1]}}),
+        ("widths", {"settings": {**whole["settings"], "widths": [1, 2]}}),
+        ("number", {"bins": [{**one, "number": None} for one in whole["bins"]]}),
+    ):
+        storage.write(tmp_path / f"{name}.npz", whole | changed, arrays)
+        with pytest.raises(CheckpointError, match=f"{name}.npz: not the state of an adaptive width"):
             AdaptiveWidth.load(tmp_path / f"{name}.npz")
     one._eras[0].controller.save(tmp_path / "controller.npz")
     with pytest.raises(CheckpointError, match="adaptive width"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,7 +202,24 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     np.savez(path, **{**arrays, "schema": np.array(99)})
     with pytest.raises(CheckpointError, match="got version 99, expected 1"):
         StepMixController.load(path)
-    np.savez(path, **{**arrays, "settings": np.array(json.dumps({"method": "stepmix"}))})
+    settings = json.loads(str(arrays["settings"]))
+    for changed in ({"method": "stepmix"}, {**settings, "episodes": "x"}, {**settings, "base_weight": None}):
+        np.savez(path, **{**arrays, "settings": np.array(json.dumps(changed))})
+        with pytest.raises(CheckpointError, match="^[^:]*: not a controller's state [^:]*$"):  # said once
+            StepMixController.load(path)
+    for name, wrong in (
+        ("visits", arrays["visits"] * np.nan),
+        ("visits", arrays["visits"] - 5),
+        ("transitions", arrays["transitions"] + 1),
+        ("base_visits", arrays["visits"][..., :1]),
+        ("rewards", arrays["rewards"] + 1),
+        ("squares", arrays["squares"] + np.inf),
+    ):
+        np.savez(path, **{**arrays, name: wrong})
+        with pytest.raises(CheckpointError, match="counts: "):
+            StepMixController.load(path)
+    at = whole.index(b"PK\x01\x02") + 10  # a compression that does not exist
+    path.write_bytes(whole[:at] + b"\x63" + whole[at + 1 :])
     with pytest.raises(CheckpointError, match="not a controller's state"):
         StepMixController.load(path)
 
@@ -315,6 +334,35 @@ class Counted(RuleBasedStateMachine):
 
 TestCounted = Counted.TestCase
 TestCounted.settings = settings(max_examples=30, stateful_step_count=30)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [(0, 0.5, 0, 1), (0, "a", 0, 1), None, (0, 0, 0, None), (0, 0, 0), (0, 0, 0, math.nan), (0, 0, 0, math.inf)],
+)
+def test_of_a_wrong_episode_nothing_is_counted(second: Any) -> None:
+    control = StepMixController(Problem([[[1.0, 0.0]], [[1.0, 0.0]]], floor=0.85))
+    with pytest.raises(ConfigError, match="^trajectory: got"):
+        control.update([(0, 0, 0, 1), second])
+    assert not any(array.any() for array in control.counts().arrays()) and control.episodes == 0
+
+
+def test_what_is_no_counts_is_refused() -> None:
+    problem = Problem([[[1.0, 0.0]]], floor=0.5)
+    for field in ("visits", "transitions", "rewards", "squares"):
+        for wrong in (math.nan, -1.0, 2.0):
+            counts = Counts.zeros(*problem.shape)
+            getattr(counts, field)[..., 0] = wrong
+            with pytest.raises(ConfigError, match="^counts: "):
+                StepMixController(problem, offline=counts, trusted=True)
+    for reward in (math.nan, 1.5, -0.5):
+        with pytest.raises(ConfigError, match="^rewards: "):
+            Counts.from_trajectories(
+                np.zeros((1, 2), int), np.zeros((1, 1), int), np.full((1, 1), reward), num_states=1, num_actions=2
+            )
+    for baseline in ([[[1.0], [0.0, 1.0]]], np.zeros((0, 1, 2)), "a"):
+        with pytest.raises(ConfigError, match="^baseline: got"):
+            Problem(baseline, floor=0.5)  # type: ignore[arg-type]
 
 
 def test_arguments_are_checked() -> None:

@@ -78,4 +78,4 @@ class WidthControl:
         logged = LoggedSearch(self.risk, self.schedule, (*self._scores, score), bool(safe))
         self.width(self.settings.phases * self.settings.phase_tokens, score)  # phases that did not happen, by the plan
         self._report(*self.settings.trajectory(self._actions, [*self._scores, score], safe))
-        return logged
+        return logged._replace(fixed=self.h0 >= self.settings.phases and len(set(self._actions)) == 1)

@@ -22,12 +22,16 @@ class LoggedSearch(NamedTuple):
         widths: of its phases, as long as it searched; each one of the settings' widths.
         scores: the best MRM score after each of them.
         safe: the guard's verdict of the answer.
+        fixed: the width was chosen before the search, one for all phases, so that the request is evidence for it.
+            Where a plan chose the widths, or they were drawn per phase, requests that happen to have one width
+            throughout are no sample of the traffic: which ones they are depends on their scores and lengths.
     """
 
     risk: float
     widths: tuple[int, ...]
     scores: tuple[float, ...]
     safe: bool
+    fixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,13 @@ def at_least(successes: int, trials: int, chance: float) -> float:
 
 
 def qualify(settings: WidthSettings, log: Iterable[LoggedSearch]) -> list[Qualified]:
-    """The evidence for every width in every bin, from the requests that were searched at one width throughout.
+    """The evidence for every width in every bin, from the requests whose width was fixed before their search.
 
     All bounds hold together with probability 1 - delta.
     """
     count: dict[tuple[int, int], list[int]] = {}
     for one in log:
-        if len(set(one.widths)) == 1:
+        if one.fixed and len(set(one.widths)) == 1:
             count.setdefault((settings.bin(one.risk), one.widths[0]), []).append(bool(one.safe))
     chance = settings.confidence.delta / (settings.bins * len(settings.widths))
     found = []

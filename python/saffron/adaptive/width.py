@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from saffron.adaptive.control import WidthControl
 from saffron.adaptive.log import LoggedSearch, Qualified, log_counts, qualify
 from saffron.adaptive.settings import WidthSettings
-from saffron.conservative import Confidence, Counts, Drift, Episode, StepMixController, storage
+from saffron.conservative import Confidence, Counts, Drift, Episode, Problem, StepMixController, storage
 from saffron.conservative import merge as merge_controllers
 from saffron.conservative.episode import policy_rows
 from saffron.errors import CheckpointError, ConfigError
@@ -119,8 +120,9 @@ class AdaptiveWidth:
         reaches the floor, and everything in the log counts for its plans. Where no width passes, it is the widest.
 
         Args:
-            log: of today's traffic: searches at fixed widths, of `AdaptiveWidth.finish`, or both. They need not have
-                been served: to come back after an alarm, search recent requests again.
+            log: of today's traffic: searches at fixed widths, of `WidthControl.finish`, or both; of the latter those
+                that played a fixed width whatever their scores are evidence for it. They need not have been served: to
+                come back after an alarm, search recent requests again.
             bins: only these.
 
         Returns:
@@ -193,8 +195,11 @@ class AdaptiveWidth:
                 prefix = f"bin{risk_bin}."
                 own = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
                 controller = StepMixController.from_state(stored["controller"], own)
-                found._eras[risk_bin] = Era(stored["number"], stored["baseline"], controller)
-        except (KeyError, TypeError, ValueError) as error:
+                number, baseline = operator.index(stored["number"]), operator.index(stored["baseline"])
+                if not _fits(controller.problem, found.settings.problem(risk_bin, baseline)):
+                    raise ValueError(f"bin {risk_bin} is not what the settings say")
+                found._eras[risk_bin] = Era(number, baseline, controller)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not the state of an adaptive width ({error!r})") from error
         return found
 
@@ -219,6 +224,13 @@ class AdaptiveWidth:
             with self._swap:
                 if self._eras[risk_bin] is era:
                     self._eras[risk_bin] = self._era(risk_bin, era.number + 1, self.settings.widest)
+
+
+def _fits(one: Problem, other: Problem) -> bool:
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("baseline", "floor", "reward", "objective")
+    )
 
 
 def _nowhere(states: list[int], actions: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -88,6 +89,8 @@ class StepMixController:
         self._every = checked_replan(replan)
         self._learner = METHODS[method](problem, self.confidence)
         nothing = Counts.zeros(*problem.shape)
+        if offline is not None:
+            offline.check(problem.shape)
         if offline is not None and not trusted and (bound := baseline_bound(problem, offline, confidence)) < self.floor:
             raise ConfigError(
                 f"floor: got {self.floor}, but `offline` only shows that the baseline returns {bound:.6g}; "
@@ -194,8 +197,9 @@ class StepMixController:
         Raises:
             CheckpointError: the file is missing, damaged or of another version.
         """
+        settings, arrays = storage.read(Path(path))
         try:
-            return cls.from_state(*storage.read(Path(path)))
+            return cls.from_state(settings, arrays)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a controller's state ({error})") from error
 
@@ -228,11 +232,14 @@ class StepMixController:
         )  # fmt: skip
         found._total = Counts(*(arrays[name] for name in _COUNTS))
         found._base = Counts(*(arrays[f"base_{name}"] for name in _COUNTS))
-        found.episodes, found.alarms = settings["episodes"], settings["alarms"]
-        found._elapsed, found._base_weight = settings["elapsed"], settings["base_weight"]
+        found._total.check(problem.shape)
+        found._base.check(problem.shape)
+        numbers = (operator.index(settings[name]) for name in ("episodes", "alarms", "elapsed"))
+        found.episodes, found.alarms, found._elapsed = numbers
+        found._base_weight = float(settings["base_weight"])
         found._rng.bit_generator.state = settings["random"]
         if found._cusum is not None:
-            found._cusum.level = settings["level"]
+            found._cusum.level = float(settings["level"])
         found.plan()
         return found
 
@@ -245,9 +252,15 @@ class StepMixController:
         cells, afters, rewards = [], [], []
         previous = None
         for step, transition in enumerate(trajectory):
-            if len(transition) != width:
-                raise ConfigError(f"trajectory: got {transition} at step {step}, expected {width} numbers")
-            state, action, after = transition[:3]
+            try:
+                state, action, after = map(operator.index, transition[:3])
+                observed = [float(number) for number in transition[3:]]
+            except (TypeError, ValueError):
+                observed = None
+            if observed is None or len(observed) != width - 3:
+                raise ConfigError(
+                    f"trajectory: got {transition} at step {step}, expected {width} numbers, the first three whole"
+                )
             if not (0 <= state < self.states and 0 <= after < self.states and 0 <= action < self.actions):
                 raise ConfigError(
                     f"trajectory: got {transition} at step {step}, expected states below {self.states} and an action "
@@ -257,11 +270,11 @@ class StepMixController:
                 raise ConfigError(
                     f"trajectory: got state {state} at step {step}, expected {previous}, where it had led"
                 )
-            if known is None and not 0 <= transition[3] <= 1:
+            if observed and not 0 <= observed[0] <= 1:
                 raise ConfigError(f"trajectory: got reward {transition[3]} at step {step}, expected 0 to 1")
             cells.append((step * self.states + state) * self.actions + action)
             afters.append(after)
-            rewards.append(float(transition[3]) if known is None else float(known[0, step, state, action]))
+            rewards.append(observed[0] if known is None else float(known[0, step, state, action]))
             previous = after
         return cells, afters, rewards
 

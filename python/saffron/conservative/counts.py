@@ -6,6 +6,8 @@ import numpy as np
 
 from saffron.errors import ConfigError
 
+ROUNDING = 1e-6  # of a count that was decayed, scaled and added, by what it may miss its bounds
+
 
 class Counts:
     """Counts of transitions, with a leading axis of independent runs.
@@ -44,7 +46,7 @@ class Counts:
             rewards: float [episodes, steps], as observed; None: not used (the rewards are known).
 
         Raises:
-            ConfigError: shapes do not fit, or a state or an action is out of range.
+            ConfigError: shapes do not fit, or a state, an action or a reward is out of range.
         """
         states, actions = np.asarray(states), np.asarray(actions)
         if states.ndim != 2 or actions.shape != (states.shape[0], states.shape[1] - 1):
@@ -55,6 +57,10 @@ class Counts:
         for name, given, limit in (("states", states, num_states), ("actions", actions, num_actions)):
             if given.size and not (given.min() >= 0 and given.max() < limit):
                 raise ConfigError(f"{name}: got {given.min()} to {given.max()}, expected 0 to {limit - 1}")
+        if rewards is not None:
+            rewards = np.asarray(rewards, dtype=np.float64)
+            if rewards.shape != actions.shape or not ((rewards >= 0).all() and (rewards <= 1).all()):
+                raise ConfigError(f"rewards: expected shape {actions.shape} like actions, and numbers from 0 to 1")
         counts = cls.zeros(1, actions.shape[1], num_states, num_actions)
         runs = np.zeros(actions.shape, dtype=np.intp)
         counts.add(runs, states, actions, rewards)
@@ -75,6 +81,23 @@ class Counts:
             observed = np.asarray(rewards, dtype=np.float64).ravel()
             _add_at(self.rewards, cells, observed)
             _add_at(self.squares, cells, observed * observed)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises `ConfigError` unless these can be counts of problems of this shape, with rewards in [0, 1]."""
+        found = [array.shape for array in self.arrays()]
+        if found != [(*shape, shape[2]), shape, shape, shape]:
+            raise ConfigError(f"counts: got shapes {found}, expected {(*shape, shape[2])} and three of {shape}")
+        slack = ROUNDING * (1 + self.visits)
+        if not (
+            all((array >= -slack.reshape(slack.shape + (1,) * (array.ndim - 4))).all() for array in self.arrays())
+            and (np.abs(self.transitions.sum(-1) - self.visits) <= slack).all()
+            and (self.rewards <= self.visits + slack).all()
+            and (self.squares <= self.rewards + slack).all()
+        ):
+            raise ConfigError(
+                "counts: expected visits of at least 0 that are the sums of their transitions, and sums of rewards "
+                "from 0 to 1 and of their squares"
+            )
 
     def copy(self) -> Counts:
         return Counts(*(array.copy() for array in self.arrays()))

@@ -170,10 +170,13 @@ class Learner(ABC):
 
 
 def _with_runs(name: str, given: np.ndarray, dimensions: int) -> np.ndarray:
-    array = np.asarray(given, dtype=np.float64)
+    try:
+        array = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: got no array of numbers ({error})") from error
     if array.ndim == dimensions - 1:
         array = array[None]
-    if array.ndim != dimensions:
+    if array.ndim != dimensions or not array.size:
         raise ConfigError(f"{name}: got shape {array.shape}, expected [steps, states, actions] or runs of that")
     return array
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             arrays = {name: file[name] for name in file.files}
         schema = int(arrays.pop("schema"))
         settings = json.loads(str(arrays.pop("settings")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise CheckpointError(f"{path}: not a controller's state ({error})") from error
     if schema != SCHEMA:
         raise CheckpointError(f"{path}: got version {schema}, expected {SCHEMA}")
