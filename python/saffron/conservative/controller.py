@@ -252,11 +252,12 @@ class StepMixController:
         cells, afters, rewards = [], [], []
         previous = None
         for step, transition in enumerate(trajectory):
+            observed: list[float] | None = None
             try:
                 state, action, after = map(operator.index, transition[:3])
                 observed = [float(number) for number in transition[3:]]
             except (TypeError, ValueError):
-                observed = None
+                pass
             if observed is None or len(observed) != width - 3:
                 raise ConfigError(
                     f"trajectory: got {transition} at step {step}, expected {width} numbers, the first three whole"
