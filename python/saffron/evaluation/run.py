@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from saffron import world
-from saffron.errors import ConfigError, PromptTooLongError
+from saffron.errors import CheckpointError, ConfigError, PromptTooLongError, outside
 from saffron.evaluation.attacks import parse_attack
 from saffron.evaluation.datasets import Case, load_cases
 from saffron.evaluation.judges import Judge, check_judge, judge_checkpoint, load_judge
@@ -22,7 +23,7 @@ from saffron.models.files import ModelFiles
 from saffron.models.provenance import digest
 from saffron.models.text_rewards import reward_fingerprint
 from saffron.quiet import quiet_transformers
-from saffron.search import Method, parse_config, parse_method
+from saffron.search import AdaptiveConfig, Method, parse_config, parse_method
 from saffron.search.result import SearchResult
 from saffron.workers import Workers
 
@@ -127,6 +128,29 @@ def evaluate(
             progress(there, total)
 
 
+def played(method: str) -> str:
+    """Fingerprint of the file that a method plays; "" if it reads none.
+
+    Raises:
+        CheckpointError: the file cannot be read. ConfigError: there is no such method.
+    """
+    _, config = parse_config(method)
+    if not (isinstance(config, AdaptiveConfig) and config.state):
+        return ""
+    with outside(f"{config.state}: cannot be read", CheckpointError):
+        return hashlib.sha256(Path(config.state).read_bytes()).hexdigest()
+
+
+def check_played(file: Path, plans: Sequence[Plan], records: Sequence[Record]) -> None:
+    """Raises `ConfigError` if there are results of a method whose file holds something else now."""
+    for method in {method for plan in plans for method in plan.methods}:
+        now = played(method)
+        if any(record["method"] == method and record.get("state", "") != now for record in records):
+            raise ConfigError(
+                f"{file}: holds results of {method} with another content of its file; choose another place"
+            )
+
+
 class _Runner:
     """One worker: models and judges, loaded once, and the methods it was asked for."""
 
@@ -135,6 +159,7 @@ class _Runner:
         self.models, self.variant, self.fingerprint = files.load(), files.variant, fingerprint
         self.judges: list[Judge] = [load_judge(name, self.models.guard, files.device) for name in judges]
         self.methods: dict[str, Method] = {}
+        self.states: dict[str, str] = {}  # what the methods' files hold
 
     def __call__(self, task: Task) -> list[Record]:
         return [record for record in self._records(task) if record["case"] in task.wanted]
@@ -157,6 +182,7 @@ class _Runner:
             "variant": self.variant,
             "case": case.id,
             "models": self.fingerprint,
+            **({"state": state} if (state := self.states.get(task.method)) else {}),
             "kind": case.kind,
             "prompt": case.prompt,
         }
@@ -195,6 +221,7 @@ class _Runner:
 
     def _method(self, spec: str) -> Method:
         if spec not in self.methods:
+            self.states[spec] = played(spec)
             self.methods[spec] = parse_method(spec, self.models)
         return self.methods[spec]
 
@@ -214,5 +241,6 @@ def run_plans(plans: Sequence[Plan], file: Path, workers: Workers | None = None,
     }
     inputs = [Path(data.rpartition("=")[2]) for plan in plans for data in plan.data]
     with open_results(file, settings, inputs) as results:
+        check_played(file, plans, results.records)
         evaluate(plans, results, workers, **options)
         return results.records
