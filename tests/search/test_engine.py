@@ -223,6 +223,25 @@ def test_other_methods_run_between_the_steps() -> None:
     assert models.policy.kv.num_nodes == models.mrm.kv.num_nodes == models.guard.kv.num_nodes == 0
 
 
+def test_other_methods_take_places_and_say_what_is_final() -> None:
+    engine = make(doubles(), max_searches=2)
+    greedy = GreedyDecoding(engine.policy, config=GreedyConfig(max_new_tokens=6, min_new_tokens=6))
+    search = engine.submit(PROMPTS[0], replace(CONFIG, max_new_tokens=6, min_new_tokens=6))
+    first, second, third = (engine.submit_job(greedy, PROMPTS[0]) for _ in range(3))
+    third.cancel()
+    engine.step()
+    assert isinstance(third.error, CancelledError)
+    assert (engine.running, engine.waiting) == (2, 1) and len(search.tree.steps) == 1
+    (answer,) = greedy.search([PROMPTS[0]])
+    for steps in range(1, 6):
+        assert first.tokens == answer.token_ids[:steps] and second.tokens == [] and not first.done
+        engine.step()
+    engine.run()
+    assert first.result(0).token_ids == second.result(0).token_ids == answer.token_ids == second.tokens
+    assert search.done
+    engine.close()
+
+
 @pytest.mark.parametrize("shared", ["search", "policy"])
 def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
     """Where no engine owns the models: every answer is right, whatever the caches do meanwhile."""

@@ -262,6 +262,7 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"tools": [{"type": "function"}]}, 400, "tools are not served", "unsupported_parameter"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
     ({"surprise": 1}, 400, "surprise", "unknown_parameter"),
+    ({"\ud800": 1}, 400, "not known", "unknown_parameter"),
     ({"saffron": {"widht": 3}}, 400, "widht", "unknown_parameter"),
     ({"saffron": {"width": 0}}, 400, "width: got 0", None),
     ({"saffron": {"width": 17}}, 400, "allows 16 at most", None),

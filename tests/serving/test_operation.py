@@ -86,6 +86,30 @@ def test_a_client_that_goes_away_frees_its_slots(stream: bool, model: str, serve
     until(lambda: server.service.metrics.cancelled._value.get() == before + 1)
 
 
+def test_prompts_of_one_request_run_at_once(server: Running) -> None:
+    engine = server.service.engine
+    assert engine is not None
+    host, port = server.url.removeprefix("http://").split(":")
+    data = json.dumps({"prompt": ["hello", "there"], "max_tokens": 200, "saffron": {"min_new_tokens": 200}})
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
+        until(lambda: engine.running == 2)
+    until(lambda: idle(server))
+    with server.client() as client:
+        many = client.post("/v1/completions", json={"prompt": ["hello"] * 3})
+    assert many.status_code == 400 and "at most 2" in many.json()["error"]["message"]  # as many as may wait
+
+
+def test_the_undefended_model_streams_its_tokens(server: Running) -> None:
+    said = server.ask(model="saffron-undefended", max_tokens=6, saffron={"min_new_tokens": 6}).json()
+    streamed = server.ask(model="saffron-undefended", max_tokens=6, saffron={"min_new_tokens": 6}, stream=True).text
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    pieces = [event["choices"][0]["delta"].get("content") for event in events]
+    assert "".join(filter(None, pieces)) == said["choices"][0]["message"]["content"]
+    assert len(list(filter(None, pieces))) > 1
+
+
 def test_a_search_ends_within_a_step_of_the_departure(server: Running) -> None:
     engine = server.service.engine
     assert engine is not None

@@ -37,6 +37,11 @@ def add(commands: Commands) -> None:
         "--expose-best-of-n", type=positive, metavar="N", dest="best_of_n",
         help="also serve Best-of-N with N samples, as NAME-best-of-n",
     )  # fmt: skip
+    add(
+        "--adaptive", type=path, metavar="STATE",
+        help="also serve Saffron search with the widths of this file (docs/adaptive-width.md), as NAME-adaptive; "
+        "it learns from the guard, and writes the file every minute and at its end",
+    )  # fmt: skip
     add("--no-prefill", dest="prefill", action="store_false", help="refuse requests that begin the answer: production")
     add("--no-guard", dest="guard", action="store_false", help="load no guard; answers have no verdict")
     add("--api-key-file", type=path, metavar="FILE", help="API keys, one per line (default: those of SAFFRON_API_KEY)")
@@ -49,7 +54,7 @@ def add(commands: Commands) -> None:
     add("--max-width", type=positive, default=64, metavar="N", help="largest width of a request")
     add("--max-tokens", type=positive, default=1024, metavar="N", help="largest max_tokens of a request")
     add("--max-beam-tokens", type=positive, default=16384, metavar="N", help="largest width times max_tokens")
-    add("--max-batch", type=positive, default=32, metavar="N", help="searches that run at once")
+    add("--max-batch", type=positive, default=32, metavar="N", help="requests that run at once")
     add("--queue", type=positive, default=256, metavar="N", help="requests that may wait; beyond them: 429")
     add("--cache-tokens", type=positive, metavar="N", help="slots of each K/V cache (default: what searches need)")
     add("--prefill-tokens", type=positive, default=512, metavar="N", help="prompt tokens read between two steps")
@@ -118,8 +123,8 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 def _settings(options: argparse.Namespace) -> Settings:
     from saffron.serving.settings import Settings
 
-    same = ("best_of_n", "prefill", "max_width", "max_tokens", "max_beam_tokens", "max_batch", "queue", "cache_tokens",
-            "prefill_tokens", "timeout", "max_body")  # fmt: skip
+    same = ("best_of_n", "adaptive", "prefill", "max_width", "max_tokens", "max_beam_tokens", "max_batch", "queue",
+            "cache_tokens", "prefill_tokens", "timeout", "max_body")  # fmt: skip
     return Settings(
         name=options.name or (Path(options.policy).name if options.policy else "saffron-bundled"),
         config=search_config(options),

@@ -71,9 +71,10 @@ class Admission:
         for model, slots in zip(self._caches, self.held.pop(search), strict=True):
             model.kv.reserve(-slots)
 
-    def wait(self, waiting: deque[Handle], changed: threading.Condition) -> None:
+    def wait(self, waiting: deque[Pending], changed: threading.Condition) -> None:
         """Waits a little for room, or fails the first of those that wait, if it would wait for ever."""
-        stuck = self._stuck(waiting[0]) if waiting else None
+        first = waiting[0] if waiting else None
+        stuck = self._stuck(first) if isinstance(first, Handle) else None
         if stuck is None:
             return time.sleep(0.001)
         with changed:

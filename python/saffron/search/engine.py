@@ -47,7 +47,7 @@ class Engine:
         config: of requests that bring none.
         eos_token_id: ids that end a response, for requests that bring none; None: the policy's own.
         queue: requests that may wait; None: any number.
-        max_searches: searches that may run at once; None: any number.
+        max_searches: searches and jobs that may run at once; None: any number.
         cache_tokens: slots of either K/V cache that searches may need together; None: as many as a cache that does not
             grow has, or any number. A search waits until what it may need at most is free.
         prefill_tokens: prompt tokens that each model reads between two steps, so that a long prompt does not stop the
@@ -83,7 +83,7 @@ class Engine:
         self._searches = self._room.held  # that prefill or run
         self._batch, self._records, self._stale = Batch(), deque[StepRecord](), False
         # Of the queue.
-        self._changed, self._waiting, self._jobs = threading.Condition(), deque[Handle](), list[Job]()
+        self._changed, self._waiting, self._jobs = threading.Condition(), deque[Pending](), list[Job]()
         self._closed = False
         self._thread: threading.Thread | None = None
         self._dropped = weakref.finalize(self, give_up, self._step, self._room, self._waiting, self._jobs)
@@ -127,7 +127,7 @@ class Engine:
     add = submit
 
     def submit_job(self, method: Decoder[Any], request: Request) -> Job:
-        """Runs another method on the engine's thread, a forward pass or two between steps of the searches.
+        """Queues another method; the engine's thread runs it, a forward pass or two between steps of the searches.
 
         Raises:
             ConfigError, PromptTooLongError: a request that cannot be run, or caches that do not grow (other methods do
@@ -137,17 +137,17 @@ class Engine:
             if isinstance(model, TrieModel) and not model.kv.grow:
                 raise ConfigError(f"method: got {type(method).__name__}, which needs caches that grow")
         method.check([request])
-        job = Job(self, method.run([request]))
+        job = Job(self, method, request)
         with self._changed:
             self._open()
-            self._jobs.append(job)
+            self._waiting.append(job)
             self._changed.notify_all()
         return job
 
     def _open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed")
-        if self.queue is not None and len(self._waiting) + len(self._jobs) >= self.queue:
+        if self.queue is not None and len(self._waiting) >= self.queue:
             raise QueueFullError(f"queue: {self.queue} requests are waiting already")
 
     def cancel(self, handle: Pending) -> None:
@@ -220,7 +220,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Searches in the queue."""
+        """Searches and other methods in the queue."""
         return len(self._waiting)
 
     def start(self) -> Engine:
@@ -276,20 +276,22 @@ class Engine:
 
     def _admit(self) -> None:
         """Lets those that wait join, in their order, as far as there is room."""
-        most = self.max_searches
-        while self._waiting and self._step.room > 0 and (most is None or len(self._searches) < most):
-            search = self._waiting[0]
-            if not self._room.admit(search):
+        while self._waiting and (self.max_searches is None or self.running < self.max_searches):
+            first = self._waiting[0]
+            if isinstance(first, Job):
+                self._jobs.append(first)
+            elif not (isinstance(first, Handle) and self._step.room > 0 and self._room.admit(first)):
                 return
             with self._changed:
-                self._waiting.remove(search)
-            self._step.add(search)
+                self._waiting.remove(first)
+            if isinstance(first, Handle):
+                self._step.add(first)
 
     def _drop(self) -> None:
         with self._changed:
-            for search in [search for search in self._waiting if search.cancelled]:
-                self._waiting.remove(search)
-                search.fail(None)
+            for pending in [pending for pending in self._waiting if pending.cancelled]:
+                self._waiting.remove(pending)
+                pending.fail(None)
         self._leave([search for search in self._searches if search.cancelled or search.done], None)
 
     def _leave(self, searches: Iterable[Handle], error: BaseException | None) -> None:
@@ -344,10 +346,9 @@ class Engine:
         return bool(running or self._searches)
 
     def _run_jobs(self) -> bool:
-        for job in list(self._jobs):
+        for job in self._jobs:
             job.advance()
-            if job.done:
-                self._jobs.remove(job)
+        self._jobs[:] = [job for job in self._jobs if not job.done]
         return bool(self._jobs)
 
     def _apply(self, record: StepRecord) -> list[Handle]:

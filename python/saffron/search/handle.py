@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError, reason
 from saffron.search.config import Request, SearchConfig
@@ -14,6 +14,7 @@ from saffron.search.tree import Node, Tree, common_prefix
 
 if TYPE_CHECKING:
     from saffron.search.engine import Engine
+    from saffron.search.method import Decoder
 
 
 class Pending:
@@ -31,6 +32,23 @@ class Pending:
         self._result: SearchResult | None = None
         self._changed = threading.Condition()
         self._listener: Callable[[], object] | None = None
+        self._said = ""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The beginning of the answer that nothing can change any more; after the end the answer."""
+        return [] if self._result is None else self._result.token_ids
+
+    @property
+    def text(self) -> str:
+        """`tokens` as text; a later one begins with it. A character that is there in part is left out."""
+        if self._result is not None:
+            return self._result.text
+        engine = self._engine()
+        text = self._said if engine is None else engine.policy.decode(self.tokens)
+        if text.startswith(self._said) and not text.endswith("\ufffd"):
+            self._said = text
+        return self._said
 
     @property
     def done(self) -> bool:
@@ -101,12 +119,17 @@ class Job(Pending):
     """A request to another method, which an engine runs between the steps of its searches.
 
     Args:
-        steps: yields between forward passes, and returns one result.
+        method: how it is answered, step by step.
     """
 
-    def __init__(self, engine: Engine, steps: Generator[object, None, list[SearchResult]]) -> None:
+    def __init__(self, engine: Engine, method: Decoder[Any], request: Request) -> None:
         super().__init__(engine)
-        self._steps = steps
+        self._tokens = final = list[int]()
+        self._steps = method.run([request], lambda _, token: final.append(token))
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._tokens if self._result is None else self._result.token_ids
 
     def advance(self) -> None:
         """Goes on to the next pause; for the engine."""
@@ -116,6 +139,7 @@ class Job(Pending):
                 self.fail(None)
             else:
                 next(self._steps)
+                self.notify()
         except StopIteration as end:
             (self._result,) = end.value
             self.notify()
@@ -156,7 +180,6 @@ class Handle(Pending):
         self.slots = 0, 0
         self.mrm_slots: int | None = None
         self._width = self.step_width = config.width
-        self._said = ""
 
     def __repr__(self) -> str:
         state = "done" if self._result else repr(self.error) if self.error else f"{len(self.tree.steps)} steps"
@@ -190,17 +213,6 @@ class Handle(Pending):
         """The beginning of the answer that no live beam can change any more; after the search the answer."""
         beam = self.tree.beam
         return (self.answer if self._result is not None else common_prefix(beam)).tokens()
-
-    @property
-    def text(self) -> str:
-        """`tokens` as text; a later one begins with it. A character that is there in part is left out."""
-        if self._result is not None:
-            return self._result.text
-        engine = self._engine()
-        text = self._said if engine is None else engine.policy.decode(self.tokens)
-        if text.startswith(self._said) and not text.endswith("\ufffd"):
-            self._said = text
-        return self._said
 
     def pieces(self, wait: Callable[[], object] | None = None) -> Iterator[str]:
         """Yields the answer as it becomes final. `wait` is called between looks; None: waits for the next step.

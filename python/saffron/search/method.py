@@ -73,13 +73,14 @@ class SearchBatch:
 
     Attributes:
         draws: random numbers for each search, from the seed and its request alone.
+        on_token: see `Decoder.run`; None: nobody asks.
     """
 
     def __init__(
         self, policy: Policy, scorer: RewardScorer | None, config: Any, eos_token_id: frozenset[int],
-        requests: Sequence[Request],
+        requests: Sequence[Request], on_token: Callable[[int, int], object] | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.eos_token_id = config, eos_token_id
+        self.config, self.eos_token_id, self.on_token = config, eos_token_id, on_token
         self.size = len(requests)
         seed = config.seed if isinstance(config, DrawingConfig) else 0
         self.seeds = [entropy(seed, request) for request in requests]
@@ -200,14 +201,21 @@ class Decoder(ABC, Generic[ConfigT]):
         finally:
             steps.close()
 
-    def run(self, requests: Sequence[Request]) -> Steps[list[SearchResult]]:
-        """`search` in steps: whoever runs it may do other things between them, or close it to give the caches back."""
+    def run(
+        self, requests: Sequence[Request], on_token: Callable[[int, int], object] | None = None
+    ) -> Steps[list[SearchResult]]:
+        """`search` in steps: whoever runs it may do other things between them, or close it to give the caches back.
+
+        Args:
+            on_token: called with the number of a search (equal requests are one) and the next token of its answer, by
+                methods that know a token before the end.
+        """
         self.check(requests)
         if not requests:
             return []
         started = time.perf_counter()
         distinct = list(dict.fromkeys(requests))
-        batch = SearchBatch(self.policy, self.scorer, self.config, self.eos_token_id, distinct)
+        batch = SearchBatch(self.policy, self.scorer, self.config, self.eos_token_id, distinct, on_token)
         try:
             answers = yield from self._decode(batch)
         finally:

@@ -65,6 +65,8 @@ class GreedyDecoding(Decoder[GreedyConfig]):
                     tallies[search].flops += head
                     scores[search] += value
                     responses[search].append(token)
+                    if batch.on_token is not None:
+                        batch.on_token(search, token)
                 yield step + 1, self.config.max_new_tokens
                 going = [row for row, search in enumerate(live) if batch.goes_on(tuple(responses[search]))]
                 if not going:

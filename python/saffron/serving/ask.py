@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saffron.adaptive import AdaptiveWidth, WidthControl
 from saffron.errors import ConfigError, shown
 from saffron.models.bundled import Models
 from saffron.models.chat import Conversation
+from saffron.models.guard import ProcessRewardModel
 from saffron.models.trie_model import TrieModel
+from saffron.search.adaptive import AdaptiveSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
 from saffron.search.config import Request, SearchConfig
 from saffron.search.method import Decoder
@@ -33,6 +37,7 @@ class Variant:
         defaults: its configuration, where a request says nothing.
         decoder: makes the method; None: a search of the engine.
         reward: the model that the method is guided by.
+        adaptive: chooses the widths, which requests then cannot.
     """
 
     id: str
@@ -40,6 +45,7 @@ class Variant:
     defaults: Any
     decoder: Callable[[Any], Decoder[Any]] | None
     reward: RewardModel | None
+    adaptive: AdaptiveSearch | None = None
 
 
 def variants(models: Models, settings: Settings) -> dict[str, Variant]:
@@ -59,7 +65,28 @@ def variants(models: Models, settings: Settings) -> dict[str, Variant]:
             top_p=config.top_p,
         )  # fmt: skip
         made.append(Variant(f"{name}-best-of-n", "best-of-n", drawn, lambda c: BestOfN(policy, reward, c), reward))
+    if settings.adaptive is not None:
+        made.append(_adaptive(models, settings, settings.adaptive))
     return {variant.id: variant for variant in made}
+
+
+def _adaptive(models: Models, settings: Settings, state: Path) -> Variant:
+    """Saffron search with the widths of a file of state.
+
+    Raises:
+        CheckpointError: it cannot be read. ConfigError: no guard rates conversations, or widths exceed the server's.
+    """
+    policy, mrm, guard = models
+    if not isinstance(guard, ProcessRewardModel):
+        raise ConfigError("adaptive: got no guard that is a process reward model, expected one (--prm)")
+    width = AdaptiveWidth.load(state)
+    if width.max_width > settings.max_width:
+        raise ConfigError(
+            f"adaptive: its widest search is {width.max_width}, more than the server's {settings.max_width}"
+        )
+    config = replace(settings.config, width=width.max_width)
+    search = AdaptiveSearch(policy, mrm, guard, width, config)
+    return Variant(f"{settings.name}-adaptive", "adaptive", config, None, mrm, search)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +100,7 @@ class Ask:
         n: answers, from the final beam. stop: texts before which an answer is cut.
         trace: return the whole search, as records or drawn as a page.
         logprobs: how many alternatives of each token are wanted with its log-probability; None: neither.
+        control: chooses the widths; None: nobody does.
     """
 
     variant: Variant
@@ -83,6 +111,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     trace: Trace = False
     logprobs: int | None = None
+    control: WidthControl | None = None
 
     @property
     def defended(self) -> bool:
@@ -119,7 +148,8 @@ def configure(variant: Variant, own: Mapping[str, Any], settings: Settings, max_
     Raises:
         ApiError, ConfigError: an unknown key, a value that is not allowed, or one above the server's limits.
     """
-    options = {field.name for field in fields(variant.defaults)} - {"max_new_tokens"}
+    names = {field.name for field in fields(variant.defaults)} - {"max_new_tokens"}
+    options = names - {"width"} if variant.adaptive is not None else names
     for name in own:
         if name == "max_new_tokens":
             raise bad("saffron.max_new_tokens", "say max_tokens, outside of saffron")
@@ -127,7 +157,7 @@ def configure(variant: Variant, own: Mapping[str, Any], settings: Settings, max_
             allowed = ", ".join((*OWN, *sorted(options)))
             raise bad("saffron", f"got {shown(name)}, expected {allowed}", "unknown_parameter")
     given = {name: value for name, value in own.items() if name in options and value is not None}
-    values = {name: getattr(variant.defaults, name) for name in options} | given
+    values = {name: getattr(variant.defaults, name) for name in names} | given
     breadth_name = "width" if isinstance(variant.defaults, SearchConfig) else "n"
     breadth = values.get(breadth_name, 1)
     known = breadth if isinstance(breadth, int) and breadth > 0 else 1

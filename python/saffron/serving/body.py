@@ -80,7 +80,8 @@ class Fields:
             if name in refused and value not in (False, [], {}, "none", {"type": "text"}):
                 raise bad(name, refused[name], "unsupported_parameter")
             if name not in known and name not in refused:
-                raise bad(name if len(name) < 80 else None, "this key is not known here", "unknown_parameter")
+                param = name if len(name) < 80 and name.isprintable() else None  # no half of a surrogate pair
+                raise bad(param, "this key is not known here", "unknown_parameter")
 
     def __contains__(self, name: str) -> bool:
         return name in self._body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,8 @@ def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRe
     fields.without_effect()
     if fields.get("suffix"):
         raise bad("suffix", "only the end of a prompt is completed", "unsupported_parameter")
-    prompts, echo = read_prompts(fields.get("prompt")), fields.flag("echo")
+    prompts = read_prompts(fields.get("prompt"), min(MOST_PROMPTS, settings.queue))
+    echo = fields.flag("echo")
     stream, usage = read_stream(fields)
     if stream and len(prompts) > 1:
         raise bad("stream", "serves one prompt")
@@ -84,13 +86,13 @@ def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRe
     )
 
 
-def read_prompts(given: object) -> list[str | list[int]]:
-    """One prompt or several, as texts or token ids."""
+def read_prompts(given: object, most: int) -> list[str | list[int]]:
+    """One prompt or up to `most`, as texts or token ids."""
     several = isinstance(given, list) and bool(given) and not all(_is_id(x) for x in given)
     prompts = given if several else [given]
     assert isinstance(prompts, list)
-    if len(prompts) > MOST_PROMPTS:
-        raise bad("prompt", f"got {len(prompts)} prompts, expected at most {MOST_PROMPTS}")
+    if len(prompts) > most:
+        raise bad("prompt", f"got {len(prompts)} prompts, expected at most {most}")
     for prompt in prompts:
         if isinstance(prompt, str) and prompt:
             check_text("prompt", prompt)
@@ -120,17 +122,25 @@ async def completions(request: Request) -> Response | EventStream:
     if asked.stream:
         running = Running(service, asks[0])
         return EventStream(running, _stream(running, asked, head, request), service.settings.keep_alive)
-    choices, usages = [], []
-    for ask in asks:  # one after the other: a request takes one place
-        with Running(service, ask) as running:
-            async with watched(request.receive, running.leave):
-                answer = await running.answer()
-                choices += [
-                    await _choice(service, asked, ask, len(choices) + i, choice, answer if i == 0 else None)
-                    for i, choice in enumerate(answer.choices)
-                ]
-        usages.append(finish(running, answer, request))
+    with ExitStack() as stack:
+        runs = [stack.enter_context(Running(service, ask)) for ask in asks]
+        async with watched(request.receive, lambda: [running.leave() for running in runs]):
+            choices, usages = await _all(runs, asked, request)
     return JSONResponse({**head, "choices": choices, "usage": _total(usages)})
+
+
+async def _all(
+    runs: list[Running], asked: CompletionRequest, request: Request
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The choices of all prompts in their order, and what each prompt took."""
+    choices, usages = list[dict[str, Any]](), list[dict[str, Any]]()
+    for running in runs:
+        answer = await running.answer()
+        for i, choice in enumerate(answer.choices):
+            first = answer if i == 0 else None
+            choices.append(await _choice(running.service, asked, running.ask, len(choices), choice, first))
+        usages.append(finish(running, answer, request))
+    return choices, usages
 
 
 async def _stream(
@@ -159,6 +169,8 @@ async def _stream(
 def _encode(service: Service, asked: CompletionRequest, variant: Variant) -> list[Ask]:
     """The prompts as the models read them; the reward model reads one as a turn of the user. Not for the event loop."""
     models, _ = service.ready()
+    if variant.adaptive is not None:
+        raise bad("model", "serves conversations only: the guard rates them", "unsupported_parameter")
     asks = []
     for prompt in asked.prompts:
         ids = prompt if isinstance(prompt, list) else with_begin(service, prompt)

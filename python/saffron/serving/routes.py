@@ -77,6 +77,8 @@ async def describe(running: Running, asked: ChatRequest, answer: Answer) -> list
     described = []
     for index, (choice, verdict) in enumerate(zip(answer.choices, verdicts, strict=True)):
         own = own_part(choice, verdict)
+        if index == 0 and ask.control is not None:
+            own["widths"] = await service.work(service.learn, ask.control, verdict, choice.score)
         if index == 0 and ask.trace:
             own |= await service.work(traced, ask, answer)
         logprobs = None

@@ -78,7 +78,7 @@ class Running:
             if over:
                 text = (await self.answer()).choices[0].text
             else:
-                text, stopped = cut(self._final(), self.ask.stop)
+                text, stopped = cut(self.pending.text, self.ask.stop)
                 text = text if stopped else text[: len(text) - held_back(text, self.ask.stop)]
             if len(text) > said:
                 if self.first is None:
@@ -125,9 +125,6 @@ class Running:
     def _wake(self) -> None:
         with suppress(RuntimeError):  # a loop that is closed has nobody who waits
             self._loop.call_soon_threadsafe(self._event.set)
-
-    def _final(self) -> str:
-        return self.pending.text if isinstance(self.pending, Handle) else ""
 
     def _look(self, handle: Handle) -> None:
         """After a step: ends a search whose answer is certain to be cut, whatever follows."""

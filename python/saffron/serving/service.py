@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
+from saffron.adaptive import WidthControl
 from saffron.errors import ConfigError
 from saffron.models.bundled import Models
 from saffron.models.chat import Conversation
 from saffron.models.policy import Policy
 from saffron.models.text_rewards import TextReward
 from saffron.models.trie_model import TrieModel
+from saffron.search.adaptive import AdaptiveSearch
 from saffron.search.config import Request, SearchConfig
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle, Pending
@@ -27,6 +30,8 @@ from saffron.serving.metrics import Metrics
 from saffron.serving.settings import Settings
 
 State = Literal["loading", "ready", "draining"]
+SAVE_EVERY = 60.0  # seconds between two savings of what adaptive widths have learnt
+log = logging.getLogger("saffron.serving")
 T = TypeVar("T")
 
 
@@ -51,7 +56,7 @@ class Service:
         # Tokenizers, and what is asked of the models outside of the searches: off the event loop, one at a time.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="saffron-worker")
         self._unfinished: set[Pending] = set()
-        self.created = 0
+        self.created, self._saved = 0, time.monotonic()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], object] | None = None
 
@@ -91,6 +96,7 @@ class Service:
         if self.engine is not None:
             await asyncio.to_thread(self.engine.close, drain=False)
         self._worker.shutdown()
+        await asyncio.to_thread(self.save)
 
     @property
     def unfinished(self) -> int:
@@ -138,7 +144,35 @@ class Service:
             variant, Request(prompt, seen), chat.own, max_tokens=chat.max_tokens, n=chat.n, stop=chat.stop,
             trace=chat.trace, logprobs=chat.logprobs,
         )  # fmt: skip
-        return replace(ask, conversation=chat.conversation)
+        ask = replace(ask, conversation=chat.conversation)
+        return ask if variant.adaptive is None else replace(ask, control=self._control(variant.adaptive, ask))
+
+    def _control(self, adaptive: AdaptiveSearch, ask: Ask) -> WidthControl:
+        """The widths of a request, by the guard's rating of its prompt and prefill."""
+        conversation, guard = ask.conversation, adaptive.guard
+        assert conversation is not None
+        if len(conversation.turns) % 2 == 0:
+            raise bad("messages", "the guard needs a last message of the user")
+        read = len(guard.sequence(conversation, conversation.prefill))
+        guard.check_length("the prompt, for the guard,", read, ask.config.max_new_tokens)
+        return adaptive.begin(conversation)
+
+    def learn(self, control: WidthControl, verdict: float | None, score: float) -> list[int]:
+        """Counts the guard's verdict of an answer, None is unsafe; returns the widths of its phases. For the worker."""
+        logged = control.finish(verdict is not None and verdict >= 0, score)
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self.save()
+        return list(logged.widths)
+
+    def save(self) -> None:
+        """Writes what adaptive widths have learnt."""
+        self._saved = time.monotonic()
+        for variant in self.variants.values():
+            if variant.adaptive is not None and self.settings.adaptive is not None:
+                try:
+                    variant.adaptive.adaptive.save(self.settings.adaptive)
+                except OSError as error:  # the server goes on, and tries again
+                    log.error("%s: cannot be written (%s)", self.settings.adaptive, error.strerror)
 
     def ask(
         self, variant: Variant, request: Request, own: dict[str, Any] | Any, *, max_tokens: int | None, n: int,
@@ -171,7 +205,12 @@ class Service:
         """
         _, engine = self.ready()
         if ask.variant.decoder is None:
-            pending: Pending = engine.submit(ask.request, ask.config, trace=bool(ask.trace), on_step=on_step)
+            config, control = ask.config, ask.control
+            if control is not None:
+                config, on_step = replace(config, width=control.width(0)), _both(control, on_step)
+            pending: Pending = engine.submit(
+                ask.request, config, max_width=ask.config.width, trace=bool(ask.trace), on_step=on_step
+            )
         else:
             pending = engine.submit_job(ask.variant.decoder(ask.config), ask.request)
         self._unfinished.add(pending)
@@ -200,3 +239,14 @@ class Service:
         except (ConfigError, ValueError):  # too long for it, or in a form that its template does not show
             return [None] * len(answers)
         return guard.score_tokens(sequences).tolist()
+
+
+def _both(control: WidthControl, then: Callable[[Handle], None] | None) -> Callable[[Handle], None]:
+    """After each step: the width of the next, and what else is to be done."""
+
+    def step(handle: Handle) -> None:
+        control.on_step(handle)
+        if then is not None:
+            then(handle)
+
+    return step

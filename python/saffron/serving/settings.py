@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from saffron.errors import ConfigError
 from saffron.models.checks import expect, expect_limits
@@ -20,9 +21,11 @@ class Settings:
             most, and `min_new_tokens` shrinks to the `max_tokens` of a request.
         undefended: also serve the policy alone, as `NAME-undefended` (greedy decoding).
         best_of_n: also serve Best-of-N with so many samples, as `NAME-best-of-n`.
+        adaptive: also serve Saffron search with the widths of this file of `AdaptiveWidth.save`, as `NAME-adaptive`. It
+            needs a guard, learns from its verdicts, and writes the file again: one server per file.
         prefill: let clients force how an answer begins (`continue_final_message`), which is the attack.
         max_width, max_tokens, max_beam_tokens: the largest width, `max_tokens`, and product of both in one request.
-        max_batch: searches that run at once. queue: requests that may wait.
+        max_batch: requests that run at once. queue: requests that may wait.
         cache_tokens, prefill_tokens: as for `Engine`.
         timeout: seconds after which a request that has no answer yet is given up, waiting included.
         keep_alive: seconds after which a silent stream says that it is alive.
@@ -34,6 +37,7 @@ class Settings:
     config: SearchConfig = field(default_factory=lambda: SearchConfig(max_new_tokens=128))
     undefended: bool = False
     best_of_n: int | None = None
+    adaptive: Path | None = None
     prefill: bool = True
     max_width: int = 64
     max_tokens: int = 1024

@@ -1,0 +1,84 @@
+"""`NAME-adaptive`: widths by a file of state, verdicts counted, the file written again; over tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from servers import USER, Running, running
+
+from saffron import AdaptiveSearch, AdaptiveWidth, SearchConfig, WidthSettings
+from saffron.errors import CheckpointError, ConfigError
+from saffron.models.bundled import Models
+from saffron.serving import Settings
+from saffron.serving.ask import variants
+
+CONFIG = SearchConfig(width=2, max_new_tokens=6, min_new_tokens=6)
+WIDTHS = WidthSettings(widths=(1, 3), phases=2, phase_tokens=2, wide=3)
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return tiny.trio()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    AdaptiveWidth(WIDTHS).save(tmp_path / "state.npz")
+    return tmp_path / "state.npz"
+
+
+@pytest.fixture
+def server(models: Models, state: Path) -> Iterator[Running]:
+    with running(models, Settings(name="tiny", config=CONFIG, adaptive=state, max_width=4)) as made:
+        yield made
+
+
+def counted(state: Path) -> int:
+    return sum(row["requests"] for row in AdaptiveWidth.load(state).status())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_are_those_of_the_adaptive_search_and_count(
+    stream: bool, models: Models, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = AdaptiveSearch(models.policy, models.mrm, models.guard, AdaptiveWidth.load(state), CONFIG)
+    (expected,) = search.answer(USER[0]["content"])
+    with running(models, Settings(name="tiny", config=CONFIG, adaptive=state, max_width=4)) as server:
+        said = server.ask(model="tiny-adaptive", stream=stream)
+        assert said.status_code == 200 and expected.result.text.split()[0] in said.text
+        if not stream:
+            (choice,) = said.json()["choices"]
+            assert choice["message"]["content"] == expected.result.text
+            assert choice["saffron"]["widths"] == list(expected.logged.widths) == [3, 3]
+            assert (choice["saffron"]["guard"]["verdict"] == "safe") is expected.logged.safe
+        assert server.ask(model="tiny").json()["choices"][0]["saffron"].get("widths") is None
+        assert counted(state) == 0
+        monkeypatch.setattr("saffron.serving.service.SAVE_EVERY", -1.0)
+        server.ask(saffron={"method": "adaptive"})
+        assert counted(state) == 2  # while it serves
+        monkeypatch.undo()
+        server.ask(model="tiny-adaptive", max_tokens=3)
+        assert counted(state) == 2
+    assert counted(state) == 3  # at its end
+
+
+def test_what_requests_cannot_say(server: Running) -> None:
+    fixed = server.ask(model="tiny-adaptive", saffron={"width": 2})
+    assert fixed.status_code == 400 and "'width'" in fixed.json()["error"]["message"]
+    with server.client() as client:
+        plain = client.post("/v1/completions", json={"model": "tiny-adaptive", "prompt": "hello"})
+    assert plain.status_code == 400 and plain.json()["error"]["code"] == "unsupported_parameter"
+    turns = [*USER, {"role": "assistant", "content": "hello"}]
+    assert server.ask(model="tiny-adaptive", messages=turns).status_code == 400
+
+
+def test_servers_that_cannot_be(models: Models, state: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="guard"):
+        variants(models._replace(guard=None), Settings(adaptive=state))
+    with pytest.raises(ConfigError, match="widest search is 3"):
+        variants(models, Settings(config=CONFIG, adaptive=state, max_width=2))
+    with pytest.raises(CheckpointError):
+        variants(models, Settings(adaptive=tmp_path / "none.npz"))
