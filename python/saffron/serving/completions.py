@@ -124,7 +124,12 @@ async def completions(request: Request) -> Response | EventStream:
         return EventStream(running, _stream(running, asked, head, request), service.settings.keep_alive)
     with ExitStack() as stack:
         runs = [stack.enter_context(Running(service, ask)) for ask in asks]
-        async with watched(request.receive, lambda: [running.leave() for running in runs]):
+
+        def leave() -> None:
+            for running in runs:
+                running.leave()
+
+        async with watched(request.receive, leave):
             choices, usages = await _all(runs, asked, request)
     return JSONResponse({**head, "choices": choices, "usage": _total(usages)})
 

@@ -16,7 +16,7 @@ from saffron.serving.running import Running
 
 
 @asynccontextmanager
-async def watched(receive: Receive, leave: Callable[[], object]) -> AsyncIterator[None]:
+async def watched(receive: Receive, leave: Callable[[], None]) -> AsyncIterator[None]:
     """Calls `leave` if the client goes away meanwhile. The body has been read before."""
 
     async def watch() -> None:
