@@ -112,5 +112,8 @@ def reason(error: BaseException) -> str:
 
 def shown(value: object) -> str:
     """A value as a message shows it: its repr, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:79] + "…"

@@ -98,6 +98,17 @@ def positioned(architecture: str, attention: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64, torch.bool])
+def test_token_ids_are_whole_numbers(dtype: torch.dtype) -> None:
+    ours = tiny.model()
+    cache = TrieCache(ours)
+    with pytest.raises(ConfigError, match=f"input_ids: got {dtype}, expected whole numbers"):
+        ours(PROMPT.to(dtype), past_key_values=cache)
+    if dtype.is_floating_point:
+        with pytest.raises(ConfigError, match=f"position_ids: got {dtype}, expected whole numbers"):
+            ours(PROMPT, position_ids=torch.arange(5)[None].to(dtype), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_masks_that_contradict_earlier_ones_are_refused() -> None:
     ours = tiny.model()

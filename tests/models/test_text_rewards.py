@@ -103,6 +103,7 @@ def test_scores_are_in_order(batch: int) -> None:
     ("given", "error", "message"),
     [
         ([1.0], ConfigError, "1 rewards for 2"),
+        (ZeroDivisionError("lexicon is empty"), ConfigError, "the function failed .lexicon is empty"),
         (["x", "y"], ConfigError, "expected a number"),
         (None, ConfigError, "expected a number"),
         ([1.0, math.nan], NumericalError, "not finite"),
@@ -110,8 +111,13 @@ def test_scores_are_in_order(batch: int) -> None:
     ],
 )
 def test_wrong_answers_of_a_function_are_named(given: Any, error: type[Exception], message: str) -> None:
+    def score(*_: object) -> Any:
+        if isinstance(given, Exception):
+            raise given
+        return given
+
     with pytest.raises(error, match=f"reward mine.*{message}"):
-        TextReward(lambda *_: given, name="mine").score([("a", "b"), ("c", "d")])
+        TextReward(score, name="mine").score([("a", "b"), ("c", "d")])
 
 
 class Classifier:

@@ -236,12 +236,24 @@ def test_a_cap_gives_way_to_the_policy() -> None:
     [
         ("reward_cap", math.nan), ("reward_cap", 1e31), ("reward_cap", True), ("reward_tolerance", -1.0),
         ("policy_weight", math.inf), ("policy_score", "all"), ("path_score", "sum"), ("min_p", 1.5), ("discount", 1.0),
-        ("temperature", 0.0), ("top_k", -1), ("commit_every", 2.5),
+        ("temperature", 0.0), ("temperature", 1e-300), ("temperature", 1e300), ("temperature", math.nan),
+        ("reward_tolerance", 1e-300), ("policy_weight", 1e300), ("top_k", -1), ("commit_every", 2.5),
     ],
 )  # fmt: skip
 def test_values_that_are_refused(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: got "):
         SearchConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("digits", [400, 5000])  # no float is that large; Python does not write the second one out
+@pytest.mark.parametrize(
+    "name",
+    ["width", "min_p", "temperature", "reward_cap", "top_p", "discount", "policy_weight", "ranking", "lm_head_bias"],
+)
+def test_numbers_of_many_digits_are_refused(name: str, digits: int) -> None:
+    for value in (10**digits, -(10**digits)):
+        with pytest.raises(ConfigError, match=f"^{name}: got .{{1,100}}, expected"):
+            SearchConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_presets() -> None:

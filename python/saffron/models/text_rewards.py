@@ -86,14 +86,15 @@ class TextReward:
         """Rewards `[pairs]` of (prompt, response) pairs, fp32.
 
         Raises:
-            ConfigError: the function returned something else than a number for each.
+            ConfigError: the function failed, or returned something else than a number for each.
             NumericalError: a reward that is not finite.
         """
         found: list[Tensor] = []
         for first in range(0, len(pairs), self.batch):
             part = pairs[first : first + self.batch]
             conversations = [Conversation.of(prompt) for prompt, _ in part]
-            given = self.function(conversations, [response for _, response in part])
+            with outside(f"reward {self.name}: the function failed"):
+                given = self.function(conversations, [response for _, response in part])
             with outside(f"reward {self.name}: expected a number for each response"):
                 values = torch.as_tensor(given, dtype=torch.float32).reshape(-1).cpu()
             if len(values) != len(part):
@@ -211,7 +212,7 @@ def _module(place: str) -> Any:
     name = place.partition(":")[0]
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a module may raise anything
+    except (Exception, SystemExit) as error:  # a module may raise anything, and some are scripts
         raise ConfigError(f"reward: {place}: the module {name} cannot be imported ({reason(error)})") from error
 
 

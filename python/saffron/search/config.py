@@ -13,6 +13,7 @@ Ranking = Literal["paper", "released"]
 EosScore = Literal["parent", "mrm"]
 PolicyScore = Literal["path", "token"]
 PathScore = Literal["last", "mean", "minimum", "discounted"]
+SMALLEST_FACTOR = 1e-30  # what is divided by it stays finite
 LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
 
 
@@ -87,7 +88,7 @@ class SearchConfig:
         for name, of in CHOICES.items():
             allowed = get_args(of)
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+                raise ConfigError(f"{name}: got {shown(getattr(self, name))}, expected one of {', '.join(allowed)}")
         check_reward("unseen_reward", self.unseen_reward)
         if self.reward_cap is not None:
             check_reward("reward_cap", self.reward_cap)
@@ -95,9 +96,9 @@ class SearchConfig:
             value = getattr(self, name)
             fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
             if not fits or (name == "discount" and value == 1):
-                raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0 and {most}")
+                raise ConfigError(f"{name}: got {shown(value)}, expected a number of at least 0 and {most}")
         if not isinstance(self.lm_head_bias, bool):
-            raise ConfigError(f"lm_head_bias: got {self.lm_head_bias!r}, expected True or False")
+            raise ConfigError(f"lm_head_bias: got {shown(self.lm_head_bias)}, expected True or False")
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> Self:
@@ -171,7 +172,7 @@ def check_whole(config: object, **lowest: int) -> None:
     for name, least in lowest.items():
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least {least}")
+            raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at least {least}")
         if value > MOST:
             raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at most {MOST}")
 
@@ -189,21 +190,28 @@ def check_lengths(config: SearchConfig | DecodingConfig) -> None:
 
 
 def check_number(config: object, **positive: bool) -> None:
-    """Raises `ConfigError` unless each named attribute is a finite number: above 0 where True, else at least 0."""
+    """Raises `ConfigError` unless each named attribute is a finite number: above 0 where True, else at least 0.
+
+    What is so small or large that logits and rewards would overflow is refused too.
+    """
     for name, above in positive.items():
         value = getattr(config, name)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         if not fits or value < 0 or (above and value == 0):
             raise ConfigError(
-                f"{name}: got {value!r}, expected a finite number {'above' if above else 'of at least'} 0"
+                f"{name}: got {shown(value)}, expected a finite number {'above' if above else 'of at least'} 0"
+            )
+        if value != 0 and not SMALLEST_FACTOR <= value <= LARGEST_REWARD:
+            raise ConfigError(
+                f"{name}: got {shown(value)}, expected a number from {SMALLEST_FACTOR} to {LARGEST_REWARD}"
             )
 
 
 def check_reward(name: str, reward: object) -> None:
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
-        raise ConfigError(f"{name}: got {reward!r}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}")
+        raise ConfigError(f"{name}: got {shown(reward)}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}")
 
 
 def check_top_p(top_p: object) -> None:
     if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p: got {top_p!r}, expected a number above 0 and at most 1")
+        raise ConfigError(f"top_p: got {shown(top_p)}, expected a number above 0 and at most 1")
