@@ -31,6 +31,7 @@ from saffron.conservative import (
     merge,
     random_mdps,
     simulate,
+    storage,
 )
 from saffron.errors import CheckpointError, ConfigError
 
@@ -184,6 +185,12 @@ def test_a_state_survives_a_round_trip(tmp_path: Path) -> None:
     assert same(again.counts(), control.counts())  # the same random numbers too
     assert (again.plan().first == control.plan().first).all()
     assert [path.name for path in tmp_path.iterdir()] == ["state.npz"]
+
+
+def test_a_state_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing/state.npz: cannot be written"):
+        storage.write(tmp_path / "missing" / "state.npz", {}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_states_are_refused(tmp_path: Path) -> None:
