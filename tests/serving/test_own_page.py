@@ -25,7 +25,7 @@ PROBE = """
   (async () => {
     $("prompt").value = "hello there"; $("width").value = "3"; $("width").dispatchEvent(new Event("input"));
     $("prompt").dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", cancelable: true }));
-    while ($("tree").hidden || $("send").disabled) await new Promise((go) => setTimeout(go, 20));
+    while ($("tree").hidden || $("send").disabled) await new Promise((go) => setTimeout(go, 5));
     const report = { at: $("at").textContent, defended: $("defended").textContent, other: $("undefended").textContent,
       tree: $("tree").srcdoc.length, focus: document.activeElement.id };
     const written = { id: "report", textContent: JSON.stringify(report) };
@@ -74,7 +74,14 @@ def test_the_page_in_a_browser(server: Running, tmp_path: Path, monkeypatch: pyt
         Template, "render", lambda self, **k: plain(self, **k).replace("</body>", PROBE + "</body>", 1)
         if self.name == "chat.html" else plain(self, **k),
     )  # fmt: skip
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=100000",
+        "--dump-dom",
+    ]
     dom = subprocess.run([*command, server.url + "/"], capture_output=True, text=True, timeout=90).stdout
     found = re.search(r'<pre id="report">(.*?)</pre>', dom)
     assert found, "the page did not come to its answers"

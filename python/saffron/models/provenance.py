@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -74,13 +75,20 @@ def write_origin(folder: Path, base: str | Path, manifest: Mapping[str, Any], ca
         calibration: agreement with the reward on what was held out.
     """
     record = {
-        "reward": manifest.get("prm"),
-        "corpus": manifest.get("corpus"),
+        "reward": _without_folders(manifest.get("prm")),
+        "corpus": _without_folders(manifest.get("corpus")),
         "scale": manifest.get("settings", {}).get("scale", 1.0),
         "base": {"configuration": _configuration(base), "tokenizer": tokenizer_fingerprint(base)},
         "calibration": calibration,
     }
     write_json(folder / ORIGIN, record)
+
+
+def _without_folders(part: Any) -> Any:
+    """A part of the manifest for others to see: of an absolute path its last name; the fingerprint identifies it."""
+    if not isinstance(part, dict) or not isinstance(part.get("source"), str):
+        return part
+    return part | {"source": re.sub(r"(^|:)/(?:[^/]*/)*", r"\1", part["source"])}
 
 
 def check_origin(folder: Path, base: str | Path) -> None:
