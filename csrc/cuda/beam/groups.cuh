@@ -108,7 +108,7 @@ struct RowTable {
 ///
 ///   int count(int row)                       candidates of the row, below 0: bad offsets
 ///   void open(int begin, int end)            the block comes to a group with these candidates
-///   void collect(int first, int n, Key* to)  makes the keys of n candidates, one per thread at most;
+///   void collect(int first, int n, Key* to)  keys of n candidates, one per thread at most;
 ///                                            by the whole block
 ///   bool is_blind()                          the group, after all of the block's share is
 ///   collected int token(const Key&)                    of a candidate that is not carried

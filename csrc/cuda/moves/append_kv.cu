@@ -1,7 +1,7 @@
 // K and V rows of new tokens, written into their slots: K rotated by its position where cos and sin
-// are given, both divided by their scales and rounded where the caches are fp8. One block per token.
-// A thread has the same 16 bytes of the left and of the right half of what is rotated, or 16 bytes
-// that are only copied; one element where the layout allows no more.
+// are given, both divided by their scales and rounded where the caches are fp8. One block per
+// token. A thread has the same 16 bytes of the left and of the right half of what is rotated, or 16
+// bytes that are only copied; one element where the layout allows no more.
 
 #include <type_traits>
 
