@@ -67,8 +67,11 @@ def backend(request: pytest.FixtureRequest, device: torch.device, monkeypatch: p
     if reason is not None:
         pytest.skip(f"{name}: {op} on {device} in {storage}: {reason}")
     interpreted = name == "triton" and device.type == "cpu"
-    if interpreted and storage == torch.float16 and not request.node.originalname.startswith("test_random"):
-        pytest.skip("interpreted: no kernel asks whether 16 bits are float16; random inputs and GPUs have both")
+    if interpreted and not request.node.originalname.startswith("test_random"):
+        if storage == torch.float16:
+            pytest.skip("interpreted: no kernel asks whether 16 bits are float16; random inputs and GPUs have both")
+        if storage == torch.bfloat16 and op != "tree_attention":
+            pytest.skip("interpreted: all but attention turns 16 bits into fp32 as it loads; random inputs have them")
     with backends.backend(name):
         yield name
 
@@ -82,7 +85,7 @@ def limit(backend: str, device: torch.device) -> int:
 @pytest.fixture
 def examples(limit: int) -> settings:
     """How many random inputs hypothesis tries on this backend."""
-    return settings(max_examples=40 if limit == UNLIMITED else 5)
+    return settings(max_examples=40 if limit == UNLIMITED else 4)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every Triton kernel in every configuration, compiled for GPUs that are not here: nothing spills, everything fits."""
+"""Every Triton kernel in every configuration, compiled for GPUs that are not here: all but nothing spills, all fits."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_logits_are_read_in_wide_loads(arch: int) -> None:
 def test_what_does_not_fit() -> None:
     usage = aot.Usage(80, "case", "kernel", "options", registers=255, local_bytes=0, shared_bytes=163 * 1024)
     assert usage.fits
-    assert not usage._replace(local_bytes=8).fits
+    assert usage._replace(local_bytes=16).fits and not usage._replace(local_bytes=24).fits
     assert not usage._replace(shared_bytes=163 * 1024 + 1).fits
 
 
@@ -106,7 +106,7 @@ def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("saffron_kernels.backends.triton.tree_attention")
     monkeypatch.setattr(module, "config", lambda *_: module.Config(64, 32, num_warps=2, num_stages=1))
     case = "tree_attention fp16 d128 n32"
-    assert any(usage.local_bytes > 0 for usage in aot.compile_case(90, case, CASES[case]))
+    assert any(not usage.fits for usage in aot.compile_case(90, case, CASES[case]))
 
 
 def test_report_has_a_row_for_every_kernel_and_a_cell_for_every_chip() -> None:
