@@ -345,7 +345,18 @@ TestCounted.settings = settings(max_examples=30, stateful_step_count=30)
 
 @pytest.mark.parametrize(
     "second",
-    [(0, 0.5, 0, 1), (0, "a", 0, 1), None, (0, 0, 0, None), (0, 0, 0), (0, 0, 0, math.nan), (0, 0, 0, math.inf)],
+    [
+        (0, 0.5, 0, 1),
+        (0, "a", 0, 1),
+        (0, True, 0, 1),
+        (0, 0, 0, "1"),
+        (0, 0, 0, 10**400),
+        None,
+        (0, 0, 0, None),
+        (0, 0, 0),
+        (0, 0, 0, math.nan),
+        (0, 0, 0, math.inf),
+    ],
 )
 def test_of_a_wrong_episode_nothing_is_counted(second: Any) -> None:
     control = StepMixController(Problem([[[1.0, 0.0]], [[1.0, 0.0]]], floor=0.85))
