@@ -300,3 +300,21 @@ def test_a_wrong_verdict_can_be_given_again_and_wrong_bins_change_nothing() -> N
     with pytest.raises(ConfigError, match="^bins"):
         WIDTHS.warm_start([LOG], [0, 7])
     assert [status["era"] for status in WIDTHS.status()] == eras
+
+
+def test_what_is_no_counts_is_refused() -> None:
+    problem = Problem([[[1.0, 0.0]]], floor=0.5)
+    for field in ("visits", "transitions", "rewards", "squares"):
+        for wrong in (math.nan, -1.0, 2.0):
+            counts = Counts.zeros(*problem.shape)
+            getattr(counts, field)[..., 0] = wrong
+            with pytest.raises(ConfigError, match="^counts: "):
+                StepMixController(problem, offline=counts, trusted=True)
+    for reward in (math.nan, 1.5, -0.5):
+        with pytest.raises(ConfigError, match="^rewards: "):
+            Counts.from_trajectories(
+                np.zeros((1, 2), int), np.zeros((1, 1), int), np.full((1, 1), reward), num_states=1, num_actions=2
+            )
+    for baseline in ([[[1.0], [0.0, 1.0]]], np.zeros((0, 1, 2)), "a"):
+        with pytest.raises(ConfigError, match="^baseline: got"):
+            Problem(baseline, floor=0.5)  # type: ignore[arg-type]
