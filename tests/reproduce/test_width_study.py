@@ -46,8 +46,8 @@ def test_the_command_writes_its_page_and_resumes(
     assert (tmp_path / "docs" / "figures" / "width.svg").read_text().count("<svg") == 1
 
     monkeypatch.setattr(Study, "run", lambda *_: pytest.fail("searched again"))
-    width_study.main(arguments)
-    again = (tmp_path / "docs" / "results-width.md").read_text()
+    width_study.main(arguments[:3])
+    again = (tmp_path / "out" / "results-width.md").read_text()
     assert [line for line in again.splitlines() if "minute" not in line] == [
         line for line in page.splitlines() if "minute" not in line
     ]
