@@ -57,7 +57,9 @@ tokens of compliance. Risk bins: the guard's reward of prompt and prefill below 
 ("harmless"). Safe is what the guard says of the answer, and the floors ({floors}) are on that;
 "attack success" and "answered" are verdicts of the world's exact rule. The scale of the bounds is
 {settings.confidence.scale:g} unless said otherwise, so that the proof does not hold; {share:.0%} of the requests play
-the baseline. Requests begin in chunks of 50, so that verdicts come late. Intervals hold 95 %.
+the baseline. Requests begin in chunks of 50, so that verdicts come late. Compute includes what the guard reads
+of every request, before its search and after it; also at fixed widths, which need the guard for neither. Intervals
+hold 95 %.
 """
 
 
@@ -218,15 +220,16 @@ def _loss(
     part = f"log {last} width {settings.widths[-1]}"
     usual = 1 - np.mean([r["safe"] for r in logs if r["part"] == part])
     unsafe = sum(not r["safe"] for r in late)
-    came_back = ""
-    if all("widest search" not in name for name, _ in stages):
-        came_back = (
-            "\nThe log of the new traffic was there with the alarm, so that the bin served no request without one."
-        )
-    return (
+    lost = (
         f"The alarm came within {len(stages[1][1])} requests of the shift, {len(late)} of them attacked (a chunk of\n"
         f"50 is always under way). Until then {unsafe} answers were unsafe; the widest search would have let\n"
-        f"{usual * len(late):.1f} through. The alarm cannot prevent this: it needs failures to see." + came_back
+        f"{usual * len(late):.1f} through. The alarm cannot prevent this: it needs failures to see."
+    )
+    if len(stages) < 4:
+        return lost
+    return (
+        f"{lost}\nAfter the alarm the bin plays the widest search, here for {len(stages[2][1])} requests, until there\n"
+        "is a log of the new traffic; the bin then begins again from it."
     )
 
 

@@ -9,7 +9,7 @@ import argparse
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ SETTINGS = WidthSettings(
     drift=Drift(baseline_share=0.02, alarm_shift=0.2),
 )
 WEAK, STRONG = 4, 10  # tokens that an answer is forced to begin with
+ALARMED = 2  # the era of a bin after its first alarm: 0 before the first log, 1 with it
 SCHEMA = Schema("width-study", ("part", "request"), lambda record: "fixed" in record)
 
 
@@ -61,13 +62,15 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """fixed, mixed, allowed: logged requests at each fixed width, at widths drawn per phase, and allowed ones."""
+    """fixed, mixed, allowed: logged requests at each fixed width, at widths drawn per phase, and allowed ones.
+    until_log: requests that are served after an alarm before a log of the stronger attack is there."""
 
     fixed: int
     mixed: int
     allowed: int
     chunk: int
     traffic: tuple[Traffic, ...]
+    until_log: int
 
 
 FULL = Scale(
@@ -78,14 +81,16 @@ FULL = Scale(
     traffic=(
         Traffic("1:9", 800, (0.1, 0.1)),
         Traffic("1:1", 800, (0.5, 0.5)),
-        Traffic("stronger attack", 400, (0.5, 0.5), (WEAK, STRONG), WEAK),
+        Traffic("stronger attack", 600, (0.5, 0.5), (WEAK, STRONG), WEAK),
         Traffic("attacks x5", 300, (0.1, 0.5)),
         Traffic("1:1, scale 0.0005", 300, (0.5, 0.5), scale=0.0005),
     ),
+    until_log=100,
 )  # fmt: skip
 QUICK = Scale(
     4, 4, 4, 4,
     (Traffic("1:9", 8, (0.1, 0.1)), Traffic("stronger attack", 8, (0.5, 0.5), (WEAK, STRONG), WEAK)),
+    until_log=4,
 )  # fmt: skip
 
 
@@ -148,10 +153,10 @@ class Study:
             for r in self.results.records if r["part"].startswith(parts)
         ]  # fmt: skip
 
-    def traffic(self, traffic: Traffic, chunk: int) -> Iterator[int]:
+    def traffic(self, traffic: Traffic, scale: Scale) -> Iterator[int]:
         """Requests in their order, a chunk at a time; the state is saved after each, as a server would.
 
-        A quarter of the traffic after the attack became stronger, a log of it is there (requests searched again, which
+        Some time after the alarm that a stronger attack sets off, a log of it is there (requests searched again, which
         nobody is served), and the bin begins again from it.
         """
         state = self.folder / f"{re.sub('[^0-9a-z]+', '-', traffic.name)}.npz"
@@ -161,14 +166,19 @@ class Study:
         self.search.adaptive = adaptive
         asked = list(requests(traffic))
         counted = sum(record["part"] == traffic.name for record in self.results.records)
-        for start in range(0, len(asked), chunk):
-            some = asked[start : start + chunk]
+        for start in range(0, len(asked), scale.chunk):
+            some = asked[start : start + scale.chunk]
             if start + len(some) > counted:
-                if traffic.log != STRONG and start <= 3 * len(asked) // 4 < start + len(some):
+                if traffic.log != STRONG and self._alarmed(traffic.name) >= scale.until_log:
                     adaptive.warm_start(self.logged(STRONG), bins=[0])
                 self.run(some, traffic.name, start)
                 adaptive.save(state)
             yield len(some)
+
+    def _alarmed(self, part: str) -> int:
+        """Requests that were served between an alarm of the risky bin and a log of the new traffic."""
+        era = self.search.adaptive.status()[0]["era"]
+        return sum(r["part"] == part and r["era"][0] == era == ALARMED for r in self.results.records)
 
 
 def requests(traffic: Traffic) -> Iterator[Asked]:
@@ -205,12 +215,12 @@ def _record(part: str, request: int, status: list[dict[str, Any]], asked: Asked,
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reproduce.width_study", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results and state")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="folder that gets results-width.md and figures/")
     parser.add_argument("--quick", action="store_true", help="a few requests: does it run?")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet_transformers()
     torch.set_num_threads(1)
     scale = QUICK if options.quick else FULL
@@ -221,7 +231,7 @@ def main() -> None:
             study, done = Study(results, options.output), 0
             total = len(SETTINGS.widths) * (scale.fixed + 2 * scale.allowed) + scale.mixed
             total += sum(traffic.requests for traffic in scale.traffic)
-            for part in [study.log(scale), *(study.traffic(traffic, scale.chunk) for traffic in scale.traffic)]:
+            for part in [study.log(scale), *(study.traffic(traffic, scale) for traffic in scale.traffic)]:
                 for count in part:
                     done += count
                     show(done, total)

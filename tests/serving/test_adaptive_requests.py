@@ -69,6 +69,31 @@ def test_answers_are_those_of_the_adaptive_search_and_count(
     assert counted(state) == 3  # at its end
 
 
+def test_servers_that_share_a_file_add(models: Models, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(name="tiny", config=CONFIG, adaptive=state, max_width=4)
+    monkeypatch.setattr("saffron.serving.service.SAVE_EVERY", -1.0)
+    with running(models, settings) as one, running(models, settings) as other:
+        for server, expected in ((one, 1), (other, 2), (other, 3), (one, 4)):
+            assert server.ask(model="tiny-adaptive").status_code == 200
+            assert counted(state) == expected
+        adaptive = one.service.variants["tiny-adaptive"].adaptive
+        assert adaptive is not None and sum(row["requests"] for row in adaptive.adaptive.status()) == 4
+    assert counted(state) == 4
+
+
+def test_a_state_that_cannot_be_written_costs_no_answer(
+    models: Models, state: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("saffron.serving.service.SAVE_EVERY", -1.0)
+    with running(models, Settings(name="tiny", config=CONFIG, adaptive=state, max_width=4)) as server:
+        moved = state.parent.rename(state.parent.with_name("moved"))
+        assert server.ask(model="tiny-adaptive").status_code == 200
+        assert "state.npz: cannot be written" in caplog.text
+        moved.rename(state.parent)
+        assert server.ask(model="tiny-adaptive").status_code == 200
+        assert counted(state) == 2
+
+
 def test_what_requests_cannot_say(server: Running) -> None:
     fixed = server.ask(model="tiny-adaptive", saffron={"width": 2})
     assert fixed.status_code == 400 and "'width'" in fixed.json()["error"]["message"]

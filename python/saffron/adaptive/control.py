@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from saffron.adaptive.log import LoggedSearch
 from saffron.adaptive.settings import WidthSettings
 from saffron.conservative import Episode
+from saffron.conservative.arguments import flag, real, whole
 from saffron.errors import ConfigError
 
 
@@ -52,6 +53,9 @@ class WidthControl:
         Args:
             step: steps that were made (tokens). score: the best MRM score now; read at the beginning of a phase.
         """
+        if type(step) is not int or step < 0:
+            step = whole("step", step, 0)
+        score = real("score", score, "a number", finite=False)
         phase = min(step // self.settings.phase_tokens, self.settings.phases - 1)
         while len(self._actions) <= phase:  # more than one if a captured step reports several at a time
             self._scores.append(score)
@@ -72,10 +76,11 @@ class WidthControl:
         Raises:
             ConfigError: it was finished before.
         """
+        safe, score = flag("safe", safe), real("score", score, "a number", finite=False)
         if self._finished:
             raise ConfigError("finish: the request was finished before, expected one verdict")
         self._finished = True
-        logged = LoggedSearch(self.risk, self.schedule, (*self._scores, score), bool(safe))
+        logged = LoggedSearch(self.risk, self.schedule, (*self._scores, score), safe)
         self.width(self.settings.phases * self.settings.phase_tokens, score)  # phases that did not happen, by the plan
         self._report(*self.settings.trajectory(self._actions, [*self._scores, score], safe))
         return logged._replace(fixed=self.h0 >= self.settings.phases and len(set(self._actions)) == 1)

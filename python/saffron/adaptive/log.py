@@ -11,6 +11,7 @@ from scipy.special import betaincinv
 
 from saffron.adaptive.settings import WidthSettings
 from saffron.conservative import Counts
+from saffron.conservative.arguments import flag, instance, listed, refused
 from saffron.errors import ConfigError
 
 
@@ -50,6 +51,17 @@ class Qualified:
     passes: bool
 
 
+def _searches(log: Iterable[LoggedSearch]) -> list[LoggedSearch]:
+    found = listed("log", log, "a sequence of LoggedSearch")
+    for one in found:
+        instance("log", one, LoggedSearch)
+        if not all(isinstance(part, (tuple, list)) for part in one[1:3]):
+            raise refused("log", one, "widths and scores that are tuples")
+        flag("log.safe", one.safe)
+        flag("log.fixed", one.fixed)
+    return found
+
+
 def at_least(successes: int, trials: int, chance: float) -> float:
     """The lower end of the exact one-sided interval of a share (Clopper and Pearson 1934), wrong with `chance`."""
     return 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, chance))
@@ -60,8 +72,9 @@ def qualify(settings: WidthSettings, log: Iterable[LoggedSearch]) -> list[Qualif
 
     All bounds hold together with probability 1 - delta.
     """
+    instance("settings", settings, WidthSettings)
     count: dict[tuple[int, int], list[int]] = {}
-    for one in log:
+    for one in _searches(log):
         if one.fixed and len(set(one.widths)) == 1:
             count.setdefault((settings.bin(one.risk), one.widths[0]), []).append(bool(one.safe))
     chance = settings.confidence.delta / (settings.bins * len(settings.widths))
@@ -82,7 +95,7 @@ def log_counts(settings: WidthSettings, log: Iterable[LoggedSearch], risk_bin: i
         ConfigError: a width that the settings do not have, or not one score per width.
     """
     states, actions = [], []
-    for one in log:
+    for one in _searches(log):
         if not (0 < len(one.widths) == len(one.scores) <= settings.phases and set(one.widths) <= set(settings.widths)):
             raise ConfigError(
                 f"log: got widths {one.widths} and scores {one.scores}, expected one of {settings.widths} and a score "

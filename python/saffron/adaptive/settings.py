@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from saffron.conservative import Confidence, Drift, Problem
-from saffron.conservative.learner import WEIGHTS
+from saffron.conservative.arguments import flag, instance, listed, real, whole
+from saffron.conservative.learner import WEIGHTS, safety_weights
 from saffron.errors import ConfigError
 
 UNSAFE, SAFE = 0, 1  # states of the last step
@@ -49,11 +50,14 @@ class WidthSettings:
 
     def __post_init__(self) -> None:
         for name in ("floors", "widths", "risk_edges", "score_edges", "weights"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            kind = _whole if name == "widths" else _number
+            given = listed(name, getattr(self, name), "a sequence of numbers")
+            object.__setattr__(self, name, tuple(kind(name, one) for one in given))
         for name in ("phases", "phase_tokens", "wide"):
-            _whole(name, getattr(self, name))
-        for width in self.widths:
-            _whole("widths", width)
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        object.__setattr__(self, "weights", safety_weights(self.weights))
+        instance("confidence", self.confidence, Confidence)
+        instance("drift", self.drift, Drift)
         if len(self.widths) < 2:
             raise ConfigError(f"widths: got {self.widths}, expected at least two")
         for name in ("widths", "risk_edges", "score_edges"):
@@ -81,15 +85,18 @@ class WidthSettings:
         return 2 * (len(self.score_edges) + 1)
 
     def floor(self, risk_bin: int) -> float:
+        whole("risk_bin", risk_bin, 0, self.bins - 1)
         return self.floors[risk_bin % len(self.floors)]
 
     def bin(self, risk: float) -> int:
         """The risk bin of a risk score. NaN: the first, the riskiest."""
+        risk = real("risk", risk, "a number", finite=False)
         return 0 if math.isnan(risk) else bisect_right(self.risk_edges, risk)
 
     def state(self, score: float, action: int) -> int:
         """The state after a phase: of the best score, and of the width it was searched with (its place)."""
-        bins = len(self.score_edges) + 1
+        bins, score = len(self.score_edges) + 1, real("score", score, "a number", finite=False)
+        whole("action", action, 0, self.widest)
         place = 0 if math.isnan(score) else bisect_right(self.score_edges, score)
         return place + bins * (self.widths[action] >= self.wide)
 
@@ -100,10 +107,14 @@ class WidthSettings:
         Args:
             actions, scores: of each phase, the best score after it; as many, at least one and at most `phases`.
         """
+        if not 0 < len(actions) == len(scores) <= self.phases:
+            raise ConfigError(
+                f"actions, scores: got {len(actions)} and {len(scores)}, expected as many, 1 to {self.phases}"
+            )
         missing = self.phases - len(actions)
         actions = [*actions, *[actions[-1]] * missing]
         scores = [*scores, *[scores[-1]] * missing]
-        last = SAFE if safe else UNSAFE
+        last = SAFE if flag("safe", safe) else UNSAFE
         between = [self.state(score, action) for score, action in zip(scores[:-1], actions, strict=False)]
         return [0, *between, last, last], [*actions, self.widest]
 
@@ -115,6 +126,7 @@ class WidthSettings:
         (1 - width / widest) / phases per phase: a step's FLOPs are proportional to its beams but for the prompt's.
         """
         steps, actions = self.phases + 1, len(self.widths)
+        whole("baseline", baseline, 0, self.widest)
         shape = (steps, self.states, actions)
         policy, safety, saved = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         policy[:, :, baseline] = 1.0
@@ -126,6 +138,9 @@ class WidthSettings:
         )  # fmt: skip
 
 
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: got {value!r}, expected a whole number of at least 1")
+def _whole(name: str, given: object) -> int:
+    return whole(name, given, 1)
+
+
+def _number(name: str, given: object) -> float:
+    return real(name, given, "finite numbers")

@@ -14,9 +14,11 @@ import numpy as np
 from saffron.adaptive.control import WidthControl
 from saffron.adaptive.log import LoggedSearch, Qualified, log_counts, qualify
 from saffron.adaptive.settings import WidthSettings
-from saffron.conservative import Confidence, Counts, Drift, Episode, Problem, StepMixController, storage
+from saffron.conservative import Confidence, Counts, Drift, Episode, Problem, StepMixController, arguments, storage
 from saffron.conservative import merge as merge_controllers
+from saffron.conservative.arguments import flag, instance, listed, refused, whole
 from saffron.conservative.episode import policy_rows
+from saffron.conservative.replicas import alike, check_apart
 from saffron.errors import CheckpointError, ConfigError
 
 
@@ -68,9 +70,10 @@ class AdaptiveWidth:
     """
 
     def __init__(self, settings: WidthSettings | None = None, *, seed: int = 0) -> None:
+        instance("settings", settings, WidthSettings, or_none=True)
         self.settings = settings or WidthSettings()
-        self.seed = seed
-        self._swap = threading.Lock()
+        self.seed = whole("seed", seed, 0)
+        self._swap, self._lineage = threading.Lock(), storage.Lineage()
         self._eras = [self._era(number, 0, self.settings.widest) for number in range(self.settings.bins)]
 
     def __repr__(self) -> str:
@@ -90,7 +93,7 @@ class AdaptiveWidth:
             rng: draws from the plan; None: the bin's own generator.
             count: whether its verdict is to be counted.
         """
-        risk_bin = self.settings.bin(risk)
+        risk_bin, count = self.settings.bin(risk), flag("count", count)
         era = self._eras[risk_bin]
         return WidthControl(
             self.settings,
@@ -106,9 +109,12 @@ class AdaptiveWidth:
             ConfigError: other widths than those of the settings, or not as many as phases.
         """
         known, phases = self.settings.widths, self.settings.phases
-        widths = [width] * phases if isinstance(width, int) else list(width)
+        allowed = f"one of {known}, or one for each of {phases} phases"
+        several = not isinstance(width, (int, np.integer))
+        widths = listed("width", width, allowed) if several else [width] * phases
+        widths = [whole("width", one, 1, what=f"{allowed}, each a whole number") for one in widths]
         if len(widths) != phases or not set(widths) <= set(known):
-            raise ConfigError(f"width: got {width}, expected one of {known}, or one for each of {phases} phases")
+            raise refused("width", width, allowed)
         policy = np.zeros((1, phases + 1, self.settings.states, len(known)))
         for step, chosen in enumerate([*widths, known[-1]]):
             policy[0, step, :, known.index(chosen)] = 1.0
@@ -128,9 +134,10 @@ class AdaptiveWidth:
         Returns:
             the evidence for every bin and width.
         """
-        log = list(log)
-        evidence = qualify(self.settings, log)
-        for risk_bin in range(self.settings.bins) if bins is None else bins:
+        log = listed("log", log, "a sequence of LoggedSearch")
+        evidence, last = qualify(self.settings, log), self.settings.bins - 1
+        chosen = range(last + 1) if bins is None else listed("bins", bins, "a sequence of risk bins")
+        for risk_bin in [whole("bins", one, 0, last, "risk bins") for one in chosen]:
             passing = [one.width for one in evidence if one.bin == risk_bin and one.passes]
             baseline = self.settings.widths.index(passing[0]) if passing else self.settings.widest
             counts = log_counts(self.settings, log, risk_bin)
@@ -167,15 +174,47 @@ class AdaptiveWidth:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes everything to one .npz file, atomically: after a crash there is the old file or the new one."""
+        """Writes everything to one .npz file, atomically: after a crash there is the old file or the new one.
+
+        Several processes may load one file and save to it. If others saved there meanwhile, what was counted here since
+        the last load or save is added to what they counted, in the file and here; a bin in which one of them had an
+        alarm is begun again in all.
+
+        Raises:
+            CheckpointError: the file holds a later state that does not go on from this one's, or with a bin that was
+                begun again from another log.
+        """
+        self._lineage.save(arguments.path(path), self)
+
+    def _saved(self) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
         bins: list[dict[str, Any]] = []
         arrays: dict[str, np.ndarray] = {}
-        for risk_bin, era in enumerate(self._eras):
-            settings, own = era.controller.state()
+        self._written = [*self._eras]
+        for risk_bin, era in enumerate(self._written):
+            settings, own = era.controller.state(sync=True)
             bins.append({"number": era.number, "baseline": era.baseline, "controller": settings})
             arrays |= {f"bin{risk_bin}.{name}": array for name, array in own.items()}
         whole = {"kind": "adaptive width", "settings": asdict(self.settings), "seed": self.seed, "bins": bins}
-        storage.write(Path(path), whole, arrays)
+        return whole, arrays, any(era.controller.own_counts().visits.any() for era in self._written)
+
+    def _unsaved(self) -> None:
+        for era in self._written:
+            era.controller._unsaved()
+
+    def _joined(self, settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        other = self._read(settings, arrays)
+        if other.settings != self.settings:
+            raise ValueError("other settings")
+        for mine, theirs in zip(self._eras, other._eras, strict=True):
+            if mine.number == theirs.number and not alike(mine.controller, theirs.controller):
+                raise ValueError("a bin was begun again from another log")
+        for risk_bin, theirs in enumerate(other._eras):
+            with self._swap:
+                mine = self._eras[risk_bin]
+                if mine.number < theirs.number:
+                    self._eras[risk_bin] = theirs
+            if mine.number == theirs.number:
+                mine.controller.join(theirs.controller)
 
     @classmethod
     def load(cls, path: str | Path) -> AdaptiveWidth:
@@ -184,23 +223,29 @@ class AdaptiveWidth:
         Raises:
             CheckpointError: the file is missing, damaged, of another version, or of something else.
         """
-        whole, arrays = storage.read(Path(path))
+        settings, arrays = storage.read(arguments.path(path))
         try:
-            options = dict(whole["settings"])
-            options["confidence"], options["drift"] = Confidence(**options["confidence"]), Drift(**options["drift"])
-            found = cls(WidthSettings(**options), seed=whole["seed"])
-            if len(whole["bins"]) != found.settings.bins:
-                raise ValueError(f"{len(whole['bins'])} bins")
-            for risk_bin, stored in enumerate(whole["bins"]):
-                prefix = f"bin{risk_bin}."
-                own = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
-                controller = StepMixController.from_state(stored["controller"], own)
-                number, baseline = operator.index(stored["number"]), operator.index(stored["baseline"])
-                if not _fits(controller.problem, found.settings.problem(risk_bin, baseline)):
-                    raise ValueError(f"bin {risk_bin} is not what the settings say")
-                found._eras[risk_bin] = Era(number, baseline, controller)
+            found = cls._read(settings, arrays)
+            found._lineage = storage.Lineage.of(settings)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not the state of an adaptive width ({error!r})") from error
+        return found
+
+    @classmethod
+    def _read(cls, whole: dict[str, Any], arrays: dict[str, np.ndarray]) -> AdaptiveWidth:
+        options = dict(whole["settings"])
+        options["confidence"], options["drift"] = Confidence(**options["confidence"]), Drift(**options["drift"])
+        found = cls(WidthSettings(**options), seed=whole["seed"])
+        if len(whole["bins"]) != found.settings.bins:
+            raise ValueError(f"{len(whole['bins'])} bins")
+        for risk_bin, stored in enumerate(whole["bins"]):
+            prefix = f"bin{risk_bin}."
+            own = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+            controller = StepMixController.from_state(stored["controller"], own)
+            number, baseline = operator.index(stored["number"]), operator.index(stored["baseline"])
+            if not _fits(controller.problem, found.settings.problem(risk_bin, baseline)):
+                raise ValueError(f"bin {risk_bin} is not what the settings say")
+            found._eras[risk_bin] = Era(number, baseline, controller)
         return found
 
     def _era(self, risk_bin: int, number: int, baseline: int, counts: Counts | None = None) -> Era:
@@ -244,10 +289,14 @@ def merge(replicas: Sequence[AdaptiveWidth]) -> AdaptiveWidth:
     Raises:
         ConfigError: there are none, or they differ in settings or in what they began with.
     """
+    replicas = listed("replicas", replicas, "a sequence of AdaptiveWidth")
+    for replica in replicas:
+        instance("replicas", replica, AdaptiveWidth)
     if not replicas:
         raise ConfigError("replicas: got none, expected at least one")
     if any(replica.settings != replicas[0].settings for replica in replicas):
         raise ConfigError("replicas: got different settings, expected equal ones")
+    check_apart(replica._lineage for replica in replicas)
     merged = AdaptiveWidth(replicas[0].settings, seed=replicas[0].seed)
     for risk_bin in range(merged.settings.bins):
         eras = [replica._eras[risk_bin] for replica in replicas]

@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
     add(
         "--adaptive", type=path, metavar="STATE",
         help="also serve Saffron search with the widths of this file (docs/adaptive-width.md), as NAME-adaptive; "
-        "it learns from the guard, and writes the file every minute and at its end",
+        "it learns from the guard, and writes the file every minute and at its end; servers may share it",
     )  # fmt: skip
     add("--no-prefill", dest="prefill", action="store_false", help="refuse requests that begin the answer: production")
     add("--no-guard", dest="guard", action="store_false", help="load no guard; answers have no verdict")

@@ -7,7 +7,7 @@ functions from counts to plans; `simulate` runs them on known MDPs. docs/conserv
 from saffron.conservative.all_or_nothing import AllOrNothing
 from saffron.conservative.confidence import Confidence
 from saffron.conservative.constant import ConstantBaseline
-from saffron.conservative.controller import StepMixController, baseline_bound, merge
+from saffron.conservative.controller import StepMixController, baseline_bound
 from saffron.conservative.counts import Counts
 from saffron.conservative.dope import DOPE
 from saffron.conservative.drift import Drift
@@ -18,6 +18,7 @@ from saffron.conservative.learner import WEIGHTS, Learner, Plan, Problem
 from saffron.conservative.mdp import TabularMDP, random_mdps
 from saffron.conservative.offline import LearnedBaseline, NoSafePolicyError, learn_baseline, offline_problem
 from saffron.conservative.optpess import OptPessLP
+from saffron.conservative.replicas import merge
 from saffron.conservative.simulate import History, simulate
 from saffron.conservative.stepmix import StepMix
 from saffron.conservative.ucbvi import UCBVI

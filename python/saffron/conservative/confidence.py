@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saffron.conservative.arguments import flag, refused, within
 from saffron.conservative.counts import Counts
-from saffron.errors import ConfigError
 
 UNVISITED = 1e300  # the width of what was never tried; finite, so that times 0 it is 0
 
@@ -54,12 +54,12 @@ class Confidence:
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.delta < 1:
-            raise ConfigError(f"delta: got {self.delta}, expected a number between 0 and 1")
-        if not 0 < self.scale <= 1:
-            raise ConfigError(f"scale: got {self.scale}, expected a number above 0 and at most 1")
-        if self.value_range not in ("remaining", "horizon"):
-            raise ConfigError(f'value_range: got {self.value_range!r}, expected "remaining" or "horizon"')
+        delta = within("delta", self.delta, "a number between 0 and 1", 0, 1, open_low=True, open_high=True)
+        scale = within("scale", self.scale, "a number above 0 and at most 1", 0, 1, open_low=True)
+        if not (isinstance(self.value_range, str) and self.value_range in ("remaining", "horizon")):
+            raise refused("value_range", self.value_range, '"remaining" or "horizon"')
+        for name, found in (("delta", delta), ("scale", scale), ("uniform", flag("uniform", self.uniform))):
+            object.__setattr__(self, name, found)  # of NumPy's numbers those that JSON can hold
 
 
 class Widths(NamedTuple):

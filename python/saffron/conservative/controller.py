@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from saffron.conservative import storage
+from saffron.conservative import arguments, storage
+from saffron.conservative.arguments import flag, index, instance, listed, one_of, refused, reward, whole
 from saffron.conservative.confidence import Confidence
 from saffron.conservative.constant import ConstantBaseline
 from saffron.conservative.counts import Counts
@@ -20,14 +21,23 @@ from saffron.conservative.drift import Cusum, Drift
 from saffron.conservative.episode import Episode, Snapshot, policy_rows
 from saffron.conservative.epsmix import EpsMix
 from saffron.conservative.learner import Learner, Plan, Problem
+from saffron.conservative.replicas import alike
 from saffron.conservative.simulate import checked_replan
 from saffron.conservative.stepmix import StepMix
-from saffron.errors import CheckpointError, ConfigError
+from saffron.errors import CheckpointError, ConfigError, shown
 
 METHODS: dict[str, type[Learner]] = {learner.name: learner for learner in (StepMix, EpsMix, ConstantBaseline)}
 DECAYED = 0.9  # of the counts a plan was made from: a new plan is due when they have decayed to this share
 Transition = Sequence[Any]  # (state, action, next state), and the reward in [0, 1] if it is not known
 _COUNTS = ("transitions", "visits", "rewards", "squares")
+
+
+class Synced(NamedTuple):
+    """What a file held at the last load or save: counts, what they weigh in today's, and reported episodes."""
+
+    counts: Counts
+    weight: float
+    episodes: int
 
 
 class StepMixController:
@@ -79,14 +89,20 @@ class StepMixController:
         drift: Drift | None = None,
         seed: int = 0,
     ) -> None:
+        instance("problem", problem, Problem)
+        for name, given, kind in (
+            ("confidence", confidence, Confidence), ("offline", offline, Counts), ("drift", drift, Drift)
+        ):  # fmt: skip
+            instance(name, given, kind, or_none=True)
+        trusted, seed = flag("trusted", trusted), whole("seed", seed, 0)
         if problem.shape[0] != 1:
             raise ConfigError(f"problem: got {problem.shape[0]} runs, expected 1")
-        if method not in METHODS:
-            raise ConfigError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+        one_of("method", method, METHODS)
         _, self.horizon, self.states, self.actions = problem.shape
-        self.problem, self.drift, self.method, self.replan = problem, drift or Drift(), method, replan
+        self.problem, self.drift, self.method = problem, drift or Drift(), method
         self.confidence = confidence or Confidence()
         self._every = checked_replan(replan)
+        self.replan = "doubling" if self._every is None else self._every
         self._learner = METHODS[method](problem, self.confidence)
         nothing = Counts.zeros(*problem.shape)
         if offline is not None:
@@ -104,6 +120,8 @@ class StepMixController:
         self._lock, self._planning = threading.Lock(), threading.Lock()
         self._base = nothing if offline is None else offline.copy()
         self._total, self._base_weight = self._base.copy(), 1.0
+        self._lineage = storage.Lineage()
+        self._synced = self._before = Synced(self._total.copy(), 1.0, 0)
         self.episodes, self.alarms = 0, 0  # reported episodes; alarms since the beginning
         self._elapsed, self._since, self._plans, self._warned, self._due = 0, 0, 0, False, True
         self._trusted = ConstantBaseline(problem, self.confidence).plan(nothing)
@@ -129,8 +147,13 @@ class StepMixController:
         Raises:
             ConfigError: an episode cannot start in this state.
         """
-        if start_state is not None and not (0 <= start_state < self.states and self.problem.start[0, start_state] > 0):
-            raise ConfigError(f"start_state: got {start_state}, expected a state with a probability in `start`")
+        if start_state is not None:
+            what = "a state with a probability in `start`,"
+            start_state = whole("start_state", start_state, 0, self.states - 1, what)
+            if not self.problem.start[0, start_state] > 0:
+                raise refused("start_state", start_state, what[:-1])
+        if rng is not None:
+            instance("rng", rng, np.random.Generator)
         share, *uniform = (rng or self._rng).random(self.horizon + 2).tolist()
         snapshot = self._snapshot
         if share < self.drift.baseline_share:
@@ -146,7 +169,7 @@ class StepMixController:
         Raises:
             ConfigError: these are no transitions of one episode; nothing is counted then.
         """
-        cells, afters, rewards = self._checked(list(trajectory))
+        cells, afters, rewards = self._checked(listed("trajectory", trajectory, f"{self.horizon} transitions"))
         with self._lock:
             total = self._total
             transitions, visits = total.transitions.reshape(-1), total.visits.reshape(-1)
@@ -187,8 +210,47 @@ class StepMixController:
             return self._total + self._base.scaled(-self._base_weight)
 
     def save(self, path: str | Path) -> None:
-        """Writes everything to one .npz file, atomically: after a crash there is the old file or the new one."""
-        storage.write(Path(path), *self.state())
+        """Writes everything to one .npz file, atomically: after a crash there is the old file or the new one.
+
+        Several processes may load one file and save to it. If others saved there meanwhile, what was counted here since
+        the last load or save is added to what they counted, in the file and in this controller.
+
+        Raises:
+            CheckpointError: the file holds a later state that does not go on from this one's.
+        """
+        self._lineage.save(arguments.path(path), self)
+
+    def _saved(self) -> tuple[dict[str, Any], dict[str, np.ndarray], bool]:
+        settings, arrays = self.state(sync=True)
+        return settings, arrays, bool(self.own_counts().visits.any())
+
+    def _unsaved(self) -> None:
+        with self._lock:
+            self._synced = self._before._replace(weight=self._before.weight * self._synced.weight)
+
+    def _joined(self, settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        self.join(StepMixController.from_state(settings, arrays))
+
+    def join(self, other: StepMixController) -> None:
+        """Adds what was counted here since the last load or save to what `other`, loaded from the file, holds.
+
+        Raises:
+            CheckpointError: they did not begin with the same counts.
+        """
+        instance("other", other, StepMixController)
+        if not alike(self, other):
+            raise CheckpointError("state: got a controller of another problem, settings or log, expected an equal one")
+        with self._lock:
+            synced, theirs, weight = self._synced, other._total, 1.0
+            if other.alarms > self.alarms:  # what was counted here is of the time before
+                self._total, self._base_weight, self.alarms = theirs, other._base_weight, other.alarms
+            elif other.alarms == self.alarms:
+                weight = synced.weight or 1.0  # 0: an alarm here and one there
+                own = self._total + synced.counts.scaled(-synced.weight)
+                self._total, self._base_weight = theirs.scaled(weight) + own, other._base_weight * weight
+            self.episodes += other.episodes - synced.episodes
+            self._synced = Synced(theirs.copy(), weight if other.alarms >= self.alarms else 0.0, other.episodes)
+        self.plan()
 
     @classmethod
     def load(cls, path: str | Path) -> StepMixController:
@@ -197,14 +259,17 @@ class StepMixController:
         Raises:
             CheckpointError: the file is missing, damaged or of another version.
         """
-        settings, arrays = storage.read(Path(path))
+        settings, arrays = storage.read(arguments.path(path))
         try:
-            return cls.from_state(settings, arrays)
+            found = cls.from_state(settings, arrays)
+            found._lineage = storage.Lineage.of(settings)
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a controller's state ({error})") from error
 
-    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Everything it is, as of one moment: settings that JSON can hold, and arrays."""
+    def state(self, *, sync: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Everything it is, as of one moment: settings that JSON can hold, and arrays. sync: it is what a file now
+        holds, from which `join` goes on."""
         with self._lock:
             settings = {
                 "method": self.method, "replan": self.replan, "confidence": asdict(self.confidence),
@@ -213,7 +278,10 @@ class StepMixController:
                 "elapsed": self._elapsed, "base_weight": self._base_weight, "random": self._rng.bit_generator.state,
                 "level": None if self._cusum is None else self._cusum.level,
             }  # fmt: skip
-            arrays = dict(zip(_COUNTS, self._total.copy().arrays(), strict=True))
+            total = self._total.copy()
+            if sync:
+                self._before, self._synced = self._synced, Synced(total, 1.0, self.episodes)
+        arrays = dict(zip(_COUNTS, total.arrays(), strict=True))
         arrays |= {f"base_{name}": array for name, array in zip(_COUNTS, self._base.arrays(), strict=True)}
         known = {name: getattr(self.problem, name) for name in ("baseline", "floor", "start", "reward", "objective")}
         return settings, arrays | {name: array for name, array in known.items() if array is not None}
@@ -240,6 +308,7 @@ class StepMixController:
         found._rng.bit_generator.state = settings["random"]
         if found._cusum is not None:
             found._cusum.level = float(settings["level"])
+        found._synced = Synced(found._total.copy(), 1.0, found.episodes)
         found.plan()
         return found
 
@@ -254,18 +323,19 @@ class StepMixController:
         for step, transition in enumerate(trajectory):
             observed: list[float] | None = None
             try:
-                state, action, after = map(operator.index, transition[:3])
-                observed = [float(number) for number in transition[3:]]
-            except (TypeError, ValueError):
+                state, action, after = map(index, transition[:3])
+                observed = [reward(number) for number in transition[3:]]
+            except (OverflowError, TypeError, ValueError):
                 pass
             if observed is None or len(observed) != width - 3:
                 raise ConfigError(
-                    f"trajectory: got {transition} at step {step}, expected {width} numbers, the first three whole"
+                    f"trajectory: got {shown(transition)} at step {step}, expected {width} numbers, the first three "
+                    "whole"
                 )
             if not (0 <= state < self.states and 0 <= after < self.states and 0 <= action < self.actions):
                 raise ConfigError(
-                    f"trajectory: got {transition} at step {step}, expected states below {self.states} and an action "
-                    f"below {self.actions}"
+                    f"trajectory: got {shown(transition)} at step {step}, expected states below {self.states} and an "
+                    f"action below {self.actions}"
                 )
             if previous is not None and state != previous:
                 raise ConfigError(
@@ -283,6 +353,7 @@ class StepMixController:
         """After an alarm, the lock being held: what was counted is of another traffic."""
         self.alarms += 1
         self._total, self._base_weight = Counts.zeros(*self.problem.shape), 0.0
+        self._synced = self._synced._replace(weight=0.0)
         self._plans += 1
         self._snapshot = Snapshot.of(self._plans, self._trusted)
         self._due = True
@@ -301,6 +372,7 @@ class StepMixController:
             if weight < 1:
                 self._total = self._total.scaled(weight)
                 self._base_weight *= weight
+                self._synced = self._synced._replace(weight=self._synced.weight * weight)
             self._elapsed = self._since = 0
             counts, alarms = self._total.copy(), self.alarms
             self._needed = np.maximum(2 * counts.visits.reshape(-1), 1).tolist()
@@ -321,53 +393,7 @@ class StepMixController:
 
 def baseline_bound(problem: Problem, counts: Counts, confidence: Confidence | None = None) -> float:
     """The lower bound of the baseline's value that counts of one run give. Less some kappa, it is a floor to choose."""
-    return float(ConstantBaseline(problem, confidence).plan(counts).lower[0, 0])
-
-
-def merge(replicas: Sequence[StepMixController]) -> StepMixController:
-    """One controller from replicas that began with equal counts: their own counts add, the common ones count once.
-
-    Give every replica a copy of it (`save`, `load`) to begin the next round: what it counted is then common. Of
-    replicas with different numbers of alarms only those with the most count, since the others' counts are of the
-    time before.
-
-    Raises:
-        ConfigError: there are none, or they differ in problem, settings or in what they began with.
-    """
-    if not replicas:
-        raise ConfigError("replicas: got none, expected at least one controller")
-    first = replicas[0]
-    for other in replicas[1:]:
-        if not _alike(first, other):
-            raise ConfigError(
-                "replicas: got controllers of other problems, settings or offline logs, expected equal ones"
-            )
-    alarms = max(replica.alarms for replica in replicas)
-    counted = [replica for replica in replicas if replica.alarms == alarms]
-    weight = float(np.prod([replica._base_weight for replica in counted]))
-    total = first._base.scaled(weight)
-    for replica in counted:
-        total = total + replica.own_counts()
-    merged = StepMixController(
-        first.problem, confidence=first.confidence, method=first.method, replan=first.replan, drift=first.drift
-    )
-    merged._total, merged._base = total, total.copy()
-    merged.episodes, merged.alarms = sum(replica.episodes for replica in replicas), alarms
-    merged.plan()
-    return merged
-
-
-def _alike(one: StepMixController, other: StepMixController) -> bool:
-    def settings(controller: StepMixController) -> tuple:
-        problem = controller.problem
-        scalars = (problem.bound, problem.objective_bound, problem.weights)
-        return controller.confidence, controller.method, controller.replan, controller.drift, scalars
-
-    def arrays(controller: StepMixController) -> list[np.ndarray]:
-        problem = controller.problem
-        known = (problem.baseline, problem.floor, problem.start, problem.reward, problem.objective)
-        return [np.asarray(0.0 if array is None else array) for array in known] + list(controller._base.arrays())
-
-    return settings(one) == settings(other) and all(
-        a.shape == b.shape and np.array_equal(a, b) for a, b in zip(arrays(one), arrays(other), strict=True)
-    )
+    bounds = ConstantBaseline(problem, confidence).plan(counts).lower
+    if len(bounds) != 1:
+        raise ConfigError(f"problem: got {len(bounds)} runs, expected 1")
+    return float(bounds[0, 0])

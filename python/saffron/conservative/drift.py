@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from saffron.errors import ConfigError
+from saffron.conservative.arguments import within
 
 SMALLEST = 1e-6  # of a failure rate and of its distance to 1, so that logarithms are finite
 
@@ -29,18 +29,22 @@ class Drift:
     alarm_run_length: float = 1e6
 
     def __post_init__(self) -> None:
-        if not 0 <= self.baseline_share <= 1:
-            raise ConfigError(f"baseline_share: got {self.baseline_share}, expected a number from 0 to 1")
-        if self.half_life is not None and not self.half_life > 0:
-            raise ConfigError(f"half_life: got {self.half_life}, expected a number above 0, or None")
-        if self.alarm_shift is not None and not 0 < self.alarm_shift < 1:
-            raise ConfigError(f"alarm_shift: got {self.alarm_shift}, expected a number between 0 and 1, or None")
-        if not self.alarm_run_length > 1:
-            raise ConfigError(f"alarm_run_length: got {self.alarm_run_length}, expected a number above 1")
+        for name, low, high, open_low, open_high, allowed in (
+            ("baseline_share", 0, 1, False, False, "a number from 0 to 1"),
+            ("half_life", 0, math.inf, True, False, "a finite number above 0, or None"),
+            ("alarm_shift", 0, 1, True, True, "a number between 0 and 1, or None"),
+            ("alarm_run_length", 1, math.inf, True, False, "a finite number above 1"),
+        ):
+            given = getattr(self, name)
+            if given is not None or not allowed.endswith("None"):
+                found = within(name, given, allowed, low, high, open_low=open_low, open_high=open_high)
+                object.__setattr__(self, name, found)
 
-    def weight_after(self, episodes: int) -> float:
+    def weight_after(self, episodes: float) -> float:
         """What a count still weighs after so many episodes."""
-        return 1.0 if self.half_life is None else 0.5 ** (episodes / self.half_life)
+        if self.half_life is None:
+            return 1.0
+        return 0.5 ** (within("episodes", episodes, "a number of at least 0", 0, math.inf) / self.half_life)
 
 
 class Cusum:

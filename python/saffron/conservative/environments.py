@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from saffron.conservative.arguments import real, refused, whole
 from saffron.conservative.mdp import TabularMDP
 from saffron.errors import ConfigError
 
@@ -71,8 +72,8 @@ def estimate_mdp(env: Any, steps: int, episodes: int, seed: int = 0) -> Environm
         ConfigError: other spaces, or episodes below 1.
     """
     states, actions = _sizes(env, steps)
-    if episodes < 1:
-        raise ConfigError(f"episodes: got {episodes}, expected at least 1")
+    whole("episodes", episodes, 1)
+    whole("seed", seed, 0)
     rng = np.random.default_rng(seed)
     kernel, paid = np.zeros((states + 1, actions, states + 1)), np.zeros((states + 1, actions, states + 1))
     start = np.zeros(states + 1)
@@ -104,6 +105,11 @@ def play(env: Any, controller: StepMixController, episodes: int, low: float, hig
     Raises:
         ConfigError: sizes do not fit, or a reward lies outside of low to high.
     """
+    if not hasattr(controller, "horizon"):
+        raise refused("controller", controller, "a StepMixController")
+    whole("episodes", episodes, 1)
+    whole("seed", seed, 0)
+    low, high = (real("low, high", given, "an interval that holds 0") for given in (low, high))
     states, actions = _sizes(env, controller.horizon)
     if (controller.states, controller.actions) != (states + 1, actions):
         raise ConfigError(
@@ -137,11 +143,12 @@ def play(env: Any, controller: StepMixController, episodes: int, low: float, hig
 
 
 def _sizes(env: Any, steps: int) -> tuple[int, int]:
+    if not all(hasattr(env, name) for name in ("observation_space", "action_space", "unwrapped")):
+        raise refused("env", env, "a gymnasium.Env")
+    whole("steps", steps, 1)
     sizes = [getattr(space, "n", None) for space in (env.observation_space, env.action_space)]
     if None in sizes:
         raise ConfigError(f"env: got spaces {env.observation_space} and {env.action_space}, expected Discrete ones")
-    if steps < 1:
-        raise ConfigError(f"steps: got {steps}, expected at least 1")
     return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
 
 

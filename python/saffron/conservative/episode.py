@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saffron.conservative.arguments import whole
 from saffron.conservative.learner import Plan
 from saffron.conservative.simulate import cumulative
 from saffron.errors import ConfigError
@@ -34,8 +35,8 @@ class Episode:
         step = self._step
         if step == len(self._rows):
             raise ConfigError(f"act: called {step + 1} times, expected at most {step}, the horizon")
-        if not 0 <= state < len(self._rows[step]):
-            raise ConfigError(f"state: got {state}, expected 0 to {len(self._rows[step]) - 1}")
+        if type(state) is not int or not 0 <= state < len(self._rows[step]):
+            state = whole("state", state, 0, len(self._rows[step]) - 1)
         self._step = step + 1
         return bisect_right(self._rows[step][state], self._uniform[step])
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from saffron.conservative.arguments import floats, instance, listed, refused, whole, within
 from saffron.conservative.confidence import Confidence, Widths, widths
 from saffron.conservative.counts import Counts
 from saffron.conservative.evaluation import Signal, signal
@@ -57,31 +58,30 @@ class Problem:
                     raise ConfigError(f"{name}: got shape {array.shape}, expected {baseline.shape} like baseline")
                 check_unit(name, array)
                 _set(self, name, array)
-        start = np.asarray(self.start)
+        allowed = f"a state from 0 to {states - 1} or a law of states"
+        start = floats("start", self.start, allowed)
         if start.ndim == 0:
-            if not (start.dtype.kind in "iu" and 0 <= start < states):
-                raise ConfigError(
-                    f"start: got {self.start!r}, expected a state from 0 to {states - 1} or a law of states"
-                )
-            start = (np.arange(states) == start).astype(np.float64)
+            first = whole("start", self.start, 0, states - 1, "a law of states or a state")
+            start = (np.arange(states) == first).astype(np.float64)
         start = np.broadcast_to(np.atleast_2d(start), (runs, states)) if start.shape[-1] == states else start
         if start.shape != (runs, states):
             raise ConfigError(f"start: got shape {start.shape}, expected {(runs, states)}")
         check_probabilities("start", start)
         _set(self, "start", start.astype(np.float64))
-        floor = np.asarray(self.floor, dtype=np.float64)
-        if not (floor.shape in ((), (1,), (runs,)) and np.isfinite(floor).all()):
-            raise ConfigError(f"floor: got {self.floor!r}, expected a finite number, or one for each of {runs} runs")
+        floor = floats("floor", self.floor, f"a finite number, or one for each of {runs} runs")
+        if np.asarray(self.floor).dtype.kind == "b" or not (
+            floor.shape in ((), (1,), (runs,)) and np.isfinite(floor).all()
+        ):
+            raise refused("floor", self.floor, f"a finite number, or one for each of {runs} runs")
         _set(self, "floor", np.broadcast_to(floor, (runs,)))
         for name, signal_ in (("bound", self.reward), ("objective_bound", self.objective)):
             bound, least = getattr(self, name), 0.0 if signal_ is None else float(np.max(signal_))
-            if bound is not None and not (0 < bound <= steps and bound >= least):
-                raise ConfigError(
-                    f"{name}: got {bound}, expected a number above 0, at most {steps}, the steps, and at least "
-                    f"{least}, the largest reward"
+            if bound is not None:
+                allowed = (
+                    f"a number above 0, at most {steps}, the steps, and at least {least}, the largest reward, or None"
                 )
-        if not (len(self.weights) and all(np.isfinite(w) and w >= 0 for w in self.weights)):
-            raise ConfigError(f"weights: got {self.weights}, expected one number of at least 0 or more")
+                _set(self, name, within(name, bound, allowed, max(least, 0.0), steps, open_low=not least))
+        _set(self, "weights", safety_weights(self.weights))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -144,6 +144,8 @@ class Learner(ABC):
     two_signals: ClassVar[bool] = False  # whether an objective besides the floor's reward is supported
 
     def __init__(self, problem: Problem, confidence: Confidence | None = None) -> None:
+        instance("problem", problem, Problem)
+        instance("confidence", confidence, Confidence, or_none=True)
         if problem.objective is not None and not self.two_signals:
             raise ConfigError(f"objective: {self.name} maximises the reward that the floor is on; expected None")
         self.problem = problem
@@ -159,6 +161,7 @@ class Learner(ABC):
 
     def widths(self, counts: Counts, confidence: Confidence) -> Widths:
         """Raises `ConfigError` if the counts are not of the problem's shape."""
+        instance("counts", counts, Counts)
         if counts.visits.shape != self.problem.shape:
             raise ConfigError(f"counts: got shape {counts.visits.shape}, expected {self.problem.shape}")
         comparators = 1 if confidence.uniform else self.problem.shape[1] + 1
@@ -169,11 +172,17 @@ class Learner(ABC):
         return signal(found, self.problem.reward, self.problem.shape[1] if bound is None else bound)
 
 
+def safety_weights(given: object) -> tuple[float, ...]:
+    """Of the optimistic policies, checked."""
+    allowed = "one finite number of at least 0 or more"
+    weights = tuple(within("weights", w, allowed, 0, np.inf) for w in listed("weights", given, allowed))
+    if not weights:
+        raise refused("weights", given, allowed)
+    return weights
+
+
 def _with_runs(name: str, given: np.ndarray, dimensions: int) -> np.ndarray:
-    try:
-        array = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: got no array of numbers ({error})") from error
+    array = floats(name, given)
     if array.ndim == dimensions - 1:
         array = array[None]
     if array.ndim != dimensions or not array.size:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saffron.conservative.arguments import floats, instance, refused, whole
 from saffron.conservative.confidence import Confidence
 from saffron.conservative.counts import Counts
 from saffron.conservative.learner import Learner, Plan, Problem
@@ -35,15 +36,16 @@ class ProgramLearner(Learner):
         super().__init__(problem, confidence)
         if problem.reward is None:
             raise ConfigError(f"reward: {self.name} needs a known reward, got None")
-        self.baseline_value = np.broadcast_to(np.asarray(baseline_value, dtype=np.float64), problem.floor.shape)
-        if not (self.baseline_value > problem.floor).all():
+        value = floats("baseline_value", baseline_value, "numbers")
+        if value.shape not in ((), (1,), problem.floor.shape):
+            raise refused("baseline_value", baseline_value, f"a number, or one for each of {len(problem.floor)} runs")
+        self.baseline_value = np.broadcast_to(value, problem.floor.shape)
+        if not (np.isfinite(value).all() and (self.baseline_value > problem.floor).all()):
             raise ConfigError(
                 f"baseline_value: got {self.baseline_value.tolist()}, expected values above the floor, "
                 f"{problem.floor.tolist()}"
             )
-        if episodes < 1:
-            raise ConfigError(f"episodes: got {episodes}, expected at least 1")
-        self.episodes = episodes
+        self.episodes = whole("episodes", episodes, 1)
 
     def of(self, runs: np.ndarray) -> Learner:
         return type(self)(
@@ -51,6 +53,7 @@ class ProgramLearner(Learner):
         )
 
     def plan(self, counts: Counts) -> Plan:
+        instance("counts", counts, Counts)
         if counts.visits.shape != self.problem.shape:
             raise ConfigError(f"counts: got shape {counts.visits.shape}, expected {self.problem.shape}")
         runs, steps, _, _ = self.problem.shape

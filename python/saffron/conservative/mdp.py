@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saffron.conservative.arguments import floats, whole, within
 from saffron.errors import ConfigError
 
 ROUNDING = 1e-9  # by how much probabilities may miss 1
@@ -33,6 +34,9 @@ class TabularMDP:
     arrival_reward: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        for name in ("kernel", "reward", "start", "arrival_reward"):
+            if name != "arrival_reward" or self.arrival_reward is not None:
+                object.__setattr__(self, name, floats(name, getattr(self, name)))
         if self.kernel.ndim != 5 or self.kernel.shape[2] != self.kernel.shape[4]:
             raise ConfigError(f"kernel: got shape {self.kernel.shape}, expected [runs, steps, states, actions, states]")
         runs, steps, states, actions, _ = self.kernel.shape
@@ -64,6 +68,9 @@ class TabularMDP:
 
     def value(self, policy: np.ndarray) -> np.ndarray:
         """V_1 of policies under the true kernel. policy: [runs, steps, states, actions]. Returns float64 [runs]."""
+        policy = floats("policy", policy)
+        if policy.shape != self.reward.shape:
+            raise ConfigError(f"policy: got shape {policy.shape}, expected {self.reward.shape}")
         after = np.zeros((self.runs, self.states))
         for h in reversed(range(self.steps)):
             q = self.reward[:, h] + np.matmul(self.kernel[:, h], after[:, None, :, None])[..., 0]
@@ -88,6 +95,7 @@ class TabularMDP:
 
         The baseline of the paper's experiment (from memory; its eta is unknown).
         """
+        eta = within("eta", eta, "a finite number of at least 0", 0, np.inf)
         _, _, q = self.optimal()
         weights = np.exp(eta * (q - q.max(-1, keepdims=True)))
         return weights / weights.sum(-1, keepdims=True)
@@ -99,6 +107,9 @@ def random_mdps(runs: int, states: int = 5, actions: int = 5, steps: int = 3, se
     The i-th run is made from (seed, i) alone, whatever the number of runs. (arXiv 2306.06265, section on experiments;
     certainty: paper, as quoted by an index of its reproducibility.)
     """
+    seed = whole("seed", seed, 0)
+    for name, size in (("runs", runs), ("states", states), ("actions", actions), ("steps", steps)):
+        whole(name, size, 1)
     kernels, rewards = [], []
     for run in range(runs):
         rng = np.random.default_rng([seed, run])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from saffron.conservative.arguments import instance, one_of, real
 from saffron.conservative.confidence import Confidence, widths
 from saffron.conservative.counts import Counts
 from saffron.conservative.evaluation import evaluate, signal
@@ -95,12 +96,13 @@ def learn_baseline(
     Raises:
         ConfigError: another method, or shapes that do not fit.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    instance("counts", counts, Counts)
+    one_of("method", method, METHODS)
+    instance("confidence", confidence, Confidence, or_none=True)
     confidence = replace(confidence or Confidence(), uniform=True)
-    known = None if reward is None else np.asarray(reward, dtype=np.float64)
-    if known is not None and known.ndim == 3:
-        known = known[None]
+    # First with any policy, which checks the rest.
+    checked = Problem(clone(counts), np.zeros(counts.runs), reward, start=start, bound=bound)  # type: ignore[arg-type]
+    known, bound = checked.reward, checked.bound
     policy = clone(counts) if method == "clone" else pessimistic_value_iteration(counts, known, confidence, bound)
     problem = Problem(policy, np.zeros(1), known, start=start, bound=bound)  # type: ignore[arg-type]
     found = widths(counts, confidence, 1, known is None)
@@ -126,7 +128,8 @@ def offline_problem(
     Raises:
         NoSafePolicyError: neither bound reaches the floor. Says how far they are.
     """
-    confidence = confidence or Confidence()
+    instance("counts", counts, Counts)
+    floor = real("floor", floor, "a finite number")
     if counts.runs != 1:
         raise ConfigError(f"counts: got {counts.runs} runs, expected 1")
     tried = []

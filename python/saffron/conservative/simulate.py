@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saffron.conservative.arguments import floats, instance, real, refused, whole
 from saffron.conservative.counts import Counts
 from saffron.conservative.learner import Learner, Plan
 from saffron.conservative.mdp import TabularMDP
@@ -39,18 +40,23 @@ class History:
 
     def curve(self, points: np.ndarray) -> np.ndarray:
         """Sums of expected returns of the first k episodes, for k in `points`: float64, of their shape."""
+        points = floats("points", points)
         ends = np.concatenate([[0], np.cumsum(self.episodes)])
         sums = np.concatenate([[0.0], np.cumsum(self.episodes * self.values)])
         return np.interp(points, ends, sums)
 
     def at(self, points: np.ndarray) -> np.ndarray:
         """The expected return of episode k, counted from 1, for k in `points`."""
-        return self.values[np.searchsorted(np.cumsum(self.episodes), points)]
+        points, ends = floats("points", points), np.cumsum(self.episodes)
+        if not ((points >= 1).all() and (points <= ends[-1]).all()):
+            raise refused("points", points, f"episodes from 1 to {ends[-1]}")
+        return self.values[np.searchsorted(ends, points)]
 
     def below(self, floor: float, until: int | None = None) -> int:
         """Episodes, of the first `until`, whose policy's exact value lies below the floor (by more than rounding)."""
-        episodes = self.episodes
+        episodes, floor = self.episodes, real("floor", floor, "a finite number")
         if until is not None:
+            whole("until", until, 0)
             ends = np.minimum(np.cumsum(episodes), until)
             episodes = np.diff(np.concatenate([[0], ends]))
         return int(episodes[self.values < floor - 1e-9].sum())
@@ -82,20 +88,25 @@ def simulate(
     Raises:
         ConfigError: replan is neither, shapes do not fit, or there is less than one episode.
     """
+    instance("learner", learner, Learner)
+    instance("mdp", mdp, TabularMDP)
     if mdp.kernel.shape[:4] != learner.problem.shape:
         raise ConfigError(f"mdp: got shape {mdp.kernel.shape[:4]}, expected {learner.problem.shape} of the problem")
-    if episodes < 1:
-        raise ConfigError(f"episodes: got {episodes}, expected at least 1")
+    whole("episodes", episodes, 1)
+    seed, first_run = whole("seed", seed, 0), whole("first_run", first_run, 0)
+    instance("counts", counts, Counts, or_none=True)
+    if counts is not None:
+        counts.check(learner.problem.shape)
+    if observe is not None and not callable(observe):
+        raise refused("observe", observe, "a function or None")
     return _Simulation(learner, mdp, episodes, checked_replan(replan), seed, first_run, counts, observe).run()
 
 
 def checked_replan(replan: str | int) -> int | None:
     """None for "doubling", otherwise the number of episodes."""
-    if replan == "doubling":
+    if isinstance(replan, str) and replan == "doubling":
         return None
-    if isinstance(replan, int) and not isinstance(replan, bool) and replan >= 1:
-        return replan
-    raise ConfigError(f'replan: got {replan!r}, expected "doubling" or a number of episodes')
+    return whole("replan", replan, 1, what='"doubling" or a number of episodes,')
 
 
 class _Simulation:

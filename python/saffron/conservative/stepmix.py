@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from saffron.conservative.evaluation import Bounds
-from saffron.conservative.optimism import OptimisticLearner
+from saffron.conservative.optimism import OptimisticLearner, take
 
 
 class StepMix(OptimisticLearner):
@@ -36,7 +36,7 @@ class StepMix(OptimisticLearner):
         safe = np.asarray(passing.any(-1))
         smallest = passing.argmax(-1)  # 0 if none passes
         before = np.maximum(smallest - 1, 0)
-        at, below = (np.take_along_axis(lower, i[..., None], -1)[..., 0] for i in (smallest, before))
+        at, below = take(lower, smallest), take(lower, before)
         mixing = safe & (smallest > 0)
         weight = np.where(mixing, (at - floor) / np.where(mixing, at - below, 1.0), 0.0)
         steps = lower.shape[-1] - 1

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from saffron.adaptive import WidthControl
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, SaffronError
 from saffron.models.bundled import Models
 from saffron.models.chat import Conversation
 from saffron.models.policy import Policy
@@ -171,8 +171,8 @@ class Service:
             if variant.adaptive is not None and self.settings.adaptive is not None:
                 try:
                     variant.adaptive.adaptive.save(self.settings.adaptive)
-                except OSError as error:  # the server goes on, and tries again
-                    log.error("%s: cannot be written (%s)", self.settings.adaptive, error.strerror)
+                except SaffronError as error:  # the server goes on, and tries again
+                    log.error("%s", error)
 
     def ask(
         self, variant: Variant, request: Request, own: dict[str, Any] | Any, *, max_tokens: int | None, n: int,

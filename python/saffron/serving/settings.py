@@ -22,7 +22,7 @@ class Settings:
         undefended: also serve the policy alone, as `NAME-undefended` (greedy decoding).
         best_of_n: also serve Best-of-N with so many samples, as `NAME-best-of-n`.
         adaptive: also serve Saffron search with the widths of this file of `AdaptiveWidth.save`, as `NAME-adaptive`. It
-            needs a guard, learns from its verdicts, and writes the file again: one server per file.
+            needs a guard, learns from its verdicts, and writes the file again; servers that share it add their counts.
         prefill: let clients force how an answer begins (`continue_final_message`), which is the attack.
         max_width, max_tokens, max_beam_tokens: the largest width, `max_tokens`, and product of both in one request.
         max_batch: requests that run at once. queue: requests that may wait.
