@@ -22,7 +22,7 @@ from saffron.models.trie_model import TrieModel
 from saffron.search import MCTS, METHODS, BeamConfig, BeamSearch, Decoder, Request, mcts, parse_method
 from saffron.search.method import entropy
 from saffron.search.rebase import allocate
-from saffron.search.result import Tally
+from saffron.search.result import SearchResult, Tally
 from saffron.search.rewards import ProcessReward, RewardScorer
 
 Tokens = tuple[int, ...]
@@ -204,8 +204,53 @@ def monte_carlo(dense: Dense) -> Found:
     return root, dense.reward(root)
 
 
+def args(dense: Dense) -> Found:
+    config, response, reward = dense.config, (), 0.0
+    while dense.goes_on(response):
+        children = [(*response, token) for token in dense.nucleus(response)[0][: config.children]]
+        scores = [dense.log_probability(child) + config.reward_weight * dense.reward(child) for child in children]
+        if config.choice_temperature:
+            weights = np.exp((np.array(scores) - max(scores)) / config.choice_temperature)
+            at = int(np.searchsorted(weights.cumsum() / weights.sum(), dense.rng.random(), side="right"))
+        else:
+            at = scores.index(max(scores))
+        response, reward = children[at], dense.reward(children[at])
+    return response, reward
+
+
+def cards(dense: Dense) -> Found:
+    config = dense.config
+
+    def segment(response: Tokens) -> Tokens:
+        start = len(response)
+        while dense.goes_on(response) and len(response) - start < config.longest:
+            probabilities = dense.logits(response).softmax(-1)
+            entropy = -sum(p * math.log(p) for p in probabilities.tolist() if p > 0)
+            if len(response) - start >= config.shortest and entropy >= config.entropy_threshold:
+                break
+            response = dense.draw(response, dense.rng.random())
+        return response
+
+    first = (1 - config.alpha) * dense.reward(()) + config.alpha * config.reward_threshold
+    accepted: Found = ((), 0.0)
+    while dense.goes_on(accepted[0]):
+        drawn: list[Found] = []
+        while True:
+            candidate = segment(accepted[0])
+            drawn.append((candidate, dense.reward(candidate)))
+            if len(drawn) == config.attempts:
+                accepted = max(drawn, key=lambda found: found[1])
+                break
+            threshold = first + len(candidate) * (config.reward_threshold - first) / config.max_new_tokens
+            if dense.rng.random() < min(1.0, math.exp(min(0.0, (drawn[-1][1] - threshold) / config.beta))):
+                accepted = drawn[-1]
+                break
+    return accepted
+
+
 REFERENCES: dict[str, Callable[[Dense], Found]] = {
     "sample": sample, "best-of-n": best_of_n, "beam": beam, "rebase": rebase, "deal": deal, "mcts": monte_carlo,
+    "args": args, "cards": cards,
 }  # fmt: skip
 SPECS = [
     "sample", "sample:temperature=2,top_p=1", "best-of-n:n=5", "best-of-n-mrm:n=5,temperature=1.5",
@@ -214,6 +259,10 @@ SPECS = [
     "deal:children=3,lookahead=2", "deal:children=4,width=2,lookahead=0", "deal:children=3,width=2,policy_weight=0.5",
     "deal-mrm:children=3,lookahead=1", "mcts:simulations=6,children=3,lookahead=2",
     "mcts:simulations=12,children=2,lookahead=0,exploration=0.1", "mcts-mrm:simulations=8,children=4,lookahead=1",
+    "args:children=4", "args:children=6,reward_weight=0.2,top_p=1", "args:children=5,choice_temperature=2",
+    "args-mrm:children=4,choice_temperature=0.5", "cards:reward_threshold=0,attempts=3,entropy_threshold=0",
+    "cards:reward_threshold=2,attempts=4,shortest=2,entropy_threshold=4.5,beta=2,alpha=0.2,top_p=1",
+    "cards:reward_threshold=-1,longest=2,shortest=1", "cards-mrm:reward_threshold=1,attempts=5,shortest=1,longest=3",
 ]  # fmt: skip
 
 
@@ -332,6 +381,33 @@ def test_without_lookahead_deal_is_greedy_by_reward(models: Models) -> None:
     while len(response) < 6:
         response = max(((*response, t) for t in dense.nucleus(response)[0][:4]), key=dense.reward)
     assert tuple(result.token_ids) == response
+
+
+def test_args_is_deal_without_lookahead(models: Models) -> None:
+    """Of one response the log-probability of the path and that of its last token order the children alike."""
+    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    for weight in (0.5, 2.0):
+        answers = [
+            parse_method(spec, models, **options).generate(["hello there"])[0].token_ids
+            for spec in (f"args:children=4,reward_weight={weight}",
+                         f"deal:children=4,lookahead=0,policy_weight={1 / weight}")
+        ]  # fmt: skip
+        assert answers[0] == answers[1]
+    (unguided,) = parse_method("args:reward_weight=0", models, **options).generate(["hello there"])
+    (greedy,) = parse_method("greedy", models, **options).generate(["hello there"])
+    assert unguided.token_ids == greedy.token_ids
+
+
+def test_cards_accepts_what_is_above_its_threshold_and_else_the_best_attempt(models: Models) -> None:
+    def answer(spec: str) -> SearchResult:
+        method = parse_method(f"cards:{spec}", models, max_new_tokens=6, min_new_tokens=6)
+        return method.generate(["hello there"])[0]
+
+    assert answer("reward_threshold=-1e6,longest=3,shortest=3").cost.reward_calls == 1 + 2  # the prompt, two segments
+    first, best = (answer(f"reward_threshold={threshold},shortest=6,attempts=7") for threshold in (-1e6, 1e6))
+    assert 1 + 1 < best.cost.reward_calls <= 1 + 7  # equal segments are scored once
+    assert best.score >= first.score  # the first of the seven is that one
+    assert answer("reward_threshold=1e6,shortest=6,attempts=1").token_ids == first.token_ids
 
 
 def test_visits_of_a_monte_carlo_tree_add_up(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
