@@ -92,7 +92,20 @@ class Policy(TextModel):
         else:
             ids = list(prefill) or (self.encoder.text(conversation.prefill) if conversation.prefill else [])
         options = {**self.chat_template_kwargs, **check_template_options(chat_template_kwargs)}
-        return self.encoder.chat(conversation.messages(), self._template(), **options) + ids
+        found = self.encoder.chat(conversation.messages(), self._template(), **options) + ids
+        self._check_thought(found)
+        return found
+
+    def _check_thought(self, ids: list[int]) -> None:
+        """Refuses a prompt that ends within a chain of thought: rewards are of answers."""
+        special = self.require_tokenizer().get_added_vocab()
+        opened = [i for i in ids if i in (special.get("<think>"), special.get("</think>"))]
+        if opened and opened[-1] == special.get("<think>"):
+            raise ConfigError(
+                "policy: its chat template leaves a chain of thought open (<think>), which rewards would judge as the "
+                "answer; expected one that is off or closed (chat_template_kwargs={'enable_thinking': False}, or "
+                "another tokenizer.chat_template)"
+            )
 
     def settled_text(self, tokens: Sequence[int]) -> str:
         """The part of a beginning's text that stays whatever tokens follow: `decode` of all tokens begins with it.
