@@ -205,7 +205,8 @@ def monte_carlo(dense: Dense) -> Found:
 
 
 def args(dense: Dense) -> Found:
-    config, response, reward = dense.config, (), 0.0
+    config, reward = dense.config, 0.0
+    response: Tokens = ()
     while dense.goes_on(response):
         children = [(*response, token) for token in dense.nucleus(response)[0][: config.children]]
         scores = [dense.log_probability(child) + config.reward_weight * dense.reward(child) for child in children]
