@@ -152,11 +152,8 @@ class TrieModel:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        options = {
-            "skip_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-        }  # cleaning up changes what was said
-        return str(self.require_tokenizer().decode(list(tokens), **options))
+        as_said = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.require_tokenizer().decode(list(tokens), **as_said))
 
     def check_length(self, name: str, tokens: int, new_tokens: int = 0) -> None:
         """Raises `PromptTooLongError` where `tokens + new_tokens` exceed the model's context."""
