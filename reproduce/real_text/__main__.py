@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from reproduce.real_text import page
-from reproduce.real_text.runs import SCALES, Progress, Scale, make_mrm, nucleus_noise, run_methods, safe_level
+from reproduce.real_text.noise import nucleus_noise
+from reproduce.real_text.runs import SCALES, Progress, Scale, make_mrm, run_methods, safe_level
 from saffron.cli.progress import progress
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel

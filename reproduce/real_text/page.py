@@ -112,6 +112,12 @@ what follows is the mask's doing was not separated. The penalty of the regressio
 | noise: spread of (MRM - exact) | {_figure(noise["noise"])} |
 | signal: spread of the exact reward | {_figure(noise["signal"])} |
 | correlation, where the exact reward varies | {_figure(noise["correlation"])} |
+| the token that the MRM ranks first: exact reward below the best one's | {_figure(noise["regret"])} |
+| its log-probability below the most probable token's; a sampled token's | {_figure(noise["price"])}; \
+{_figure(noise["sampled_price"])} |
+
+All but the first row are of the tokens that the search may choose: those that are not masked, if there are any. Where noise
+exceeds signal, the token of the highest reward is the luckiest one, and a search by reward alone pays its price at each step.
 
 A dash stands for what this run did not measure, or what is not defined.
 

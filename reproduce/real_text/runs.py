@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from reproduce.real_text.judges import judged, sentiment, vader
@@ -26,7 +25,6 @@ from saffron.training.collect import CORPUS, CollectConfig, collect
 from saffron.training.conversations import read_corpus
 from saffron.training.head import STATES, HeadConfig, train_head
 from saffron.training.shards import read_rewards
-from saffron_kernels import nucleus
 
 Progress = Callable[[str, int, int], None]
 REWARD = "reproduce.real_text.judges:vader"
@@ -211,37 +209,3 @@ def similarity(one: str, other: str) -> float:
     a, b = Counter(one.lower().split()), Counter(other.lower().split())
     norm = math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values()))
     return sum(a[word] * b[word] for word in a) / norm if norm else 0.0
-
-
-@torch.inference_mode()
-def nucleus_noise(
-    records: Sequence[Record], policy: Policy, mrm: MultifurcationRewardModel, count: int = 24
-) -> dict[str, float]:
-    """The MRM against the exact reward among the tokens of a nucleus, in units of VADER's score.
-
-    Prefixes are those of sampled answers. "noise" is the spread of (MRM - exact) within a nucleus, "signal" that of the
-    exact reward, "correlation" that of the two within a nucleus where the exact reward varies; means over prefixes.
-    """
-    rng = np.random.default_rng(0)
-    sampled = [r for r in records if r["method"] == "sample" and r["prefill"]]
-    mean: dict[str, list[float]] = {name: [] for name in ("noise", "signal", "correlation", "size", "unseen")}
-    for _ in range(count if sampled else 0):
-        record = sampled[int(rng.integers(len(sampled)))]
-        ids = policy.encode(record["text"])
-        prefix = ids[: int(rng.integers(0, max(1, len(ids))))]
-        rows, logits = policy.prefill([[*policy.chat(record["prompt"], record["prefill"]), *prefix]])
-        policy.release(rows)
-        tokens = nucleus(logits.float(), TOP_P)[0].long()
-        rewards = (
-            mrm.logits([[*mrm.context_tokens(record["prompt"]), *prefix]])[0].float()[tokens].numpy() / REWARD_SCALE
-        )
-        texts = [policy.decode([*prefix, token]) for token in tokens.tolist()]
-        exact = np.array(vader([], texts))
-        mean["size"].append(len(tokens))
-        mean["unseen"].append(float(mrm.unseen[tokens].float().mean()) if mrm.unseen is not None else 0.0)
-        if len(tokens) > 1:
-            mean["noise"].append(float((rewards - exact).std()))
-            mean["signal"].append(float(exact.std()))
-            if exact.std() > 0 and rewards.std() > 0:
-                mean["correlation"].append(float(np.corrcoef(rewards, exact)[0, 1]))
-    return {name: float(np.mean(values)) if values else float("nan") for name, values in mean.items()}

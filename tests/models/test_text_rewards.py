@@ -30,7 +30,7 @@ def vowels(conversations: Sequence[Conversation], responses: Sequence[str]) -> l
     return [float(sum(letter in VOWELS for letter in text)) for text in responses]
 
 
-@pytest.mark.parametrize("name", ["best-of-n", "beam", "rebase", "deal", "mcts"])
+@pytest.mark.parametrize("name", ["best-of-n", "beam", "rebase", "deal", "mcts", "args", "cards"])
 def test_methods_take_it(name: str) -> None:
     models = tiny.trio(3)._replace(guard=TextReward(vowels, flops=7))
     options = {"max_new_tokens": 6, "min_new_tokens": 2, "n": 4, "width": 3, "simulations": 4}

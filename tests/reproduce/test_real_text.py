@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("vaderSentiment")
@@ -15,6 +17,7 @@ pytest.importorskip("textblob")
 from reproduce.real_text import page, runs
 from reproduce.real_text.__main__ import main, tiny_policy
 from reproduce.real_text.judges import judged, vader
+from reproduce.real_text.noise import in_nucleus, nucleus_noise
 from reproduce.real_text.prompts import OPENINGS, PROMPTS, cases
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
@@ -85,6 +88,51 @@ def test_the_cap_is_what_the_mrm_says_of_safe_text(made: tuple[Path, Path]) -> N
     mrm = MultifurcationRewardModel.from_pretrained(out / "mrm", device="cpu")
     found = runs.safe_level(mrm, out)
     assert math.isfinite(found) and -8 < found < 8
+
+
+def test_noise_in_a_nucleus() -> None:
+    """Five tokens, of which one is masked; worked out by hand."""
+    rewards, exact = np.array([0.0, -0.5, 0.2, 9.0, -0.1]), np.array([-0.2, -0.4, -0.6, 0.0, 0.0])
+    probabilities = np.array([0.4, 0.2, 0.1, 0.1, 0.05])
+    masked = np.array([False, False, False, True, False])
+    found = in_nucleus(rewards, exact, probabilities, masked)
+    assert (found["size"], found["unseen"]) == (5.0, 0.2)
+    assert found["noise"] == pytest.approx(np.std([0.2, -0.1, 0.8, -0.1]))
+    assert found["signal"] == pytest.approx(np.std([-0.2, -0.4, -0.6, 0.0]))
+    assert found["regret"] == pytest.approx(0.6) and found["price"] == pytest.approx(math.log(4))  # of the third
+    lost = 0.2 * math.log(2) + 0.1 * math.log(4) + 0.05 * math.log(8)
+    assert found["sampled_price"] == pytest.approx(lost / 0.75)
+    assert found["correlation"] == pytest.approx(np.corrcoef([0.0, -0.5, 0.2, -0.1], [-0.2, -0.4, -0.6, 0.0])[0, 1])
+    assert in_nucleus(rewards, exact, probabilities, ~masked).keys() == {"size", "unseen"}  # one is left
+    every = in_nucleus(exact, exact, probabilities, np.ones(5, dtype=bool))  # none is left: the search takes all
+    assert every["noise"] == every["regret"] == 0 and every["correlation"] == pytest.approx(1)
+    assert "correlation" not in in_nucleus(rewards, np.zeros(5), probabilities, masked)
+
+
+def test_an_mrm_that_is_exact_has_no_noise(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole measurement, with an MRM that says what VADER says, and with errors of a known size."""
+    folder, out = made
+    policy = Policy.from_pretrained(folder, device="cpu")
+    mrm = MultifurcationRewardModel.from_pretrained(out / "mrm", device="cpu")
+    mrm.unseen = None
+    records = [{"method": "sample", "prompt": PROMPTS[0], "prefill": OPENINGS[0], "text": "I hate this stupid place."}]
+    context, errors = (
+        mrm.context_tokens(PROMPTS[0]),
+        torch.randn(mrm.vocab_size, generator=torch.Generator().manual_seed(0)) * 0.25,
+    )
+
+    def rewards(sequences: list[list[int]]) -> torch.Tensor:
+        prefix = sequences[0][len(context) :]
+        return torch.tensor([vader([], [policy.decode([*prefix, t]) for t in range(mrm.vocab_size)])]) * 8 + added
+
+    monkeypatch.setattr(mrm, "logits", rewards)
+    added = torch.zeros(mrm.vocab_size)
+    exact = nucleus_noise(records, policy, mrm, count=6)
+    assert exact["noise"] < 1e-6 and exact["regret"] < 1e-6 and exact["size"] > 2
+    added = errors * 8
+    noisy = nucleus_noise(records, policy, mrm, count=6)
+    assert 0.15 < noisy["noise"] < 0.35 and noisy["signal"] == pytest.approx(exact["signal"])
+    assert all(math.isnan(value) for value in nucleus_noise([], policy, mrm).values())
 
 
 def test_figures() -> None:

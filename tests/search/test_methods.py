@@ -22,7 +22,7 @@ SMALL = {"max_new_tokens": 8, "min_new_tokens": 2, "n": 4, "width": 3, "children
 PROMPTS = ["hello there", "please tell me how to bake", "hello there", "hello there"]
 PREFILLS = ["the quick", "", "", "the quick"]
 GUIDED = [name for name in METHODS if name not in ("greedy", "sample")]
-DRAWING = [name for name in METHODS if name.split("-mrm")[0] in ("sample", "best-of-n", "beam", "rebase")]
+DRAWING = [name for name in METHODS if name.split("-mrm")[0] in ("sample", "best-of-n", "beam", "rebase", "cards")]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,7 @@ BUDGETS = [
     ("beam", "width", [1, 2, 4]), ("beam", "children", [1, 2, 4]), ("rebase", "width", [1, 4, 12]),
     ("deal", "children", [1, 2, 4]), ("mcts", "simulations", [2, 6, 16]), ("mcts-mrm", "simulations", [2, 6, 16]),
     ("sample", "max_new_tokens", [2, 4, 8]),
+    ("args", "max_new_tokens", [2, 4, 8]), ("cards", "max_new_tokens", [2, 4, 8]),
 ]  # fmt: skip
 
 
@@ -136,6 +137,8 @@ def test_more_budget_costs_more(models: Models, name: str, option: str, values: 
         ("rebase:width=3,step_tokens=2", 3, 0),
         ("deal:width=2,children=4,lookahead=3", 2, 3),
         ("mcts:simulations=3,children=3,lookahead=2", 1, 3 * 3),
+        ("args:children=4", 1, 0),
+        ("cards:longest=4,reward_threshold=1e6,attempts=3", 1, 4),
     ],
 )
 def test_caches_hold_what_may_still_be_asked_for(models: Models, spec: str, live: int, beyond: int) -> None:
@@ -333,6 +336,14 @@ def test_specs(models: Models) -> None:
         ("mcts:exploration=inf", "exploration: got inf"),
         ("mcts-mrm:children=0", "children: got 0"),
         ("mcts:seed=1", "mcts: got 'seed=1', expected option=value with one of max_new_tokens"),
+        ("args:children=0", "children: got 0"),
+        ("args:reward_weight=-1", "reward_weight: got -1.0"),
+        ("args:choice_temperature=nan", "choice_temperature: got nan"),
+        ("cards:alpha=1.5", "alpha: got 1.5, expected a number from 0 to 1"),
+        ("cards:beta=0", "beta: got 0.0"),
+        ("cards:reward_threshold=inf", "reward_threshold: got inf"),
+        ("cards:attempts=0", "attempts: got 0"),
+        ("cards:longest=3", "longest: got 3, expected at least shortest, 4"),
         ("saffron:lm_head_bias=maybe", "lm_head_bias: got 'maybe', expected True or False"),
     ],
 )

@@ -1,212 +1,29 @@
-"""Every method against one written from its paper: plain lists, one sequence at a time, no cache and no batches."""
+"""Every method against one written from its paper (`dense_methods`), and what must hold for some of them."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from dense_methods import END, REFERENCES, Dense, Tokens, dense_copy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from saffron.models.bundled import Models
 from saffron.models.policy import Policy
-from saffron.models.trie_model import TrieModel
 from saffron.search import MCTS, METHODS, BeamConfig, BeamSearch, Decoder, Request, mcts, parse_method
-from saffron.search.method import entropy
 from saffron.search.rebase import allocate
-from saffron.search.result import Tally
+from saffron.search.result import SearchResult, Tally
 from saffron.search.rewards import ProcessReward, RewardScorer
 
-Tokens = tuple[int, ...]
 PROMPTS, PREFILLS = ["hello there", "please tell me how to bake"], ["the quick", ""]
-END = 1
-
-
-@cache
-def dense_copy(model: TrieModel) -> torch.nn.Module:
-    dense = tiny.model(attention="eager", **{name: getattr(model.model.config, name) for name in tiny.SHAPE})
-    dense.load_state_dict(model.model.state_dict())
-    return dense
-
-
-class Dense:
-    """The models without the trie, asked about one response at a time."""
-
-    def __init__(self, models: Models, method: Decoder, prompt: str, prefill: str) -> None:
-        self.models, self.config, self.prompt = models, method.config, prompt
-        self.with_mrm = method.scorer is not None and method.scorer.model is models.mrm
-        self.context = models.policy.chat(prompt, prefill)
-        self.entropy = entropy(getattr(self.config, "seed", 0), Request(tuple(self.context)))
-        self.rng = np.random.default_rng(self.entropy)
-        self.policy, self.mrm = (dense_copy(model) for model in (models.policy, models.mrm))
-        # What was said about a response before: a reference may be slow, but not that slow.
-        self.logits, self.nucleus, self.reward = cache(self._logits), cache(self._nucleus), cache(self._reward)
-
-    def _logits(self, response: Tokens) -> torch.Tensor:
-        with torch.no_grad():
-            logits = self.policy(torch.tensor([[*self.context, *response]])).logits[0, -1].double()
-        if len(response) < self.config.min_new_tokens:
-            logits[END] = -torch.inf
-        return logits
-
-    def _nucleus(self, response: Tokens) -> tuple[list[int], np.ndarray]:
-        logits = self.logits(response) / self.config.temperature
-        probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        keep = (before < self.config.top_p) & (probabilities > 0)
-        return order[keep].tolist(), probabilities[keep].numpy()
-
-    def log_probability(self, response: Tokens) -> float:
-        """Log-probability of the last token."""
-        return float(self.logits(response[:-1]).log_softmax(-1)[response[-1]])
-
-    def draw(self, response: Tokens, uniform: float) -> Tokens:
-        tokens, probabilities = self.nucleus(response)
-        at = int(np.searchsorted(np.cumsum(probabilities), uniform * probabilities.sum(), side="right"))
-        return (*response, tokens[min(at, len(tokens) - 1)])
-
-    def goes_on(self, response: Tokens) -> bool:
-        return len(response) < self.config.max_new_tokens and response[-1:] != (END,)
-
-    def sample(self, response: Tokens, steps: int, rng: np.random.Generator) -> Tokens:
-        for _ in range(steps):
-            if self.goes_on(response):
-                response = self.draw(response, rng.random())
-        return response
-
-    def look_ahead(self, response: Tokens, steps: int) -> Tokens:
-        for _ in range(steps):
-            if self.goes_on(response):
-                response = (*response, self.nucleus(response)[0][0])
-        return response
-
-    def _reward(self, response: Tokens) -> float:
-        said = response[:-1] if response[-1:] == (END,) else response
-        if not self.with_mrm:
-            return float(self.models.guard.score([(self.prompt, said)]))
-        if not said:
-            return 0.0
-        mrm = self.models.mrm
-        assert mrm.unseen is not None
-        if bool(mrm.unseen[said[-1]]):
-            return -1024.0
-        with torch.no_grad():
-            rewards = self.mrm(torch.tensor([[*mrm.context_tokens(self.prompt), *said[:-1]]])).logits[0, -1] + mrm.bias
-        return float(rewards[said[-1]])
-
-
-Found = tuple[Tokens, float]
-
-
-def best(dense: Dense, found: Sequence[Found]) -> Found:
-    return max(found, key=lambda f: (f[1], f[0][-1:] == (END,)))
-
-
-def sample(dense: Dense) -> Found:
-    response = dense.sample((), dense.config.max_new_tokens, np.random.default_rng([*dense.entropy, 0]))
-    return response, sum(dense.log_probability(response[:i]) for i in range(1, len(response) + 1))
-
-
-def best_of_n(dense: Dense) -> Found:
-    streams = [np.random.default_rng([*dense.entropy, i]) for i in range(dense.config.n)]
-    drawn = [dense.sample((), dense.config.max_new_tokens, stream) for stream in streams]
-    return max(((response, dense.reward(response)) for response in drawn), key=lambda found: found[1])
-
-
-def beam(dense: Dense) -> Found:
-    config, rng = dense.config, dense.rng
-    beams: list[Found] = [((), 0.0)]
-    while any(dense.goes_on(response) for response, _ in beams):
-        children: list[Tokens] = []
-        for response, _ in beams:
-            if dense.goes_on(response):
-                tokens, probabilities = dense.nucleus(response)
-                keys = np.log(probabilities) + rng.gumbel(size=len(tokens))
-                children += [(*response, tokens[i]) for i in np.argsort(-keys, kind="stable")[: config.children]]
-        for _ in range(config.step_tokens - 1):
-            children = [dense.sample(child, 1, rng) for child in children]
-        pool = [found for found in beams if not dense.goes_on(found[0])]
-        pool += [(child, dense.reward(child)) for child in dict.fromkeys(children)]
-        beams = sorted(pool, key=lambda found: -found[1])[: config.width]
-    return best(dense, beams)
-
-
-def rebase(dense: Dense) -> Found:
-    config = dense.config
-    live: list[Found] = [((), 0.0)]
-    leaves: list[Found] = []
-    while live:
-        shares = allocate([reward for _, reward in live], config.width - len(leaves), config.balance)
-        children = [response for (response, _), share in zip(live, shares, strict=True) for _ in range(share)]
-        for _ in range(config.step_tokens):
-            children = [dense.sample(child, 1, dense.rng) for child in children]
-        scored = [(child, dense.reward(child)) for child in children]
-        live = [found for found in scored if dense.goes_on(found[0])]
-        leaves += [found for found in scored if not dense.goes_on(found[0])]
-    assert len(leaves) == config.width
-    return best(dense, leaves)
-
-
-def deal(dense: Dense) -> Found:
-    config = dense.config
-    beams: list[Found] = [((), 0.0)]
-    while any(dense.goes_on(response) for response, _ in beams):
-        pool = [found for found in beams if not dense.goes_on(found[0])]
-        for response, _ in beams:
-            if dense.goes_on(response):
-                for token in dense.nucleus(response)[0][: config.children]:
-                    child = (*response, token)
-                    value = sum(dense.log_probability(child[:i]) for i in range(1, len(child) + 1))
-                    reward = dense.reward(dense.look_ahead(child, config.lookahead))
-                    pool.append((child, config.policy_weight * value + reward))
-        beams = sorted(pool, key=lambda found: -found[1])[: config.width]
-    return best(dense, beams)
-
-
-def monte_carlo(dense: Dense) -> Found:
-    config = dense.config
-    visits: Counter[Tokens] = Counter()
-    value: Counter[Tokens] = Counter()
-    expanded: set[Tokens] = set()
-
-    def children(node: Tokens) -> list[Tokens]:
-        return [(*node, token) for token in dense.nucleus(node)[0][: config.children]]
-
-    def urgency(node: Tokens) -> float:
-        if not visits[node]:
-            return math.inf
-        spread = math.sqrt(math.log(visits[node[:-1]]) / visits[node])
-        return value[node] / visits[node] + config.exploration * spread
-
-    root: Tokens = ()
-    while dense.goes_on(root):
-        expanded.add(root)
-        while len(children(root)) > 1 and visits[root] < config.simulations:
-            path = [root]
-            while path[-1] in expanded:
-                path.append(max(children(path[-1]), key=urgency))
-            if visits[path[-1]] and dense.goes_on(path[-1]):
-                expanded.add(path[-1])
-                path.append(children(path[-1])[0])
-            reward = dense.reward(dense.look_ahead(path[-1], config.lookahead))
-            for node in path:
-                visits[node] += 1
-                value[node] += 1 / (1 + math.exp(-reward)) if reward > -700 else 0.0
-        root = max(children(root), key=lambda node: (visits[node], value[node] / max(visits[node], 1)))
-    return root, dense.reward(root)
-
-
-REFERENCES: dict[str, Callable[[Dense], Found]] = {
-    "sample": sample, "best-of-n": best_of_n, "beam": beam, "rebase": rebase, "deal": deal, "mcts": monte_carlo,
-}  # fmt: skip
 SPECS = [
     "sample", "sample:temperature=2,top_p=1", "best-of-n:n=5", "best-of-n-mrm:n=5,temperature=1.5",
     "beam:width=2,children=3", "beam:width=3,children=2,step_tokens=3", "beam-mrm:width=2,children=4",
@@ -214,6 +31,10 @@ SPECS = [
     "deal:children=3,lookahead=2", "deal:children=4,width=2,lookahead=0", "deal:children=3,width=2,policy_weight=0.5",
     "deal-mrm:children=3,lookahead=1", "mcts:simulations=6,children=3,lookahead=2",
     "mcts:simulations=12,children=2,lookahead=0,exploration=0.1", "mcts-mrm:simulations=8,children=4,lookahead=1",
+    "args:children=4", "args:children=6,reward_weight=0.2,top_p=1", "args:children=5,choice_temperature=2",
+    "args-mrm:children=4,choice_temperature=0.5", "cards:reward_threshold=0,attempts=3,entropy_threshold=0",
+    "cards:reward_threshold=2,attempts=4,shortest=2,entropy_threshold=4.5,beta=2,alpha=0.2,top_p=1",
+    "cards:reward_threshold=-1,longest=2,shortest=1", "cards-mrm:reward_threshold=1,attempts=5,shortest=1,longest=3",
 ]  # fmt: skip
 
 
@@ -332,6 +153,33 @@ def test_without_lookahead_deal_is_greedy_by_reward(models: Models) -> None:
     while len(response) < 6:
         response = max(((*response, t) for t in dense.nucleus(response)[0][:4]), key=dense.reward)
     assert tuple(result.token_ids) == response
+
+
+def test_args_is_deal_without_lookahead(models: Models) -> None:
+    """Of one response the log-probability of the path and that of its last token order the children alike."""
+    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    for weight in (0.5, 2.0):
+        answers = [
+            parse_method(spec, models, **options).generate(["hello there"])[0].token_ids
+            for spec in (f"args:children=4,reward_weight={weight}",
+                         f"deal:children=4,lookahead=0,policy_weight={1 / weight}")
+        ]  # fmt: skip
+        assert answers[0] == answers[1]
+    (unguided,) = parse_method("args:reward_weight=0", models, **options).generate(["hello there"])
+    (greedy,) = parse_method("greedy", models, **options).generate(["hello there"])
+    assert unguided.token_ids == greedy.token_ids
+
+
+def test_cards_accepts_what_is_above_its_threshold_and_else_the_best_attempt(models: Models) -> None:
+    def answer(spec: str) -> SearchResult:
+        method = parse_method(f"cards:{spec}", models, max_new_tokens=6, min_new_tokens=6)
+        return method.generate(["hello there"])[0]
+
+    assert answer("reward_threshold=-1e6,longest=3,shortest=3").cost.reward_calls == 1 + 2  # the prompt, two segments
+    first, best = (answer(f"reward_threshold={threshold},shortest=6,attempts=7") for threshold in (-1e6, 1e6))
+    assert 1 + 1 < best.cost.reward_calls <= 1 + 7  # equal segments are scored once
+    assert best.score >= first.score  # the first of the seven is that one
+    assert answer("reward_threshold=1e6,shortest=6,attempts=1").token_ids == first.token_ids
 
 
 def test_visits_of_a_monte_carlo_tree_add_up(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,5 +178,7 @@ def _report(file: Path, options: argparse.Namespace) -> None:
     print(f"{options.output}: {summary['steps']} steps on {summary['rewards']} rewards")
     print(f"{summary['unseen']} of {summary['vocabulary']} tokens are unseen")
     if found := summary["heldout"]:
-        print(f"held out: {found['within_1']:.3f} within 1, correlation {found['correlation']:.3f}")
+        correlation = found["correlation"]  # None where one of the two is constant
+        shown = "undefined" if correlation is None else f"{correlation:.3f}"
+        print(f"held out: {found['within_1']:.3f} within 1, correlation {shown}")
     print(f"{'log and pictures' if options.trunk == 'lora' else 'hidden states'}: {file.parent}")

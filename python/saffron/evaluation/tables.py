@@ -35,6 +35,10 @@ TITLES = {
     "deal-mrm": "DeAL, MRM",
     "mcts": "MCTS",
     "mcts-mrm": "MCTS, MRM",
+    "args": "ARGS",
+    "args-mrm": "ARGS, MRM",
+    "cards": "CARDS",
+    "cards-mrm": "CARDS, MRM",
     "saffron": "Saffron",
 }
 SCALED = ("children", "lookahead")  # what SAFFRON-1's table 2 varies

@@ -17,17 +17,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, logging
 
-from saffron.errors import CheckpointError, ConfigError, SaffronError, reason
+from saffron.errors import CheckpointError, ConfigError, SaffronError, UnsupportedModelError, reason
 from saffron.models.attention import ATTENTION
 from saffron.models.devices import find_device
 from saffron.models.inspection import check_supported
 
+GGUF = "whose weights are quantised: convert it to a folder first (docs/defend.md)"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -43,6 +45,7 @@ def load_model(
         except Exception as error:  # of many types: damaged JSON, values that no model has, an unreachable hub
             raise CheckpointError(f"{path}: no Hugging Face checkpoint there ({_reason(error)})") from error
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        _check_unquantised(path, config)
         check_supported(config, model_class[0] if isinstance(model_class, tuple) else model_class)
         _check_generation_config(path)
         if getattr(config.get_text_config(), "num_hidden_layers", 1) == 0:
@@ -64,6 +67,16 @@ def load_model(
         wrong = [f"{name} {list(there)} instead of {list(here)}" for name, there, here in info["mismatched_keys"]]
         raise CheckpointError(f"{path}: weights of other shapes than its configuration says: {some(sorted(wrong))}")
     return model.to(place)
+
+
+def _check_unquantised(path: str, config: PretrainedConfig) -> None:
+    given = getattr(config, "quantization_config", None)
+    if given:
+        method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({getattr(method, 'value', method)}); expected fp32, fp16 or bf16, as "
+            "heads and hidden states are read as they are: save them dequantised"
+        )
 
 
 def _check_generation_config(path: str) -> None:
@@ -114,10 +127,12 @@ def check_place(path: str | Path, *files: str) -> str:
     if folder.is_dir():
         for file in files:
             if not (folder / file).is_file():
-                raise CheckpointError(f"{text}: no Hugging Face checkpoint there (no {file} in this folder)")
+                found = "a GGUF file, " + GGUF if any(folder.glob("*.gguf")) else f"no {file} in this folder"
+                raise CheckpointError(f"{text}: no Hugging Face checkpoint there ({found})")
         return str(folder)
     if folder.exists():
-        raise CheckpointError(f"{text}: no Hugging Face checkpoint there (a file, expected a folder)")
+        found = "a GGUF file, " + GGUF if folder.suffix == ".gguf" else "a file, expected a folder"
+        raise CheckpointError(f"{text}: no Hugging Face checkpoint there ({found})")
     is_local = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()  # "models/policy" where there is a "models"
     if not isinstance(path, str) or HUB_NAME.fullmatch(text) is None or is_local:
         raise CheckpointError(f"{text}: no Hugging Face checkpoint there (no such folder)")

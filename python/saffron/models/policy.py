@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ LLAMA3_CHAT_TEMPLATE = (
     "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Policy(TextModel):
@@ -89,7 +92,34 @@ class Policy(TextModel):
         else:
             ids = list(prefill) or (self.encoder.text(conversation.prefill) if conversation.prefill else [])
         options = {**self.chat_template_kwargs, **check_template_options(chat_template_kwargs)}
-        return self.encoder.chat(conversation.messages(), self._template(), **options) + ids
+        found = self.encoder.chat(conversation.messages(), self._template(), **options) + ids
+        self._check_thought(found)
+        return found
+
+    def _check_thought(self, ids: list[int]) -> None:
+        """Refuses a prompt that ends within a chain of thought: rewards are of answers."""
+        special = self.require_tokenizer().get_added_vocab()
+        opened = [i for i in ids if i in (special.get("<think>"), special.get("</think>"))]
+        if opened and opened[-1] == special.get("<think>"):
+            raise ConfigError(
+                "policy: its chat template leaves a chain of thought open (<think>), which rewards would judge as the "
+                "answer; expected one that is off or closed (chat_template_kwargs={'enable_thinking': False}, or "
+                "another tokenizer.chat_template)"
+            )
+
+    def settled_text(self, tokens: Sequence[int]) -> str:
+        """The part of a beginning's text that stays whatever tokens follow: `decode` of all tokens begins with it.
+
+        Not settled are characters that are there in part, and the bytes of SentencePiece at the end (`<0x41>`): a run
+        of them that turns out to be no UTF-8 is decoded to replacement characters from its first byte on.
+        """
+        tokenizer, end = self.require_tokenizer(), len(tokens)
+        special = set(tokenizer.all_special_ids)
+        while end and (
+            tokens[end - 1] in special or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[end - 1])))
+        ):
+            end -= 1
+        return self.decode(tokens[:end]).rstrip("\ufffd")
 
     def _template(self) -> str | None:
         """The chat template to use where the tokenizer holds none."""

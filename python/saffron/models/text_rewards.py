@@ -6,7 +6,9 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,8 @@ def _parse(spec: str | Path) -> tuple[str, str]:
 
 def _module(place: str) -> Any:
     name = place.partition(":")[0]
+    if os.getcwd() not in sys.path:  # which the `saffron` script does not look into; behind all else, to hide nothing
+        sys.path.append(os.getcwd())
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:  # a module may raise anything, and some are scripts

@@ -152,7 +152,8 @@ class TrieModel:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return str(self.require_tokenizer().decode(list(tokens), skip_special_tokens=True))
+        as_said = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.require_tokenizer().decode(list(tokens), **as_said))
 
     def check_length(self, name: str, tokens: int, new_tokens: int = 0) -> None:
         """Raises `PromptTooLongError` where `tokens + new_tokens` exceed the model's context."""

@@ -216,8 +216,8 @@ def _counterparts(policy: Policy, mrm: MultifurcationRewardModel) -> Tensor:
     special = set(ours.all_special_ids)
     # Decoded behind an anchor: some tokenizers drop a leading space at the beginning of a text.
     anchor = policy.encode("a")[-1]
-    skip = len(str(ours.decode([anchor])))
-    texts = ["" if t in special else str(ours.decode([anchor, t]))[skip:] for t in range(policy.vocab_size)]
+    skip = len(policy.decode([anchor]))
+    texts = ["" if t in special else policy.decode([anchor, t])[skip:] for t in range(policy.vocab_size)]
     encoded = mrm.encoder.texts([text or "a" for text in texts])
     first = [ids[0] if text and ids else -1 for text, ids in zip(texts, encoded, strict=True)]
     if theirs.eos_token_id is not None:

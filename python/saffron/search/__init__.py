@@ -8,8 +8,10 @@ from saffron.lazy import attach
 
 if TYPE_CHECKING:
     from saffron.search.adaptive import AdaptiveConfig, AdaptiveSearch
+    from saffron.search.args import ARGS, ARGSConfig
     from saffron.search.beam import BeamConfig, BeamSearch
     from saffron.search.best_of_n import BestOfN, BestOfNConfig
+    from saffron.search.cards import CARDS, CARDSConfig
     from saffron.search.config import Request
     from saffron.search.deal import DeAL, DeALConfig
     from saffron.search.engine import Engine
@@ -25,12 +27,16 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "ARGS": "args",
+        "ARGSConfig": "args",
         "AdaptiveConfig": "adaptive",
         "AdaptiveSearch": "adaptive",
         "BeamConfig": "beam",
         "BeamSearch": "beam",
         "BestOfN": "best_of_n",
         "BestOfNConfig": "best_of_n",
+        "CARDS": "cards",
+        "CARDSConfig": "cards",
         "Candidate": "method",
         "DeAL": "deal",
         "DeALConfig": "deal",

@@ -41,12 +41,12 @@ class Pending:
 
     @property
     def text(self) -> str:
-        """`tokens` as text; a later one begins with it. A character that is there in part is left out."""
+        """`tokens` as text, as far as it is settled (`Policy.settled_text`): every later one begins with it."""
         if self._result is not None:
             return self._result.text
         engine = self._engine()
-        text = self._said if engine is None else engine.policy.decode(self.tokens)
-        if text.startswith(self._said) and not text.endswith("\ufffd"):
+        text = self._said if engine is None else engine.policy.settled_text(self.tokens)
+        if text.startswith(self._said):
             self._said = text
         return self._said
 

@@ -11,8 +11,10 @@ from saffron.models.bundled import Models
 from saffron.models.checks import expect
 from saffron.models.checks import kind as kind_of
 from saffron.search.adaptive import AdaptiveConfig, AdaptiveSearch
+from saffron.search.args import ARGS, ARGSConfig
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
+from saffron.search.cards import CARDS, CARDSConfig
 from saffron.search.config import DecodingConfig, SearchConfig, check_lengths
 from saffron.search.deal import DeAL, DeALConfig
 from saffron.search.mcts import MCTS, MCTSConfig
@@ -67,6 +69,8 @@ METHODS: dict[str, Kind] = {
     **_guided("rebase", "reward-balanced tree search", RebaseConfig, Rebase),
     **_guided("deal", "tokens judged by a greedy lookahead", DeALConfig, DeAL),
     **_guided("mcts", "Monte Carlo tree search", MCTSConfig, MCTS),
+    **_guided("args", "tokens by log-probability plus reward", ARGSConfig, ARGS),
+    **_guided("cards", "segments drawn until one is accepted", CARDSConfig, CARDS),
 }
 
 

@@ -75,11 +75,7 @@ class Running:
         while True:
             self._event.clear()
             over = self.pending.done or bool(self._ended_by)
-            if over:
-                text = (await self.answer()).choices[0].text
-            else:
-                text, stopped = cut(self.pending.text, self.ask.stop)
-                text = text if stopped else text[: len(text) - held_back(text, self.ask.stop)]
+            text = (await self.answer()).choices[0].text if over else settled(self.pending.text, self.ask.stop)
             if len(text) > said:
                 if self.first is None:
                     self.first = time.monotonic() - self.started
@@ -153,6 +149,11 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     """The text before the first stop text in it, and whether there is one."""
     places = [place for place in (text.find(one) for one in stop) if place >= 0]
     return (text[: min(places)], True) if places else (text, False)
+
+
+def settled(text: str, stop: tuple[str, ...]) -> str:
+    """The beginning that stays however the text goes on: a longer stop text may begin before one that is there."""
+    return cut(text, stop)[0][: len(text) - held_back(text, stop)]
 
 
 def held_back(text: str, stop: tuple[str, ...]) -> int:
