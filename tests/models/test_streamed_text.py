@@ -92,7 +92,33 @@ def test_streams_joined_are_the_answer(kind: str) -> None:
                 settings_ = SearchConfig(width=width, top_p=0.95, max_new_tokens=10, min_new_tokens=3)
                 (result,) = search.generate("hello there", prefill, config=settings_)
                 assert "".join(search.stream("hello there", prefill, config=settings_)) == result.text
-                assert result.text == model.decode(result.token_ids)
+                opening = search.request("hello there", prefill).opening
+                assert result.text == model.decode(result.token_ids, opening)
+
+
+@every_kind
+@given(prefill=ordinary, text=ordinary, cut=st.integers(1, 8))
+@settings(max_examples=25)
+def test_a_continuation_keeps_its_first_space(kind: str, prefill: str, text: str, cut: int) -> None:
+    """The prefill and the answer, joined, are the text of their tokens, wherever between words the answer begins."""
+    model = policy(kind)
+    tokens = model.encoder.text(f"{prefill} and {text}")
+    opening, answer = tokens[:cut], tokens[cut:]
+    whole = model.decode(tokens)
+    joined = model.decode(opening) + model.decode(answer, opening)
+    assert joined == whole or "\ufffd" in model.decode(opening)  # half a character cannot be continued
+
+
+@every_kind
+def test_every_method_continues_its_prefill(kind: str) -> None:
+    model = policy(kind)
+    prefill = "hello there how are"
+    forced = model.encoder.text(prefill)
+    config = SearchConfig(width=2, max_new_tokens=4, min_new_tokens=3)
+    search, greedy = SaffronSearch(model, mrm(kind), config), GreedyDecoding(model)
+    for (result,) in (search.generate("hello", prefill), greedy.generate("hello", prefill)):
+        assert model.decode(forced) + result.text == model.decode([*forced, *result.token_ids])
+    assert "".join(search.stream("hello", prefill)) == search.generate("hello", prefill)[0].text
 
 
 @every_kind

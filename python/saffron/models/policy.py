@@ -19,6 +19,7 @@ LLAMA3_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
+OPENING = 8  # tokens of an opening that a response is decoded behind: a word, or a character of many bytes
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -96,6 +97,19 @@ class Policy(TextModel):
         self._check_thought(found)
         return found
 
+    def opening(self, prompt: Prompt, prefill: str = "") -> tuple[int, ...]:
+        """The last tokens of a prefill: `Request.opening` of what `chat` gives."""
+        conversation = with_prefill(Conversation.of(prompt), prefill)
+        return tuple(self.encoder.text(conversation.prefill)[-OPENING:]) if conversation.prefill else ()
+
+    def decode(self, tokens: Sequence[int], opening: Sequence[int] = ()) -> str:
+        """The text of token ids, without special tokens; behind `opening` (`Request`), whose text is not repeated."""
+        alone = super().decode(tokens)
+        if not opening:
+            return alone
+        before, whole = super().decode(opening), super().decode([*opening, *tokens])
+        return whole[len(before) :] if whole.startswith(before) else alone
+
     def _check_thought(self, ids: list[int]) -> None:
         """Refuses a prompt that ends within a chain of thought: rewards are of answers."""
         special = self.require_tokenizer().get_added_vocab()
@@ -107,7 +121,7 @@ class Policy(TextModel):
                 "another tokenizer.chat_template)"
             )
 
-    def settled_text(self, tokens: Sequence[int]) -> str:
+    def settled_text(self, tokens: Sequence[int], opening: Sequence[int] = ()) -> str:
         """The part of a beginning's text that stays whatever tokens follow: `decode` of all tokens begins with it.
 
         Not settled are characters that are there in part, and the bytes of SentencePiece at the end (`<0x41>`): a run
@@ -119,7 +133,7 @@ class Policy(TextModel):
             tokens[end - 1] in special or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[end - 1])))
         ):
             end -= 1
-        return self.decode(tokens[:end]).rstrip("\ufffd")
+        return self.decode(tokens[:end], opening).rstrip("\ufffd")
 
     def _template(self) -> str | None:
         """The chat template to use where the tokenizer holds none."""

@@ -21,11 +21,14 @@ LARGEST_REWARD = 1e30  # sums and differences of rewards stay finite in fp32
 class Request:
     """One search in token ids: what the policy reads before the response, and what the reward model reads before it.
 
-    The reward model is not shown a prefill: what was forced on the policy is left out of the safety evaluation.
+    The reward model is not shown a prefill: what was forced on the policy is left out of the safety evaluation. The
+    response is decoded behind `opening`, the last tokens of text that it goes on with: many tokenizers drop the space
+    of a text's first word, which the first word of a continuation keeps.
     """
 
     policy: tuple[int, ...]
     reward: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,7 +342,7 @@ class Engine:
         for search in running:
             ended = len(search.tree.steps) == search.config.max_new_tokens or not search.tree.live
             if ended and not search.done:
-                search.finish(self._text)
+                search.finish(self.policy)
         return bool(running or self._searches)
 
     def _run_jobs(self) -> bool:
@@ -395,6 +395,3 @@ class Engine:
             except Exception as error:
                 search.fail(error)
         search.notify()
-
-    def _text(self, tokens: list[int]) -> str:
-        return "" if self.policy.tokenizer is None else self.policy.decode(tokens)

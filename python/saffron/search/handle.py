@@ -13,6 +13,7 @@ from saffron.search.result import Cost, SearchResult
 from saffron.search.tree import Node, Tree, common_prefix
 
 if TYPE_CHECKING:
+    from saffron.models.policy import Policy
     from saffron.search.engine import Engine
     from saffron.search.method import Decoder
 
@@ -21,11 +22,13 @@ class Pending:
     """An answer that is to come. May be used from any thread.
 
     Attributes:
+        request: as it was submitted.
         error: why it ended without an answer.
         cancelled: it was asked to end.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.request = request
         self.error: SaffronError | None = None
         self.cancelled = False
         self._engine = weakref.ref(engine)  # an engine that only its handles know is dropped
@@ -45,7 +48,7 @@ class Pending:
         if self._result is not None:
             return self._result.text
         engine = self._engine()
-        text = self._said if engine is None else engine.policy.settled_text(self.tokens)
+        text = self._said if engine is None else engine.policy.settled_text(self.tokens, self.request.opening)
         if text.startswith(self._said):
             self._said = text
         return self._said
@@ -123,7 +126,7 @@ class Job(Pending):
     """
 
     def __init__(self, engine: Engine, method: Decoder[Any], request: Request) -> None:
-        super().__init__(engine)
+        super().__init__(engine, request)
         self._tokens = final = list[int]()
         self._steps = method.run([request], lambda _, token: final.append(token))
 
@@ -153,7 +156,7 @@ class Handle(Pending):
     """One search in an `Engine`.
 
     Attributes:
-        request, config: as they were submitted.
+        config: as it was submitted.
         eos_token_id: ids that end its response.
         max_width: the largest width it may be set to.
         tree: the search; the stepping thread writes it. `tree.beam` is replaced, never changed.
@@ -172,8 +175,8 @@ class Handle(Pending):
         max_width: int | None = None,
         on_step: Callable[[Handle], None] | None = None,
     ) -> None:
-        super().__init__(engine)
-        self.request, self.config, self.eos_token_id = request, config, eos_token_id
+        super().__init__(engine, request)
+        self.config, self.eos_token_id = config, eos_token_id
         self.max_width = config.width if max_width is None else max_width
         self.tree = Tree(trace=[] if trace else None)
         self.on_step, self.seconds = on_step, 0.0
@@ -239,11 +242,11 @@ class Handle(Pending):
 
     # What follows is for the engine.
 
-    def finish(self, policy_text: Callable[[list[int]], str]) -> None:
+    def finish(self, policy: Policy) -> None:
         answer = self.answer
         tokens = answer.tokens()
         self._result = SearchResult(
-            policy_text(tokens),
+            policy.decode(tokens, self.request.opening) if policy.tokenizer is not None else "",
             tokens,
             answer.score,
             "eos" if answer.finished else "length",

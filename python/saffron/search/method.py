@@ -181,6 +181,7 @@ class Decoder(ABC, Generic[ConfigT]):
             Request(
                 tuple(self.policy.chat(conversation)),
                 tuple(self.scorer.model.context_tokens(conversation)) if self.scorer is not None else (),
+                self.policy.opening(conversation),
             )
             for conversation in conversations
         ]
@@ -222,7 +223,7 @@ class Decoder(ABC, Generic[ConfigT]):
             batch.close()
         seconds = (time.perf_counter() - started) / len(requests)
         found = {
-            request: self._result(answer, batch.cost(i, seconds))
+            request: self._result(request, answer, batch.cost(i, seconds))
             for i, (request, answer) in enumerate(zip(distinct, answers, strict=True))
         }
         return [found[request] for request in requests]
@@ -242,8 +243,8 @@ class Decoder(ABC, Generic[ConfigT]):
                 self.scorer.model.check_tokens(f"requests[{i}]", request.reward)
                 self.scorer.model.check_length(f"prompt {i}", read, self.config.max_new_tokens)
 
-    def _result(self, answer: Candidate, cost: Cost) -> SearchResult:
-        text = "" if self.policy.tokenizer is None else self.policy.decode(answer.tokens)
+    def _result(self, request: Request, answer: Candidate, cost: Cost) -> SearchResult:
+        text = "" if self.policy.tokenizer is None else self.policy.decode(answer.tokens, request.opening)
         ended = answer.tokens[-1] in self.eos_token_id
         return SearchResult(text, list(answer.tokens), answer.score, "eos" if ended else "length", cost)
 

@@ -168,4 +168,5 @@ class SaffronSearch:
 
     def request(self, prompt: Prompt, prefill: str = "") -> Request:
         """What the models read before the response."""
-        return Request(tuple(self.policy.chat(prompt, prefill)), tuple(self.mrm.context_tokens(prompt)))
+        seen = tuple(self.mrm.context_tokens(prompt))
+        return Request(tuple(self.policy.chat(prompt, prefill)), seen, self.policy.opening(prompt, prefill))

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from saffron import __version__
 from saffron.errors import shown
 from saffron.models.likelihood import TokenChance, likelihoods
+from saffron.models.policy import OPENING
 from saffron.search import config as search_config
 from saffron.search.result import Cost
 from saffron.serving.ask import Ask, Variant, choose
@@ -159,7 +160,7 @@ async def _stream(
     service, ask = running.service, running.ask
     if asked.n == 1:
         if asked.echo:
-            yield chunk(0, service.decode(list(ask.request.policy)))
+            yield chunk(0, service.policy.decode(ask.request.policy))
         async for piece in running.pieces():
             yield chunk(0, piece)
     answer = await running.answer()
@@ -182,8 +183,9 @@ def _encode(service: Service, asked: CompletionRequest, variant: Variant) -> lis
         models.policy.check_tokens("prompt", ids)
         text = prompt if isinstance(prompt, str) else models.policy.decode(prompt)
         reward = tuple(variant.reward.context_tokens(text or " ")) if variant.reward is not None else ()
+        request = search_config.Request(tuple(ids), reward, tuple(ids[-OPENING:]))
         ask = service.ask(
-            variant, search_config.Request(tuple(ids), reward), asked.own, max_tokens=asked.max_tokens or 1, n=asked.n,
+            variant, request, asked.own, max_tokens=asked.max_tokens or 1, n=asked.n,
             stop=asked.stop, trace=asked.trace, logprobs=asked.logprobs,
         )  # fmt: skip
         models.policy.check_length("prompt", len(ids), asked.max_tokens or 0)
@@ -206,7 +208,7 @@ async def _choice(
 ) -> dict[str, Any]:  # fmt: skip
     """One choice of a completion; without an answer the prompt alone, which `echo` wants."""
     prompt = list(ask.request.policy)
-    text = service.decode(prompt) if asked.echo else ""
+    text = service.policy.decode(prompt) if asked.echo else ""
     logprobs = None
     if asked.logprobs is not None:
         tokens = [] if choice is None else choice.tokens

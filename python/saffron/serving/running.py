@@ -136,7 +136,11 @@ class Running:
     def _node(self, node: Node) -> Choice:
         tokens = node.tokens()
         return _choice(
-            self.service.decode(tokens), tokens, node.score, "eos" if node.finished else "length", self.ask.stop
+            self.service.policy.decode(tokens, self.ask.request.opening),
+            tokens,
+            node.score,
+            "eos" if node.finished else "length",
+            self.ask.stop,
         )
 
 

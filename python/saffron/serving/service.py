@@ -140,8 +140,9 @@ class Service:
             if len(chat.conversation.turns) % 2 == 0 and variant.reward is models.guard:
                 raise bad("messages", "the guard needs a last message of the user")
             seen = tuple(variant.reward.context_tokens(chat.conversation))
+        request = Request(prompt, seen, models.policy.opening(chat.conversation))
         ask = self.ask(
-            variant, Request(prompt, seen), chat.own, max_tokens=chat.max_tokens, n=chat.n, stop=chat.stop,
+            variant, request, chat.own, max_tokens=chat.max_tokens, n=chat.n, stop=chat.stop,
             trace=chat.trace, logprobs=chat.logprobs,
         )  # fmt: skip
         ask = replace(ask, conversation=chat.conversation)
@@ -220,10 +221,6 @@ class Service:
         """A request that needs nothing of the engine any more."""
         pending.cancel()
         self._unfinished.discard(pending)
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text of an answer's tokens."""
-        return self.policy.decode(tokens)
 
     def verdicts(self, conversation: Conversation, answers: list[str]) -> list[float | None]:
         """The guard's reward of answers, positive is safe; None where there is no guard, or it cannot judge."""
