@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from saffron.errors import CheckpointError, ConfigError, NumericalError, outside
 from saffron.models.loading import load_model, load_tokenizer
-from saffron.models.provenance import write_origin
+from saffron.models.provenance import check_vacant_for_mrm, write_origin
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.config import check_number, check_whole
 from saffron.storage.folders import checkpoint_fingerprint, expect_same, locked, write_atomically, write_json
@@ -132,6 +132,8 @@ def train_head(
     with locked(run):
         if (run / "settings.json").exists():
             expect_same(run, read_json(run / "settings.json"), settings)
+        else:
+            check_vacant_for_mrm(out)
         write_json(run / "settings.json", settings)
         if (run / SUMMARY).exists() and read_json(run / SUMMARY).get("mrm") == checkpoint_fingerprint(out):
             return read_json(run / SUMMARY)

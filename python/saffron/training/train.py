@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saffron.errors import ConfigError, MissingDependencyError
 from saffron.models.devices import find_device
-from saffron.models.provenance import write_origin
+from saffron.models.provenance import check_vacant_for_mrm, write_origin
 from saffron.storage.folders import checkpoint_fingerprint, expect_same, locked, write_json
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import read_json
@@ -196,6 +196,7 @@ class Trainer:
             if (self.run / "settings.json").exists():
                 expect_same(self.run, read_json(self.run / "settings.json"), self.settings)
             else:
+                check_vacant_for_mrm(self.out)
                 write_json(self.run / "settings.json", self.settings)
             return self._train(progress)
 
