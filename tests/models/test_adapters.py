@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
         made.model.layers[1].self_attn.k_proj.weight.data[3, 4] = value
         return made
 
-    named = "the weight model.layers.1.self_attn.k_proj.weight holds NaN or infinity"
+    named = r"the weight model.layers.1.self_attn.k_proj.weight \(of a Linear\) holds NaN or infinity"
     with pytest.raises(CheckpointError, match=f"policy: {named}"):
         Policy(model())
     with pytest.raises(CheckpointError, match=f"mrm: {named}"):
