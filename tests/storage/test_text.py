@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import threading
 from pathlib import Path
 
 import pytest
 
-from saffron.errors import CheckpointError, ConfigError, outside, reason, shown
+from saffron.errors import CheckpointError, ConfigError, MissingDependencyError, SaffronError, outside, reason, shown
 from saffron.storage.folders import checkpoint_fingerprint, locked, write_atomically
 from saffron.storage.paths import check_checkpoint, check_output_file, check_output_folder
 from saffron.storage.text import check_text, read_json, read_json_lines
+
+
+def errors_of_ours(kind=SaffronError):
+    return [kind, *(inner for sub in kind.__subclasses__() for inner in errors_of_ours(sub))]
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -71,10 +76,19 @@ def test_reasons_are_short_and_without_advice():
         "x is not a local folder. If this is a private repository, make sure to pass a token with `hf auth login`"
     )
     assert reason(OSError(hub_says)) == "x is not a local folder."
+    numpy_says = "This file contains pickled data. If you trust it you can load it unsafely using `allow_pickle=`."
+    assert reason(ValueError(numpy_says)) == "This file contains pickled data."
     with pytest.raises(CheckpointError, match=r"^file \(bad\)$"), outside("file", CheckpointError):
         raise ZeroDivisionError("bad")
     with pytest.raises(ConfigError, match="^own$"), outside("file", CheckpointError):
         raise ConfigError("own")
+
+
+@pytest.mark.parametrize("kind", errors_of_ours())
+def test_errors_cross_processes(kind):
+    error = kind("library", "extra") if kind is MissingDependencyError else kind("what is wrong")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind and str(again) == str(error)
 
 
 def test_text_is_unicode():

@@ -100,7 +100,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     logging.getLogger("saffron.serving").setLevel("ERROR" if options.quiet else "INFO")
     files = ModelFiles(options.policy, options.mrm, options.base, options.prm, options.device)
     app = create_app(lambda: load_models(files, options.guard), settings)
-    with outside("TLS"):
+    with outside("--ssl-certfile, --ssl-keyfile: cannot be used"):
         config = uvicorn.Config(
             app, host=options.host, port=options.port, log_config=None, access_log=False, lifespan="on",
             ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile, timeout_graceful_shutdown=5,
