@@ -44,9 +44,9 @@ class TrieCache(Cache):
 
     The model has to be loaded with `attn_implementation="saffron"`. Rows may be padded on the left, and between turns.
     Results are those of `DynamicCache` up to rounding: where prefixes are shared, matrix products have fewer rows. A
-    cache is for one thread; caches of one model, or of one trie, may be in use in several. Not served, with a typed error: `inputs_embeds`, images and other inputs that are
-    not token ids, `output_attentions`, `output_router_logits`, positions of one's own, dropout in training mode,
-    gradients.
+    cache is for one thread; caches of one model, or of one trie, may be in use in several. Not served, with a typed
+    error: `inputs_embeds`, images and other inputs that are not token ids, `output_attentions`,
+    `output_router_logits`, positions of one's own, dropout in training mode, gradients.
 
     Args:
         model: a decoder of transformers, or a PEFT model around one.
