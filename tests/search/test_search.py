@@ -284,7 +284,7 @@ def test_generate_and_stream(text_search: SaffronSearch) -> None:
         text_search.generate([""])
 
 
-@pytest.mark.parametrize("prompt", [["hi"], ["a", "b"], {"role": "user"}, 5, None])
+@pytest.mark.parametrize("prompt", [["hi"], ["a", "b"], {"role": "user"}, 5, None, ""])
 def test_stream_takes_one_prompt(text_search: SaffronSearch, prompt: object) -> None:
     with pytest.raises(ConfigError, match="prompt"):
         list(text_search.stream(prompt))  # type: ignore[arg-type]
