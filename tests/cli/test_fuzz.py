@@ -227,6 +227,7 @@ READERS = {
     ],
     "hex-phi": ["eval", "--data", "harmful-hex-phi={}", "--method", "greedy:max_new_tokens=1", "--output", "{}.out"],
     "corpus": ["annotate", "{}", "--output", "{}.out"],
+    "collected": ["collect", "{}", "--output", "{}.out", "--max-new-tokens", "1"],
     "results": ["report", "{}", "--output", "{}.out"],
     "appended": ["eval", "--output", "{}", "--count", "1", "--method", "greedy:max_new_tokens=1", "--judge", "oracle"],
 }
