@@ -162,11 +162,11 @@ class CapturedStep(EagerStep):
         group, parent, token, reward, counts, logit, hidden, unseen = record.split([*[rows] * 7, self.groups])
         live = int((group < self.groups).sum())
         failures: dict[Handle, SaffronError] = {}
-        for reader, largest in ((self.policy, logit), (self.mrm, hidden)):
+        for model, largest in ((self.models.policy, logit), (self.models.mrm, hidden)):
             good = largest[:live].view(torch.float32).isfinite().tolist()
             for g, fine in zip(group[:live].tolist(), good, strict=True):
                 if not fine:
-                    failures.setdefault(self._searches[g], not_finite(reader.model.owner, model=reader.model.model))
+                    failures.setdefault(self._searches[g], not_finite(model.owner, model=model.model))
         parents, score = parent.tolist(), reward.view(torch.float32).tolist()
         more = [score, score, [0.0] * rows]
         if len(values):

@@ -70,7 +70,7 @@ class SaffronSearch:
         return f"{type(self).__name__}({self.config})"
 
     def __reduce__(self) -> Any:  # copies share no buffers of captured steps
-        options = {"eos_token_id": sorted(self.eos_token_id), "capture": self.capture}
+        options: dict[str, Any] = {"eos_token_id": sorted(self.eos_token_id), "capture": self.capture}
         return partial(type(self), **options), (self.policy, self.mrm, self.config)
 
     def engine(self, **limits: Any) -> Engine:
