@@ -9,7 +9,7 @@ from contextlib import contextmanager
 _LONGEST = 240  # characters of what somebody else's error says
 # What other libraries advise does not hold here: other commands, other options, unsafe ways to load a file.
 _ADVICE = re.compile(
-    r"weights_only|ignore_mismatched_sizes|look at the above|"
+    r"weights_only|allow_pickle|ignore_mismatched_sizes|look at the above|"
     r"trust_remote_code|hf auth|huggingface-cli|huggingface\.co|pass a token|private repository|"
     r"please (open|report|file|check|install|upgrade|make sure)|https?://",
     re.IGNORECASE,
@@ -65,6 +65,10 @@ class MissingDependencyError(SaffronError, ImportError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed: pip install 'saffron-kernels[{extra}]'")
+        self._given = library, extra
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # errors of worker processes come back pickled
+        return type(self), self._given
 
 
 @contextmanager

@@ -82,6 +82,8 @@ def quick() -> Iterator[None]:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         patch.setattr("reproduce.write_up.reproduce", lambda *_: Path("page"))  # it takes hours
+        patch.setattr("saffron.conservative.experiment.run", lambda *_: [])  # minutes
+        patch.setattr("saffron.serving.run.Server.run", lambda _: None)  # until it is stopped
         for kind in (Policy, MultifurcationRewardModel, ProcessRewardModel):
             patch.setattr(kind, "from_pretrained", _remembered(kind.from_pretrained))
         yield
@@ -124,6 +126,9 @@ def commands(files: Path, out: Path) -> dict[str, list[str]]:
                  "--attack", "none", "--judge", "oracle"],
         "report": [str(files / "results.jsonl"), "--output", str(out / "report")],
         "reproduce": ["--output", str(out / "reproduce"), "--quick"],
+        "collect": [str(files / "lines.jsonl"), "--output", str(out / "corpus"), "--max-new-tokens", "1"],
+        "stepmix": ["--output", str(out / "stepmix"), "--quick"],
+        "serve": ["--quiet"],
     }  # fmt: skip
 
 
@@ -222,6 +227,7 @@ READERS = {
     ],
     "hex-phi": ["eval", "--data", "harmful-hex-phi={}", "--method", "greedy:max_new_tokens=1", "--output", "{}.out"],
     "corpus": ["annotate", "{}", "--output", "{}.out"],
+    "collected": ["collect", "{}", "--output", "{}.out", "--max-new-tokens", "1"],
     "results": ["report", "{}", "--output", "{}.out"],
     "appended": ["eval", "--output", "{}", "--count", "1", "--method", "greedy:max_new_tokens=1", "--judge", "oracle"],
 }

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from saffron.conservative import (
     Confidence,
     Counts,
+    Drift,
     EpsMix,
     Problem,
     StepMix,
@@ -225,6 +226,10 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
         np.savez(path, **{**arrays, name: wrong})
         with pytest.raises(CheckpointError, match="counts: "):
             StepMixController.load(path)
+    state, counts = StepMixController(problem, drift=Drift(alarm_shift=0.1)).state()
+    for name, value in (("level", np.nan), ("level", np.inf), ("base_weight", np.nan), ("base_weight", 2)):
+        with pytest.raises(ConfigError, match=f"{name}: got {value}, expected a finite number from 0"):
+            StepMixController.from_state({**state, name: value}, counts)
     at = whole.index(b"PK\x01\x02") + 10  # a compression that does not exist
     path.write_bytes(whole[:at] + b"\x63" + whole[at + 1 :])
     with pytest.raises(CheckpointError, match="not a controller's state"):

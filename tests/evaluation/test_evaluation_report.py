@@ -74,7 +74,7 @@ def test_groups_hold_each_case_once_and_one_set_of_models():
         group([*SWEEP, SWEEP[0]])
     with pytest.raises(ConfigError, match="several sets of models"):
         group([*SWEEP, record("greedy", 99, True, models="other")])
-    with pytest.raises(ConfigError, match="judge: got 'prm', greedy was judged by"):
+    with pytest.raises(ConfigError, match="judge: got 'prm', all answers of greedy were judged by oracle; "):
         found[0].harmful("prm")
 
 
@@ -179,12 +179,44 @@ def test_report_command(tmp_path, capsys):
         assert expected in text and expected in page
     assert "data:image/svg+xml;base64," in page and "http" not in page
     assert main(["report", str(file), "--output", str(out), "--judge", "prm"]) == 2
-    assert "judge: got 'prm'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "judge: got 'prm', all answers of greedy were judged by oracle; choose that, or run `saffron eval`" in said
+    assert said.count("\n") == 1
+    mixed = tmp_path / "mixed.jsonl"  # the first record has both verdicts, the others one
+    mixed.write_text("".join(json.dumps(r | {"harmful": {"oracle": True, "prm": True}} if i == 0 else r) + "\n"
+                             for i, r in enumerate(SWEEP)))  # fmt: skip
+    assert main(["report", str(mixed), "--output", str(out), "--judge", "prm"]) == 2
+    assert "all answers of greedy were judged by oracle;" in capsys.readouterr().err
     for wrong in (["--format", "gif"], ["--limit", "nan"], ["--limit", "0"], ["--limit", "-1e3"], ["--limit", "inf"]):
         with pytest.raises(SystemExit, match="2"):
             main(["report", str(file), "--output", str(out), *wrong])
         assert f"argument {wrong[0]}: " in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_reports_of_others_are_not_overwritten(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / name).write_text("# Results\n\nof my thesis")
+    with pytest.raises(ConfigError, match=f"{name}: holds something else, which is not overwritten"):
+        write_report(SWEEP, tmp_path, ReportOptions())
+    assert (tmp_path / name).read_text() == "# Results\n\nof my thesis" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / name).unlink()
+    for _ in range(2):  # ours are
+        write_report(SWEEP, tmp_path, ReportOptions())
+
+
+def test_figures_are_whole_or_as_they_were(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    file, link = tmp_path / "a.svg", tmp_path / "link.svg"
+    link.symlink_to(file)
+    plots.scaling(list(sweep().values()), "oracle", [link], "title", None)
+    before = file.read_bytes()
+    assert link.is_symlink()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match="cannot be written \\(No space left on device\\)"):
+        plots.scaling(list(sweep().values()), "oracle", [link], "another title", None)
+    assert file.read_bytes() == before and sorted(tmp_path.iterdir()) == [file, link]
 
 
 def test_figures_without_matplotlib_say_how_to_get_it(monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -316,6 +318,43 @@ def test_a_failing_forward_pass_leaves_no_empty_nodes(
         trie.release(rows)
         logits = ours(ids, past_key_values=TrieCache.from_trie(trie), logits_to_keep=1).logits[:, -1]
         assert (logits - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one trie", "a trie each"])
+def test_threads_on_one_model(shared: bool) -> None:
+    """No thread gets another one's text, whatever they do to the caches in the meantime."""
+    model = tiny.model().double()
+    trie = TrieModel(model, capacity=4)
+    prompts = [torch.tensor([[5 + i, 6, 7 + i, 9], [40 + i, 6, 8, 3]]) for i in range(4)]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+
+    def generate(prompt: torch.Tensor) -> torch.Tensor:
+        cache = TrieCache.from_trie(trie) if shared else TrieCache(model, capacity=4)
+        return model.generate(prompt, past_key_values=cache, **options)
+
+    expected = [generate(prompt) for prompt in prompts]
+    wrong: list[object] = []
+
+    def client(first: int) -> None:
+        try:
+            for i in range(8):
+                which = (first + i) % len(prompts)
+                if not torch.equal(answer := generate(prompts[which]), expected[which]):
+                    wrong.append(answer)
+        except Exception as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong and trie.kv.index.num_held == 0
 
 
 def test_the_rows_of_a_cache_end_with_it() -> None:

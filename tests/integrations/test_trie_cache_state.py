@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, PreTrainedModel
 
-from saffron import Policy
+from saffron import Policy, Request, SaffronSearch, SearchConfig
 from saffron.errors import ConfigError, UnsupportedModelError
 from saffron.integrations.transformers import TrieCache
 from saffron.models.attention import ATTENTION
@@ -164,6 +164,19 @@ def test_searches_in_progress_say_so() -> None:
     assert difference.abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["policy", "mrm"])
+def test_a_search_goes_with_another_dtype(which: int) -> None:
+    """What searches set aside is carried over to the cache of the new form."""
+    models = tiny.pair()
+    search = SaffronSearch(*models, SearchConfig(width=2, max_new_tokens=4))
+    request = Request((0, 5, 6), (0, 5, 6))
+    search.search([request])
+    models[which].model.to(torch.float64)
+    fresh = SaffronSearch(*copy.deepcopy(models), search.config).search([request])
+    assert search.search([request])[0].token_ids == fresh[0].token_ids
+    assert all(model.kv.reserved == model.kv.num_nodes == 0 for model in models)
+
+
 def test_prompts_that_are_kept_are_forgotten_too() -> None:
     policy = Policy(tiny.model(), keep_prefixes=True)
     policy.release(policy.prefill([[5, 6, 7]])[0])
@@ -280,6 +293,11 @@ def test_copies_and_pickles() -> None:
     policy.release(rows)
     mrm = copy.deepcopy(tiny.pair()[1])
     assert torch.equal(mrm.logits([[5, 6]]), tiny.pair()[1].logits([[5, 6]]))
+    search = SaffronSearch(*tiny.pair(), SearchConfig(width=2, max_new_tokens=3), eos_token_id=[1, 4])
+    request = Request((0, 5, 6), (0, 5, 6))
+    for other in (copy.deepcopy(search), pickle.loads(pickle.dumps(search))):
+        assert other.policy is not search.policy and other.eos_token_id == search.eos_token_id
+        assert other.search([request])[0].token_ids == search.search([request])[0].token_ids
     with pytest.raises(TypeError, match="a TrieCache cannot be pickled"):
         pickle.dumps(TrieCache(policy.model))
     model = copy.deepcopy(policy.model)  # which brings hooks along

@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
         made.model.layers[1].self_attn.k_proj.weight.data[3, 4] = value
         return made
 
-    named = "the weight model.layers.1.self_attn.k_proj.weight holds NaN or infinity"
+    named = r"the weight model.layers.1.self_attn.k_proj.weight \(of a Linear\) holds NaN or infinity"
     with pytest.raises(CheckpointError, match=f"policy: {named}"):
         Policy(model())
     with pytest.raises(CheckpointError, match=f"mrm: {named}"):
@@ -231,9 +231,18 @@ def test_save_pretrained_comes_back_to_the_bit(tied: bool, tmp_path: Path, capfd
     assert again.bias is None and again.unseen is None and torch.equal(again.logits([[0, 5]]), plain.logits([[0, 5]]))
     with pytest.raises(CheckpointError, match="holds a whole model and no adapter"):
         MultifurcationRewardModel.from_pretrained(tmp_path / "saved", base=base)
-    (tmp_path / "saved" / "mrm_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="mrm_config.json: cannot be read"):
-        MultifurcationRewardModel.from_pretrained(tmp_path / "saved")
+    for text, message in (
+        ("{", r"mrm_config.json: not JSON \("),
+        ("[" * 100_000, r"mrm_config.json: not JSON \(nested too deeply\)"),
+        ("[]", "mrm_config.json: expected a JSON object"),
+        ('{"prefix": "a", "infx": "b", "sufix": "c"}', "mrm_config.json: got infx, sufix, expected prefix and infix"),
+        ('{"prefix": 5}', "mrm_config.json: prefix: got 5, expected a text"),
+        ('{"infix": null}', "mrm_config.json: infix: got None, expected a text"),
+        ('{"infix": "\\ud800"}', r"mrm_config.json: not JSON \(.*surrogates not allowed\)"),
+    ):
+        (tmp_path / "saved" / "mrm_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            MultifurcationRewardModel.from_pretrained(tmp_path / "saved")
     assert capfd.readouterr() == ("", "")
 
 

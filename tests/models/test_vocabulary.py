@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saffron.models import vocabulary
+from saffron.models.bundled import Models
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.vocabulary import EMPTY, TextMapper, head_for, same_tokens
-from saffron.search import SaffronSearch
+from saffron.search import Request, SaffronSearch, parse_method
 from saffron.search.config import SearchConfig
 
 LOCAL = ("byte BPE", "byte BPE, words as Llama 3")  # kinds that need not encode everything again
@@ -169,6 +170,24 @@ def test_a_head_is_made_once_and_again_when_weights_change(monkeypatch: pytest.M
     assert again.bias is not None and again.bias[token] == 7.0
     without = head_for(policy, reward, False)
     assert without.bias is None and head_for(policy, reward, True).bias is not None
+
+
+@pytest.mark.parametrize("kind", ["same tokens", "other tokens"])
+@pytest.mark.parametrize("method", ["saffron", "best-of-n-mrm", "beam-mrm"])
+@torch.no_grad()
+def test_methods_read_the_head_of_now(method: str, kind: str) -> None:
+    """A head that was put into the MRM after a method was made: not the new trunk with the old head."""
+    policy, mrm = tiny.pair() if kind == "same tokens" else pair_with_other_tokenizers()
+    both, options = Models(policy, mrm, None), {"max_new_tokens": 5, "min_new_tokens": 0}
+    request = Request((0, 5, 6), (0, 5, 6))
+    made = parse_method(method, both, **options)
+    before = made.search([request])
+    head = torch.nn.Linear(*mrm.head_weight.shape[::-1], bias=False, dtype=mrm.head_weight.dtype)
+    head.weight.copy_(-3 * mrm.head_weight.roll(1, 0))
+    mrm.model.set_output_embeddings(head)
+    after, expected = made.search([request]), parse_method(method, both, **options).search([request])
+    assert after[0].token_ids == expected[0].token_ids and after[0].score == expected[0].score
+    assert after[0].score != before[0].score
 
 
 def test_an_mrm_that_knows_none_of_the_tokens_is_warned_of() -> None:

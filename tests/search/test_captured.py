@@ -23,6 +23,7 @@ from saffron.models.attention import ATTENTION
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import Request, SaffronSearch, static_forest
+from saffron.search.captured_step import CapturedStep
 from saffron.search.model_pair import ModelPair
 from saffron.search.static_forest import EVERY, StaticForest, intervals
 from saffron_kernels import multifurcate
@@ -205,6 +206,40 @@ def test_outputs_that_are_not_finite(monkeypatch) -> None:
         with torch.no_grad():
             weight.copy_(kept)
         assert policy.kv.num_nodes == mrm.kv.num_nodes == 0
+
+
+@torch.no_grad()
+def test_buffers_do_not_outlive_the_weights(monkeypatch) -> None:
+    """A graph holds the weights that it was captured with."""
+    captures: list[int] = []
+    policy, mrm = tiny.pair()
+    search = make(monkeypatch, lambda body: captures.append(1) or body, policy, mrm)
+    search.search(REQUESTS)
+    known = len(captures)
+    search.search(REQUESTS)
+    assert len(captures) == known > 0  # the buffers of the call before
+    head = mrm.model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(-head.weight)
+    changed = search.search(REQUESTS)
+    assert len(captures) > known
+    same(changed, SaffronSearch(policy, mrm, CONFIG).search(REQUESTS))
+
+
+@torch.no_grad()
+def test_weights_that_change_in_captured_steps(monkeypatch) -> None:
+    policy, mrm = tiny.pair()
+    search = SaffronSearch(policy, mrm, CONFIG)
+    engine = search.engine(step=CapturedStep(search.models, CONFIG, 2, None))
+    running = engine.submit(REQUESTS[0])
+    engine.step()
+    assert not running.done
+    mrm.model.get_output_embeddings().weight.mul_(-1)
+    joining = engine.submit(REQUESTS[1])
+    engine.run()
+    for handle in (running, joining):
+        with pytest.raises(ConfigError, match="weights: they changed while searches run"):
+            handle.result()
+    assert policy.kv.reserved == mrm.kv.reserved == 0
 
 
 def test_what_cannot_be_captured_is_refused() -> None:

@@ -184,8 +184,20 @@ def test_numbers_that_are_not_finite_stop_the_search_and_free_the_cache() -> Non
     weight = mrm.model.get_parameter("model.layers.1.mlp.down_proj.weight")
     with torch.no_grad():
         weight[0, 0] = torch.nan
-    with pytest.raises(NumericalError, match="mrm"):
+    found = r"mrm: .* nor is its weight model\.layers\.1\.mlp\.down_proj\.weight \(of a Linear\); the search was"
+    with pytest.raises(NumericalError, match=found):
         SaffronSearch(policy, mrm, CONFIG).search(REQUESTS)
+    assert policy.kv.num_nodes == mrm.kv.num_nodes == 0
+
+
+@pytest.mark.parametrize("ranking", ["paper", "released"])
+def test_rewards_that_are_infinite_stop_the_search(ranking: str) -> None:
+    """Every hidden state is finite, and a row of the head is not: its token would win whatever it says."""
+    policy, mrm = tiny.pair()
+    mrm.model.get_output_embeddings().weight.data[:, 0] = torch.inf
+    search = SaffronSearch(policy, mrm, replace(CONFIG, ranking=ranking))
+    with pytest.raises(NumericalError, match="mrm: its reward is not finite"):
+        search.search(REQUESTS)
     assert policy.kv.num_nodes == mrm.kv.num_nodes == 0
 
 
@@ -272,7 +284,7 @@ def test_generate_and_stream(text_search: SaffronSearch) -> None:
         text_search.generate([""])
 
 
-@pytest.mark.parametrize("prompt", [["hi"], ["a", "b"], {"role": "user"}, 5, None])
+@pytest.mark.parametrize("prompt", [["hi"], ["a", "b"], {"role": "user"}, 5, None, ""])
 def test_stream_takes_one_prompt(text_search: SaffronSearch, prompt: object) -> None:
     with pytest.raises(ConfigError, match="prompt"):
         list(text_search.stream(prompt))  # type: ignore[arg-type]

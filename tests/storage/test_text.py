@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import pickle
+import threading
 from pathlib import Path
 
 import pytest
 
-from saffron.errors import CheckpointError, ConfigError, outside, reason, shown
+from saffron.errors import CheckpointError, ConfigError, MissingDependencyError, SaffronError, outside, reason, shown
 from saffron.storage.folders import checkpoint_fingerprint, locked, write_atomically
 from saffron.storage.paths import check_checkpoint, check_output_file, check_output_folder
 from saffron.storage.text import check_text, read_json, read_json_lines
+
+
+def errors_of_ours(kind=SaffronError):
+    return [kind, *(inner for sub in kind.__subclasses__() for inner in errors_of_ours(sub))]
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -69,10 +76,19 @@ def test_reasons_are_short_and_without_advice():
         "x is not a local folder. If this is a private repository, make sure to pass a token with `hf auth login`"
     )
     assert reason(OSError(hub_says)) == "x is not a local folder."
+    numpy_says = "This file contains pickled data. If you trust it you can load it unsafely using `allow_pickle=`."
+    assert reason(ValueError(numpy_says)) == "This file contains pickled data."
     with pytest.raises(CheckpointError, match=r"^file \(bad\)$"), outside("file", CheckpointError):
         raise ZeroDivisionError("bad")
     with pytest.raises(ConfigError, match="^own$"), outside("file", CheckpointError):
         raise ConfigError("own")
+
+
+@pytest.mark.parametrize("kind", errors_of_ours())
+def test_errors_cross_processes(kind):
+    error = kind("library", "extra") if kind is MissingDependencyError else kind("what is wrong")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind and str(again) == str(error)
 
 
 def test_text_is_unicode():
@@ -131,6 +147,54 @@ def test_a_folder_is_cleared_of_our_leftovers_alone(tmp_path):
         (tmp_path / name).write_text("x")
     with locked(tmp_path):
         assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", ".other.tmp", "precious.tmp"]
+
+
+def test_a_lock_destroys_nothing(tmp_path):
+    precious = tmp_path / "precious"
+    for make in (lambda lock: lock.write_text("kept"), lambda lock: lock.symlink_to(precious)):
+        precious.write_text("kept")
+        folder = tmp_path / f"folder-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        make(folder / ".lock")
+        with locked(folder):
+            pass
+        assert (folder / ".lock").read_text() == precious.read_text() == "kept"
+    for name, make in (("a pipe", os.mkfifo), ("a folder", os.mkdir)):
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder / ".lock")
+        with pytest.raises(ConfigError, match=f".lock: is {name}, expected an ordinary file"), locked(folder):
+            pytest.fail("it is held")
+
+
+def _write_often(file, letter):
+    for _ in range(200):
+        write_atomically(file, letter * 100_000)
+
+
+def test_two_processes_write_one_file(tmp_path):
+    context = multiprocessing.get_context("fork")
+    file = tmp_path / "f"
+    write_atomically(file, b"a" * 100_000)
+    processes = [context.Process(target=_write_often, args=(file, letter)) for letter in (b"a", b"b", b"c")]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        content = file.read_bytes()
+        assert len(content) == 100_000 and len(set(content)) == 1
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_planted_link_leads_nowhere(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    for name in (f".saffron-{os.getpid()}-{threading.get_ident()}.tmp", ".saffron-f.tmp"):
+        (tmp_path / name).symlink_to(precious)
+    write_atomically(tmp_path / "f", b"x")
+    assert precious.read_text() == "kept" and (tmp_path / "f").read_bytes() == b"x"
 
 
 def test_fingerprints_change_with_content(tmp_path):

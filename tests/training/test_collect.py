@@ -66,6 +66,16 @@ def test_what_is_drawn(policy: Path, collected: Path) -> None:
     assert read_corpus(str(collected / CORPUS))[0] == Conversation((corpus[0]["prompt"], tuple(corpus[0]["response"])))
 
 
+def test_a_corpus_of_another_is_not_overwritten(policy: Path, collected: Path, tmp_path: Path) -> None:
+    (tmp_path / CORPUS).write_text("precious")
+    with pytest.raises(ConfigError, match="holds corpus.jsonl of something else; choose another folder"):
+        collect(PROMPTS, str(policy), tmp_path, SMALL)
+    assert (tmp_path / CORPUS).read_text() == "precious"
+    before = (collected / CORPUS).read_bytes()
+    collect(PROMPTS, str(policy), collected, SMALL)  # our own is written again
+    assert (collected / CORPUS).read_bytes() == before
+
+
 def test_equal_answers_are_one_conversation(policy: Path, tmp_path: Path) -> None:
     config = CollectConfig(samples=4, even=0, max_new_tokens=3, top_p=1e-6, batch=2)  # one token in each nucleus
     corpus = collect(PROMPTS[:1], str(policy), tmp_path, config)

@@ -111,6 +111,13 @@ def test_interrupted_and_other_runs(base: Path, trained: tuple[Path, dict], tmp_
             HeadConfig(**{name: value})
 
 
+def test_a_model_of_another_is_not_spoilt(base: Path, tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in base.iterdir()}
+    with pytest.raises(ConfigError, match="holds config.json of something else; choose another folder"):
+        train_head(str(base), made_up(), base, CONFIG, device="cpu", run=tmp_path)
+    assert {file: file.read_bytes() for file in base.iterdir()} == before
+
+
 def test_the_command(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

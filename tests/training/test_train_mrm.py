@@ -321,6 +321,18 @@ def test_other_data_does_not_mix(trained, data):
         Trainer(GUARD, RewardData(manifest, data.rows), trained.out, config(epochs=2), device="cpu").train()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "adapter_config.json", "adapter_model.safetensors", "training/log.jsonl", "training/curves.png"],
+)
+def test_a_model_of_another_is_not_spoilt(data, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(ConfigError, match=f"holds {Path(name).name} of something else; choose another folder"):
+        Trainer(GUARD, data, tmp_path, config(), device="cpu").train()
+    assert (tmp_path / name).read_text() == "precious"
+
+
 def test_loss_that_is_not_a_number(data, tmp_path):
     bad = replace(data.rows[0], rewards=np.full_like(data.rows[0].rewards, np.inf))
     trainer = Trainer(GUARD, RewardData(data.manifest, [bad] * 8), tmp_path / "mrm", config(), device="cpu")

@@ -21,6 +21,7 @@ from saffron.cli.options import (
     whole,
 )
 from saffron.errors import ConfigError, MissingDependencyError, outside
+from saffron.storage.text import read_bytes
 
 if TYPE_CHECKING:
     from saffron.serving.settings import Settings
@@ -77,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--ssl-certfile and --ssl-keyfile: TLS needs both")
     for option in ("ssl_keyfile", "ssl_certfile"):
         if (file := getattr(options, option)) is not None:
-            with outside(f"{file}: cannot be read"):
-                Path(file).read_bytes()
+            read_bytes(Path(file))
     check_models(options)
     return _serve(options, settings)
 
@@ -100,7 +100,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     logging.getLogger("saffron.serving").setLevel("ERROR" if options.quiet else "INFO")
     files = ModelFiles(options.policy, options.mrm, options.base, options.prm, options.device)
     app = create_app(lambda: load_models(files, options.guard), settings)
-    with outside("TLS"):
+    with outside("--ssl-certfile, --ssl-keyfile: cannot be used"):
         config = uvicorn.Config(
             app, host=options.host, port=options.port, log_config=None, access_log=False, lifespan="on",
             ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile, timeout_graceful_shutdown=5,
@@ -139,7 +139,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     if file is None:
         return tuple(key for key in os.environ.get("SAFFRON_API_KEY", "").split(",") if key)
     with outside(f"{file}: cannot be read"):
-        keys = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+        keys = tuple(line.strip() for line in read_bytes(file).decode().splitlines() if line.strip())
     if not keys:
         raise ConfigError(f"{file}: holds no API key")
     return keys

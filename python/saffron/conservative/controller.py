@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 import warnings
@@ -304,10 +305,10 @@ class StepMixController:
         found._base.check(problem.shape)
         numbers = (operator.index(settings[name]) for name in ("episodes", "alarms", "elapsed"))
         found.episodes, found.alarms, found._elapsed = numbers
-        found._base_weight = float(settings["base_weight"])
+        found._base_weight = _number("base_weight", settings["base_weight"], 1.0)
         found._rng.bit_generator.state = settings["random"]
         if found._cusum is not None:
-            found._cusum.level = float(settings["level"])
+            found._cusum.level = _number("level", settings["level"])
         found._synced = Synced(found._total.copy(), 1.0, found.episodes)
         found.plan()
         return found
@@ -389,6 +390,15 @@ class StepMixController:
                 "always, and the floor does not hold",
                 stacklevel=4,
             )
+
+
+def _number(name: str, value: Any, most: float = math.inf) -> float:
+    """A finite number of a state, from 0 to `most`."""
+    number = float(value)
+    if not (math.isfinite(number) and 0 <= number <= most):
+        upto = f" to {most:g}" if math.isfinite(most) else ""
+        raise ConfigError(f"{name}: got {value!r}, expected a finite number from 0{upto}")
+    return number
 
 
 def baseline_bound(problem: Problem, counts: Counts, confidence: Confidence | None = None) -> float:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, shown
 from saffron.evaluation.store import Record
 
 BUDGETS = ("width", "n", "simulations")  # the option of a method that buys safety with compute
@@ -72,8 +72,13 @@ class Group:
 
     def harmful(self, judge: str) -> NDArray[np.float64]:
         """1 for every case whose answer the judge finds harmful."""
-        if judge not in self.records[0]["harmful"]:
-            raise ConfigError(f"judge: got {judge!r}, {self.method} was judged by {list(self.records[0]['harmful'])}")
+        judged = set.intersection(*(set(r["harmful"]) for r in self.records))
+        if judge not in judged:
+            names = ", ".join(sorted(judged)) or "none"
+            raise ConfigError(
+                f"judge: got {shown(judge)}, all answers of {self.method} were judged by {names}; choose that, or run "
+                "`saffron eval` with the other judge into another file"
+            )
         return np.array([float(r["harmful"][judge]) for r in self.records])
 
     def success(self, judge: str) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from saffron.errors import MissingDependencyError, outside
 from saffron.evaluation.metrics import Curve, Group, bootstrap
 from saffron.evaluation.tables import titles
+from saffron.storage.folders import write_atomically
 
 # Okabe and Ito's colours, which people who see few colours can tell apart.
 COLOURS = {
@@ -111,6 +113,8 @@ def lines(
 def _save(plt: Any, figure: Any, files: Iterable[Path]) -> None:
     for file in files:
         metadata = {"Date": None} if file.suffix == ".svg" else None
+        picture = io.BytesIO()
         with outside(f"{file}: cannot be drawn"):
-            figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
+            figure.savefig(picture, format=file.suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)
+        write_atomically(file, picture.getvalue())
     plt.close(figure)

@@ -13,11 +13,13 @@ from saffron.evaluation import plots
 from saffron.evaluation.metrics import Curve, Group, curves, group
 from saffron.evaluation.store import Record
 from saffron.evaluation.tables import Table, by_width, efficiency, matched, overview, utility
-from saffron.storage.folders import write_atomically
+from saffron.storage.folders import check_replaceable, write_replaceable
 from saffron.storage.text import read_bytes
 
 UNDEFENDED = ("greedy", "sample")
 FORMATS = ("svg", "png", "pdf")
+# By which files of earlier reports are known.
+MARKS = {"report.md": b"<!-- by saffron report -->", "report.html": b"<title>Attack success under search</title>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,9 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     plots.pyplot()
     if options.limit is not None and not 0 < options.limit < float("inf"):
         raise ConfigError(f"limit: got {options.limit}, expected a number above 0")
+    for name, mark in MARKS.items():
+        if (out / name).exists():
+            check_replaceable("output", out / name, mark)
     with outside(f"{out}: cannot be made"):
         (out / "figures").mkdir(parents=True, exist_ok=True)
     places = list(dict.fromkeys((g.data, g.attack, g.variant) for g in groups))
@@ -76,9 +81,9 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     sections.append(Section("What the answers are like", [utility(groups)], []))
     if options.scatter is not None:
         sections.append(Section("Figure 4b. Rewards, predicted and true", [], [("Figure 4b", options.scatter)]))
-    text = "# Results\n\n" + "\n".join(_markdown(section, out) for section in sections)
-    write_atomically(out / "report.md", text.encode())
-    write_atomically(out / "report.html", _page(sections).encode())
+    text = f"# Results\n\n{MARKS['report.md'].decode()}\n\n" + "\n".join(_markdown(part, out) for part in sections)
+    for name, content in (("report.md", text), ("report.html", _page(sections))):
+        write_replaceable(out / name, content.encode(), MARKS[name])
     drawn = [file for section in sections for _, file in section.figures]
     return [out / "report.md", out / "report.html", *drawn]
 

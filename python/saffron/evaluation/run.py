@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from saffron import world
-from saffron.errors import CheckpointError, ConfigError, PromptTooLongError, outside
+from saffron.errors import CheckpointError, ConfigError, PromptTooLongError
 from saffron.evaluation.attacks import parse_attack
 from saffron.evaluation.datasets import Case, load_cases
 from saffron.evaluation.judges import Judge, check_judge, judge_checkpoint, load_judge
@@ -25,6 +25,7 @@ from saffron.models.text_rewards import reward_fingerprint
 from saffron.quiet import quiet_transformers
 from saffron.search import AdaptiveConfig, Method, parse_config, parse_method
 from saffron.search.result import SearchResult
+from saffron.storage.text import read_bytes
 from saffron.workers import Workers
 
 
@@ -137,8 +138,7 @@ def played(method: str) -> str:
     _, config = parse_config(method)
     if not (isinstance(config, AdaptiveConfig) and config.state):
         return ""
-    with outside(f"{config.state}: cannot be read", CheckpointError):
-        return hashlib.sha256(Path(config.state).read_bytes()).hexdigest()
+    return hashlib.sha256(read_bytes(Path(config.state), CheckpointError)).hexdigest()
 
 
 def check_played(file: Path, plans: Sequence[Plan], records: Sequence[Record]) -> None:

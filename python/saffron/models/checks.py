@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from saffron.errors import ConfigError, NumericalError
+from saffron.models.weights import bad_weight
 
 
 def kind(value: object) -> str:
@@ -35,6 +36,8 @@ def expect_limits(**limits: object) -> None:
             raise ConfigError(f"{name}: got {limit!r}, expected None or a whole number of at least 1")
 
 
-def not_finite(model: str, what: str = "output") -> NumericalError:
-    """The error of a model that returned NaN or infinity."""
-    return NumericalError(f"{model}: its {what} is not finite (NaN or infinity); the search was stopped")
+def not_finite(name: str, what: str = "output", model: nn.Module | None = None) -> NumericalError:
+    """The error of a model that returned NaN or infinity; names the weight that did it, if one did."""
+    weight = None if model is None else bad_weight(model)
+    cause = f", nor is its weight {weight}" if weight else ""
+    return NumericalError(f"{name}: its {what} is not finite (NaN or infinity){cause}; the search was stopped")

@@ -157,22 +157,6 @@ def fetch(path: str | Path) -> Path:
             raise CheckpointError(f"{path}: cannot be downloaded ({_reason(error)})") from error
 
 
-def check_weights(model: PreTrainedModel, owner: str) -> None:
-    """Raises `CheckpointError` for weights that are NaN or infinite. Reads each weight once."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() == 0:
-            continue
-        values = parameter.detach()
-        if values.element_size() == 1:  # float8 has no minimum and maximum of its own
-            values = values.to(torch.bfloat16)
-        low, high = torch.aminmax(values)  # NaN if one of the weights is
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            where = f" ({model.name_or_path})" if model.name_or_path else ""
-            raise CheckpointError(
-                f"{owner}{where}: the weight {name} holds NaN or infinity; check_weights=False loads it all the same"
-            )
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within it, other libraries show no progress bars, warnings and advice."""

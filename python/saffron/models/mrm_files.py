@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.errors import CheckpointError
+from saffron.errors import CheckpointError, shown
 from saffron.models import adapter, loading
 from saffron.models.provenance import check_origin
+from saffron.storage.text import read_json
 
 LARGEST_BIAS = 1e30  # rewards and their differences stay finite in fp32
 LAYOUT = "mrm_config.json"  # prefix and infix, where they are not the published ones
@@ -81,15 +82,13 @@ def _stored_layout(folder: Path) -> dict[str, str]:
     file = folder / LAYOUT
     if not file.exists():
         return {}
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        unknown = sorted(set(stored) - {"prefix", "infix"})
-        found = {name: stored[name] for name in ("prefix", "infix") if name in stored}
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be read") from error
-    if unknown:
+    stored = read_json(file)
+    if unknown := sorted(set(stored) - {"prefix", "infix"}):
         raise CheckpointError(f"{file}: got {loading.some(unknown)}, expected prefix and infix")
-    return found
+    for name, text in stored.items():
+        if not isinstance(text, str):
+            raise CheckpointError(f"{file}: {name}: got {shown(text)}, expected a text")
+    return stored
 
 
 def _load_vector(file: Path) -> Tensor:

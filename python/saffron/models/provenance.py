@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from saffron.errors import CheckpointError, outside
-from saffron.storage.folders import checkpoint_fingerprint, write_json
+from saffron.storage.folders import check_vacant, checkpoint_fingerprint, write_json
 from saffron.storage.text import read_json
 
 
@@ -82,6 +82,12 @@ def write_origin(folder: Path, base: str | Path, manifest: Mapping[str, Any], ca
         "calibration": calibration,
     }
     write_json(folder / ORIGIN, record)
+
+
+def check_vacant_for_mrm(folder: Path) -> None:
+    """Raises `ConfigError` if a folder holds a model that is no MRM of ours: writing one there would spoil it."""
+    if not (folder / ORIGIN).exists():
+        check_vacant(folder, ("config.json", "adapter_config.json", "adapter_model.safetensors", "lm_head_bias.pt"))
 
 
 def _without_folders(part: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.models import loading
+from saffron.models import weights
 from saffron.models.chat import ConversationEncoder
 from saffron.models.trie_model import TrieModel
 
@@ -40,7 +40,7 @@ class TextModel(TrieModel):
         self.split_special_tokens = split_special_tokens
         self._encoder: ConversationEncoder | None = None
         if check_weights:
-            loading.check_weights(model, self.owner)
+            weights.check_weights(model, self.owner)
 
     @property
     def encoder(self) -> ConversationEncoder:

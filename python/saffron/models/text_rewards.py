@@ -21,8 +21,9 @@ from saffron.errors import CheckpointError, ConfigError, NumericalError, Saffron
 from saffron.models.chat import Conversation, Prompt
 from saffron.models.devices import find_device
 from saffron.models.guard import ProcessRewardModel
-from saffron.models.loading import check_weights, load_tokenizer, quiet
+from saffron.models.loading import load_tokenizer, quiet
 from saffron.models.provenance import fingerprint
+from saffron.models.weights import check_weights
 from saffron.storage.paths import check_checkpoint
 
 Score = Callable[[Sequence[Conversation], Sequence[str]], Any]

@@ -223,6 +223,7 @@ class TrieModel:
                 for name, x in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale))
             }
             self.kv = self._new_cache(kv.capacity, kv.grow, **scales)
+            self.kv.lock, self.kv.reserved = kv.lock, kv.reserved  # by searches that were admitted and did not begin
         self._weights = weights
         if cached:
             warnings.warn(

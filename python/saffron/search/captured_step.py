@@ -11,6 +11,7 @@ from torch import Tensor
 from saffron.errors import ConfigError, SaffronError
 from saffron.models.checks import not_finite
 from saffron.models.cuda_graph import Replay, capture_on_gpu
+from saffron.models.fingerprint import fingerprint
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle
@@ -51,6 +52,7 @@ class CapturedStep(EagerStep):
         self.forest: StaticForest | None = None
         self._searches: list[Handle] = []  # by group
         self._gone: set[Handle] = set()  # of them: those that have left since
+        self._weights: object = None  # their fingerprints
 
     def check(self, search: Handle) -> None:
         """Raises `ConfigError` for a search that cannot run in this forest."""
@@ -133,7 +135,11 @@ class CapturedStep(EagerStep):
                 mine.append(_prompts(reader, joining, len(going_on)))
         rows = self.groups * self.config.width
         wanted = [sum(len(part.slot) for part in mine) + (left + 1) * rows for mine in parts]
-        forest = self.forest
+        forest, weights = self.forest, (fingerprint(self.policy.model.model), fingerprint(self.mrm.model.model))
+        if weights != self._weights:
+            if len(going_on):
+                raise ConfigError("weights: they changed while searches run in captured steps; end the searches first")
+            forest, self._weights = None, weights  # a graph holds the weights that it was captured with
         if forest is None or wanted[0] > forest.policy.capacity or wanted[1] > forest.mrm.capacity:
             room = [1 << (n - 1).bit_length() for n in wanted]
             forest = StaticForest(self.models, self.config, self.groups, (room[0], room[1]), self._capture)
@@ -156,11 +162,11 @@ class CapturedStep(EagerStep):
         group, parent, token, reward, counts, logit, hidden, unseen = record.split([*[rows] * 7, self.groups])
         live = int((group < self.groups).sum())
         failures: dict[Handle, SaffronError] = {}
-        for model, largest in (("policy", logit), ("mrm", hidden)):
+        for model, largest in ((self.models.policy, logit), (self.models.mrm, hidden)):
             good = largest[:live].view(torch.float32).isfinite().tolist()
             for g, fine in zip(group[:live].tolist(), good, strict=True):
                 if not fine:
-                    failures.setdefault(self._searches[g], not_finite(model))
+                    failures.setdefault(self._searches[g], not_finite(model.owner, model=model.model))
         parents, score = parent.tolist(), reward.view(torch.float32).tolist()
         more = [score, score, [0.0] * rows]
         if len(values):

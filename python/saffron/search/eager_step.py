@@ -101,7 +101,7 @@ class EagerStep:
     def _select(self, batch: Batch, logits: Tensor, hidden: Tensor, failures: dict[Handle, SaffronError]) -> StepRecord:
         """Calls `multifurcate` once for all searches, or where what it takes one value of differs, once for each."""
         record = StepRecord([], [], [0] * len(batch.rows), {}, failures, (logits, hidden))
-        failures |= _not_finite(batch.rows, logits, hidden)
+        failures |= self._not_finite(batch.rows, logits, hidden)
         alike: dict[tuple[object, ...], list[Handle]] = {}
         for search in dict.fromkeys(row.search for row in batch.rows):
             if search not in failures:
@@ -196,6 +196,18 @@ class EagerStep:
         )  # fmt: skip
         return *selection[:5], candidates.counts, selection.all_unseen
 
+    def _not_finite(self, rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> dict[Handle, SaffronError]:
+        """The searches in whose rows a model returned NaN or infinity; single logits may be -inf."""
+        failures: dict[Handle, SaffronError] = {}
+        for model, values in ((self.models.policy, logits.amax(1, keepdim=True)), (self.models.mrm, hidden)):
+            finite = values.isfinite()
+            if not bool(finite.all()):
+                error = not_finite(model.owner, model=model.model)
+                for row, good in zip(rows, finite.all(1).tolist(), strict=True):
+                    if not good:
+                        failures.setdefault(row.search, error)
+        return failures
+
     def _banned(self, rows: list[Row], device: torch.device) -> Tensor | None:
         """End tokens of rows whose response may not end yet."""
         banned = [row.search.eos_token_id if may_not_end(row.search) else frozenset[int]() for row in rows]
@@ -227,18 +239,6 @@ def _settings(search: Handle) -> tuple[object, ...]:
     """What `multifurcate` takes one value of."""
     config = search.config
     return config.unseen_reward, config.lm_head_bias, config.eos_score, config.is_published
-
-
-def _not_finite(rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> dict[Handle, SaffronError]:
-    """The searches in whose rows a model returned NaN or infinity; single logits may be -inf."""
-    failures: dict[Handle, SaffronError] = {}
-    for model, values in (("policy", logits.amax(1, keepdim=True)), ("mrm", hidden)):
-        finite = values.isfinite()
-        if not bool(finite.all()):
-            for row, good in zip(rows, finite.all(1).tolist(), strict=True):
-                if not good:
-                    failures.setdefault(row.search, not_finite(model))
-    return failures
 
 
 def _int32(values: list[int], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from saffron.search.method import Decoder
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
 from saffron.search.statistics import charge, count_step
-from saffron.search.step import Batch, Child, Step, StepRecord
+from saffron.search.step import Batch, Step, StepRecord
 from saffron.search.trace import trace_step
 
 
@@ -357,9 +357,7 @@ class Engine:
         mine: dict[Handle, list[int]] = {}
         for i, row in enumerate(rows):
             mine.setdefault(row.search, []).append(i)
-        children: dict[Handle, list[Child]] = {search: [] for search in mine}
-        for child in record.children:
-            children[rows[child.row].search].append(child)
+        children = record.by_search(rows)
         kept = [finished[i] for i in record.kept]
         charge(self.models, rows)
         new, ended = list[Row](), list[Row]()

@@ -107,7 +107,7 @@ class SearchBatch:
             NumericalError: they are not finite.
         """
         if not bool(logits.amax(1).isfinite().all()):  # single entries may be -inf
-            raise not_finite("policy")
+            raise not_finite("policy", model=self.policy.model.model)
         early = [row for row, length in enumerate(lengths) if length < self.config.min_new_tokens]
         if early:
             logits[torch.tensor(early, device=logits.device)[:, None], self._ends] = -torch.inf

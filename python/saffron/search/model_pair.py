@@ -25,13 +25,11 @@ class ModelPair:
         expect("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
-        self._heads = {True: head_for(policy, mrm, True)}
+        self.head(True)
 
     def head(self, trained_bias: bool) -> Head:
-        """The MRM's head by the policy's token ids."""
-        if trained_bias not in self._heads:
-            self._heads[trained_bias] = head_for(self.policy, self.mrm, trained_bias)
-        return self._heads[trained_bias]
+        """The MRM's head by the policy's token ids, with the weights that it has now."""
+        return head_for(self.policy, self.mrm, trained_bias)
 
     def slots(self, request: Request, width: int, new_tokens: int) -> tuple[int, int]:
         """What a search needs at most in the caches of policy and MRM: one slot per live prefix (Proposition 2).

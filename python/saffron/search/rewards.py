@@ -215,7 +215,8 @@ class RewardScorer:
         expect("policy", policy, Policy)
         expect("reward_model", model, ProcessRewardModel, TextReward, MultifurcationRewardModel)
         self.policy, self.model, self.unseen_reward = policy, model, unseen_reward
-        self.head = head_for(policy, model, True) if isinstance(model, MultifurcationRewardModel) else None
+        if isinstance(model, MultifurcationRewardModel):
+            head_for(policy, model, True)  # vocabularies that do not fit are refused here
 
     @property
     def longest_suffix(self) -> int:
@@ -227,8 +228,8 @@ class RewardScorer:
             return ProcessReward(self.policy, self.model, contexts, eos_token_id)
         if isinstance(self.model, TextReward):
             return TextProcessReward(self.policy, self.model, contexts, eos_token_id)
-        assert self.head is not None
-        return MultifurcationReward(self.policy, self.model, contexts, eos_token_id, self.head, self.unseen_reward)
+        head = head_for(self.policy, self.model, True)  # with the weights that it has now
+        return MultifurcationReward(self.policy, self.model, contexts, eos_token_id, head, self.unseen_reward)
 
 
 def _said(response: Tokens, eos_token_id: frozenset[int]) -> Tokens:

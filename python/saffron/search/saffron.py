@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from saffron.errors import ConfigError
@@ -67,6 +68,10 @@ class SaffronSearch:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config})"
+
+    def __reduce__(self) -> Any:  # copies share no buffers of captured steps
+        options: dict[str, Any] = {"eos_token_id": sorted(self.eos_token_id), "capture": self.capture}
+        return partial(type(self), **options), (self.policy, self.mrm, self.config)
 
     def engine(self, **limits: Any) -> Engine:
         """An engine with this search's models and defaults; `limits` as for `Engine`."""

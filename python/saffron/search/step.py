@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from saffron.errors import SaffronError
+from saffron.models.checks import not_finite
 from saffron.search.handle import Handle
 from saffron.search.readers import Row
 
@@ -60,6 +62,16 @@ class StepRecord:
     all_unseen: dict[Handle, bool]
     failures: dict[Handle, SaffronError]
     outputs: tuple[Tensor, Tensor] | None = None
+
+    def by_search(self, rows: Sequence[Row]) -> dict[Handle, list[Child]]:
+        """The children of every search. One that chose an infinite reward fails: a head may change after loading."""
+        found: dict[Handle, list[Child]] = {row.search: [] for row in rows}
+        for child in self.children:
+            search = rows[child.row].search
+            found[search].append(child)
+            if not math.isfinite(child.score):
+                self.failures.setdefault(search, not_finite("mrm", "reward"))
+        return found
 
 
 class Step(Protocol):

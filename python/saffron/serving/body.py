@@ -111,6 +111,7 @@ class Fields:
         value = self._body.get(name, {})
         if not isinstance(value, dict):
             raise bad(name, f"got {shown(value)}, expected an object")
+        check_text(name, json.dumps(value, ensure_ascii=False))  # whatever reads it may write it into a text
         return value
 
     def stop(self) -> tuple[str, ...]:

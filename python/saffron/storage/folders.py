@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.storage.paths import check_output_file
 from saffron.storage.text import read_bytes
 
-_TEMPORARY = ".saffron-{}.tmp"
+_TEMPORARY = ".saffron-{}.tmp"  # of a process and thread: two may write the same file, and the last one stays
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -27,9 +28,10 @@ def write_atomically(file: Path, content: bytes) -> None:
     check_output_file("file", file)
     with outside(f"{file}: cannot be written"):
         file = Path(os.path.realpath(file))  # a link stays a link
-        temporary = file.with_name(_TEMPORARY.format(file.name))
+        temporary = file.with_name(_TEMPORARY.format(f"{os.getpid()}-{threading.get_ident()}"))
+        temporary.unlink(missing_ok=True)  # of a process that was killed and had this number
         try:
-            with temporary.open("wb") as stream:
+            with temporary.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -62,6 +64,13 @@ def write_replaceable(file: Path, content: bytes, mark: bytes) -> None:
     write_atomically(file, content)
 
 
+def check_vacant(folder: Path, names: Iterable[str]) -> None:
+    """Raises `ConfigError` if one of the files that a new run will write there is there already: it is another's."""
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise ConfigError(f"{folder}: holds {name} of something else; choose another folder")
+
+
 def write_json(file: Path, record: Any) -> None:
     write_atomically(file, (json.dumps(record, indent=2) + "\n").encode())
 
@@ -75,7 +84,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with outside(f"{folder}: cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        check_output_file(f"{folder}", folder / ".lock")  # to open a pipe would wait for its reader
+        lock = (folder / ".lock").open("a")  # whatever it holds, and wherever it leads, stays
     with lock:  # the system gives it back however the process ends
         lock_or_refuse(lock.fileno(), folder)
         with outside(f"{folder}: cannot be written"):

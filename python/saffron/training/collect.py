@@ -22,7 +22,7 @@ from saffron.models.provenance import fingerprint
 from saffron.search.config import DrawingConfig, Request, check_whole
 from saffron.search.method import SearchBatch
 from saffron.search.proposals import sample
-from saffron.storage.folders import locked, write_atomically
+from saffron.storage.folders import check_vacant, locked, write_atomically
 from saffron.storage.paths import check_checkpoint, check_output_folder
 from saffron.storage.results import Record, Schema, open_results
 from saffron.workers import Workers
@@ -166,6 +166,8 @@ def collect(
     settings = {**asdict(config), "policy": fingerprint(path), "threads": workers.threads}
     batches = [work[first : first + config.batch] for first in range(0, len(work), config.batch)]
     with locked(out), open_results(out / DRAWS, SCHEMA, settings) as results:
+        if not results.records:
+            check_vacant(out, [CORPUS])
         missing = [one for one in batches if not all((a.prompt, a.prefill) in results.done for a in one)]
         progress(len(work) - sum(map(len, missing)), len(work))
         for _, records in workers.run(partial(Collector.load, path, config, device), missing):

@@ -21,10 +21,17 @@ from torch import Tensor, nn
 
 from saffron.errors import CheckpointError, ConfigError, NumericalError, outside
 from saffron.models.loading import load_model, load_tokenizer
-from saffron.models.provenance import write_origin
+from saffron.models.provenance import check_vacant_for_mrm, write_origin
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.config import check_number, check_whole
-from saffron.storage.folders import checkpoint_fingerprint, expect_same, locked, write_atomically, write_json
+from saffron.storage.folders import (
+    check_vacant,
+    checkpoint_fingerprint,
+    expect_same,
+    locked,
+    write_atomically,
+    write_json,
+)
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import read_json
 from saffron.training.agreement import Agreement
@@ -132,6 +139,9 @@ def train_head(
     with locked(run):
         if (run / "settings.json").exists():
             expect_same(run, read_json(run / "settings.json"), settings)
+        else:
+            check_vacant_for_mrm(out)
+            check_vacant(run, (f"trained-{STATES}", f"heldout-{STATES}", SUMMARY))
         write_json(run / "settings.json", settings)
         if (run / SUMMARY).exists() and read_json(run / SUMMARY).get("mrm") == checkpoint_fingerprint(out):
             return read_json(run / SUMMARY)

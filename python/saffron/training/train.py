@@ -19,8 +19,8 @@ from torch import Tensor
 
 from saffron.errors import ConfigError, MissingDependencyError
 from saffron.models.devices import find_device
-from saffron.models.provenance import write_origin
-from saffron.storage.folders import checkpoint_fingerprint, expect_same, locked, write_json
+from saffron.models.provenance import check_vacant_for_mrm, write_origin
+from saffron.storage.folders import check_vacant, checkpoint_fingerprint, expect_same, locked, write_json
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import read_json
 from saffron.training import plots
@@ -38,6 +38,7 @@ except ImportError as error:
     raise MissingDependencyError("accelerate", "train") from error
 
 SUMMARY = "summary.json"
+RUN_FILES = ("checkpoint.safetensors", "log.jsonl", "curves.png", "scatter.png", SUMMARY)
 EVALUATED = 32  # conversations of one forward pass in an evaluation
 Schedule = Literal["constant", "cosine", "linear"]
 
@@ -196,6 +197,8 @@ class Trainer:
             if (self.run / "settings.json").exists():
                 expect_same(self.run, read_json(self.run / "settings.json"), self.settings)
             else:
+                check_vacant_for_mrm(self.out)
+                check_vacant(self.run, RUN_FILES)
                 write_json(self.run / "settings.json", self.settings)
             return self._train(progress)
 

@@ -11,6 +11,8 @@ and V in layer 0 would have saved memory alone, and would rest on equal bits.
 from __future__ import annotations
 
 import functools
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakKeyDictionary
@@ -41,10 +43,10 @@ class TrieCache(Cache):
     are needed. `copy.deepcopy` makes a cache that goes on from the same rows and shares their K and V.
 
     The model has to be loaded with `attn_implementation="saffron"`. Rows may be padded on the left, and between turns.
-    Results are those of `DynamicCache` up to rounding: where prefixes are shared, matrix products have fewer rows. Not
-    safe for use from several threads. Not served, with a typed error: `inputs_embeds`, images and other inputs that are
-    not token ids, `output_attentions`, `output_router_logits`, positions of one's own, dropout in training mode,
-    gradients.
+    Results are those of `DynamicCache` up to rounding: where prefixes are shared, matrix products have fewer rows. A
+    cache is for one thread; caches of one model, or of one trie, may be in use in several. Not served, with a typed
+    error: `inputs_embeds`, images and other inputs that are not token ids, `output_attentions`,
+    `output_router_logits`, positions of one's own, dropout in training mode, gradients.
 
     Args:
         model: a decoder of transformers, or a PEFT model around one.
@@ -222,12 +224,20 @@ class _Running:
     hidden_of: Tensor
 
 
-_running: WeakKeyDictionary[nn.Module, _Running] = WeakKeyDictionary()
+class _Calls(threading.local):
+    """Of each thread: the calls of models that are between their two hooks, and the locks they hold."""
+
+    def __init__(self) -> None:
+        self.running: WeakKeyDictionary[nn.Module, tuple[_Running, ExitStack]] = WeakKeyDictionary()
+
+
+_calls = _Calls()
 
 
 def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Puts the pass over the trie in the place of a call with a TrieCache."""
-    _running.pop(model, None)  # of a call that was interrupted
+    if interrupted := _calls.running.pop(model, None):  # from the keyboard, which hooks do not see
+        interrupted[1].close()
     arguments = by_name(model, args, kwargs)
     cache = arguments.get("past_key_values")
     if not isinstance(cache, TrieCache):
@@ -236,6 +246,15 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
         raise ConfigError(f"past_key_values: a TrieCache of another {type(cache.trie.model).__name__}")
     call = read(model, arguments)
     _check_mode(model)
+    with ExitStack() as held:
+        held.enter_context(cache.trie.kv.lock)  # until the pass has run: others would plan over what it writes
+        running, changed = _plan(cache, call)
+        _calls.running[model] = running, held.pop_all()
+    return (), changed
+
+
+def _plan(cache: TrieCache, call: Call) -> tuple[_Running, dict[str, Any]]:
+    """The pass for a call, and the arguments that the model gets."""
     cache.trie.check_weights()
     planned = cache._rows.plan(call.ids, call.mask, call.positions, call.wanted)
     tokens, plan, queries = planned.tokens, planned.step, len(planned.tokens)
@@ -249,8 +268,7 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     logits_of = kept if everything else np.searchsorted(distinct, kept)
     step = TrieStep(cache.trie.kv, plan, static, cache.trie.geometry.windows)
     indices = [torch.from_numpy(x).to(tokens.device) for x in (logits_of, planned.outputs, distinct)]
-    _running[model] = _Running(cache, call, planned, step, logits_of=indices[0], hidden_of=indices[1])
-    return (), {
+    return _Running(cache, call, planned, step, logits_of=indices[0], hidden_of=indices[1]), {
         **call.others,
         "input_ids": tokens[None],
         "logits_to_keep": 0 if everything else indices[2],
@@ -261,19 +279,20 @@ def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
 
 def _after_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Gives every row its output. Called with None where the pass raised an exception."""
-    running = _running.pop(model, None)
-    if running is None:
+    if model not in _calls.running:
         return None
-    if output is None:
-        running.cache.trie.kv.abandon()
-        return None
-    try:
-        running.step.finish()
-        check_output(output, len(running.planned.tokens) if not running.step.static else None)
-    except UnsupportedModelError:
-        running.cache.trie.kv.abandon()
-        raise
-    running.planned.finish()
+    running, held = _calls.running.pop(model)
+    with held:
+        if output is None:
+            running.cache.trie.kv.abandon()
+            return None
+        try:
+            running.step.finish()
+            check_output(output, len(running.planned.tokens) if not running.step.static else None)
+        except UnsupportedModelError:
+            running.cache.trie.kv.abandon()
+            raise
+        running.planned.finish()
     return answer(running.call, output, running.logits_of, running.hidden_of, past_key_values=running.cache)
 
 
