@@ -103,7 +103,7 @@ TOOLS: dict[str, tuple[str, Run, str]] = {
     "litellm": ("litellm", litellm, r"^openai/bench-undefended '"),
     "lm-eval": ("lm-eval[api]", lm_eval, r"bench_choice.*acc *\|.*\| +1\|"),
     "inspect": ("inspect-ai openai", inspect, r"^accuracy +1\.0"),
-    "garak": ("garak", garak, r"test\.Test"),
+    "garak": ("garak", garak, r"test\.Test.*ok on +40/ +40"),
     "schemathesis": ("schemathesis", schemathesis, r"(\d+) generated, \1 passed"),
 }
 
