@@ -1,9 +1,10 @@
 """Other people's tools against `saffron serve`, each in an environment of its own.
 
-    python examples/clients/run.py litellm lm-eval inspect garak
+    python examples/clients/run.py litellm lm-eval inspect garak schemathesis
 
 Makes the environment below --environments if it is not there, starts a server on the bundled models, runs the tool in
-small and prints its last lines. Status 1 if a tool failed. The server's environment is the one that runs this script.
+small and prints its version and its last lines. Status 1 if a tool failed, or did not say what it says where all went
+well. The server's environment is the one that runs this script.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -74,7 +76,7 @@ def lm_eval(programs: Path, url: str, scratch: Path) -> list[str]:
 
 def inspect(programs: Path, url: str, scratch: Path) -> list[str]:
     (scratch / "bench.py").write_text(INSPECT)
-    return [str(programs / "inspect"), "eval", str(scratch / "bench.py"), "--model", f"openai-api/saffron/{NAME}",
+    return [str(programs / "inspect"), "eval", "bench.py", "--model", f"openai-api/saffron/{NAME}",
             "--display", "plain", "--max-tokens", "16", "--log-dir", str(scratch)]  # fmt: skip
 
 
@@ -85,11 +87,24 @@ def garak(programs: Path, url: str, scratch: Path) -> list[str]:
             "--generator_option_file", str(scratch / "options.json"), "--probes", "test.Test"]  # fmt: skip
 
 
-TOOLS: dict[str, tuple[str, Run]] = {
-    "litellm": ("litellm", litellm),
-    "lm-eval": ("lm-eval[api]", lm_eval),
-    "inspect": ("inspect-ai openai", inspect),
-    "garak": ("garak", garak),
+def schemathesis(programs: Path, url: str, scratch: Path) -> list[str]:
+    """Requests by the server's own OpenAPI document, right and wrong ones: no 5xx, and answers as the document says.
+
+    What no schema can say (turns alternate, `n` is at most the width, ids are below the vocabulary's size) may be
+    refused, so the check that all right requests are accepted is left out.
+    """
+    return [str(programs / "st"), "run", f"{url}/openapi.json", "--checks", "all", "--exclude-checks",
+            "positive_data_acceptance", "--max-examples", "50", "--seed", "1", "--request-timeout", "60",
+            "--continue-on-failure", "--no-color"]  # fmt: skip
+
+
+# Packages, command, and what a tool says that was served: some end with status 0 anyhow.
+TOOLS: dict[str, tuple[str, Run, str]] = {
+    "litellm": ("litellm", litellm, r"^openai/bench-undefended '"),
+    "lm-eval": ("lm-eval[api]", lm_eval, r"bench_choice.*acc *\|.*\| +1\|"),
+    "inspect": ("inspect-ai openai", inspect, r"^accuracy +1\.0"),
+    "garak": ("garak", garak, r"test\.Test.*ok on +40/ +40"),
+    "schemathesis": ("schemathesis", schemathesis, r"(\d+) generated, \1 passed"),
 }
 
 
@@ -100,7 +115,8 @@ def server() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "saffron.cli", "serve", "--name", NAME, "--width", "2", "--port", str(port)]
-    process = subprocess.Popen([*command, "--expose-undefended", "--max-new-tokens", "24", "--quiet"])
+    limits = ["--max-new-tokens", "24", "--max-tokens", "32", "--max-width", "4"]
+    process = subprocess.Popen([*command, *limits, "--expose-undefended", "--quiet"])
     url = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None:
@@ -124,13 +140,25 @@ def programs_of(tool: str, folder: Path) -> Path:
     return home / "bin"
 
 
+def version_of(programs: Path, tool: str) -> str:
+    package = TOOLS[tool][0].split()[0].partition("[")[0]
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([programs / "python", "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="+", choices=list(TOOLS))
     parser.add_argument("--environments", type=Path, default=Path(".client-environments"))
     options = parser.parse_args()
     failed = 0
-    environment = {**os.environ, "OPENAICOMPATIBLE_API_KEY": "none", "SAFFRON_API_KEY": "none", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OPENAICOMPATIBLE_API_KEY": "none",
+        "SAFFRON_API_KEY": "none",
+        "HF_HUB_OFFLINE": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
     with server() as url:
         for tool in options.tools:
             programs = programs_of(tool, options.environments.resolve())
@@ -138,8 +166,9 @@ def main() -> int:
                 command = TOOLS[tool][1](programs, url, Path(scratch))
                 own = {**environment, "SAFFRON_BASE_URL": f"{url}/v1"}
                 done = subprocess.run(command, env=own, capture_output=True, text=True, cwd=scratch)
-            print(f"== {tool}: status {done.returncode}\n" + "\n".join((done.stdout + done.stderr).splitlines()[-12:]))
-            failed += done.returncode != 0
+            last = done.stdout.splitlines()[-20:] + (done.stderr.splitlines()[-40:] if done.returncode else [])
+            print(f"== {tool} {version_of(programs, tool)}: status {done.returncode}", *last, sep="\n", flush=True)
+            failed += done.returncode != 0 or not re.search(TOOLS[tool][2], done.stdout, re.MULTILINE)
     return int(failed > 0)
 
 

@@ -72,12 +72,13 @@ def test_on_an_engine_that_others_share(models: Models) -> None:
         other = engine.submit(search.base.request("hello there"), replace(CONFIG, width=2))
         control = search.begin(PROMPTS[1], "the quick")
         handle = search.submit(engine, control, PROMPTS[1], "the quick")
-        result, logged = search.finish(control, handle, PROMPTS[1], timeout=60)
+        result, logged = search.finish(control, handle, PROMPTS[1], "the quick", timeout=60)
         cancelled = search.submit(engine, search.begin("hello"), "hello")
         cancelled.cancel()
         assert other.result(60).text is not None
     (alone,) = make(models).answer([PROMPTS[1]], "the quick")
     assert result.token_ids == alone.result.token_ids and logged.widths == alone.logged.widths
+    assert result.cost == alone.result.cost  # with what the guard read
     assert sum(s["requests"] for s in search.adaptive.status()) == 1
     with pytest.raises(ConfigError, match="finished before"):
         control.finish(True)

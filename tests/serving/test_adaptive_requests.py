@@ -13,8 +13,12 @@ from servers import USER, Running, running
 from saffron import AdaptiveSearch, AdaptiveWidth, SearchConfig, WidthSettings
 from saffron.errors import CheckpointError, ConfigError
 from saffron.models.bundled import Models
+from saffron.models.chat import Conversation
+from saffron.search.result import Cost
 from saffron.serving import Settings
 from saffron.serving.ask import variants
+from saffron.serving.routes import own_part
+from saffron.serving.running import Choice
 
 CONFIG = SearchConfig(width=2, max_new_tokens=6, min_new_tokens=6)
 WIDTHS = WidthSettings(widths=(1, 3), phases=2, phase_tokens=2, wide=3)
@@ -92,6 +96,36 @@ def test_a_state_that_cannot_be_written_costs_no_answer(
         moved.rename(state.parent)
         assert server.ask(model="tiny-adaptive").status_code == 200
         assert counted(state) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_what_the_guard_read(stream: bool, models: Models, state: Path) -> None:
+    """Prompt and prefill before the search, the answer after it: as `AdaptiveSearch` counts them, and the metrics."""
+    search = AdaptiveSearch(models.policy, models.mrm, models.guard, AdaptiveWidth.load(state), CONFIG)
+    (expected,) = search.answer(USER[0]["content"], "the quick")
+    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    messages = [*USER, {"role": "assistant", "content": "the quick"}]
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    with running(models, Settings(name="tiny", config=CONFIG, adaptive=state, max_width=4)) as server:
+        said = server.ask(model="tiny-adaptive", messages=messages, **goes_on, **more)
+        counted = server.service.metrics.text().decode()
+    body = json.loads(said.text.split("data: ")[-2]) if stream else said.json()
+    spent = body["usage"]["saffron"]
+    assert Cost(**spent) == expected.result.cost
+    assert f'search_reward_tokens_total{{model_name="tiny-adaptive"}} {float(spent["reward_tokens"])}' in counted
+
+
+def test_an_answer_that_the_guard_could_not_judge_costs_one_reading(models: Models, state: Path) -> None:
+    search = AdaptiveSearch(models.policy, models.mrm, models.guard, AdaptiveWidth.load(state), CONFIG)
+    nothing, conversation = Cost(0, 0, 0, 0, 0, 0), Conversation.of(USER)
+    read = search.with_guard(nothing, conversation, None)
+    assert (read.reward_calls, read.reward_tokens) == (1, len(models.guard.sequence(conversation, "")))
+
+
+@pytest.mark.parametrize("score, verdict", [(-0.1, "unsafe"), (0.0, "safe"), (0.1, "safe")])
+def test_a_guard_that_leans_neither_way_is_no_alarm(score: float, verdict: str) -> None:
+    """The bound of the judges and of the adaptive widths."""
+    assert own_part(Choice("", [], 0.0, "eos"), score)["guard"]["verdict"] == verdict
 
 
 def test_what_requests_cannot_say(server: Running) -> None:

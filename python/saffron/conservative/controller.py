@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saffron.conservative import arguments, storage
-from saffron.conservative.arguments import flag, index, instance, listed, one_of, refused, reward, whole
+from saffron.conservative.arguments import flag, index, instance, listed, one_of, refused, reward, whole, within
 from saffron.conservative.confidence import Confidence
 from saffron.conservative.constant import ConstantBaseline
 from saffron.conservative.counts import Counts
@@ -305,10 +305,10 @@ class StepMixController:
         found._base.check(problem.shape)
         numbers = (operator.index(settings[name]) for name in ("episodes", "alarms", "elapsed"))
         found.episodes, found.alarms, found._elapsed = numbers
-        found._base_weight = _number("base_weight", settings["base_weight"], 1.0)
+        found._base_weight = within("base_weight", settings["base_weight"], "a number from 0 to 1", 0, 1)
         found._rng.bit_generator.state = settings["random"]
         if found._cusum is not None:
-            found._cusum.level = _number("level", settings["level"])
+            found._cusum.level = within("level", settings["level"], "a finite number from 0", 0, math.inf)
         found._synced = Synced(found._total.copy(), 1.0, found.episodes)
         found.plan()
         return found
@@ -390,15 +390,6 @@ class StepMixController:
                 "always, and the floor does not hold",
                 stacklevel=4,
             )
-
-
-def _number(name: str, value: Any, most: float = math.inf) -> float:
-    """A finite number of a state, from 0 to `most`."""
-    number = float(value)
-    if not (math.isfinite(number) and 0 <= number <= most):
-        upto = f" to {most:g}" if math.isfinite(most) else ""
-        raise ConfigError(f"{name}: got {value!r}, expected a finite number from 0{upto}")
-    return number
 
 
 def baseline_bound(problem: Problem, counts: Counts, confidence: Confidence | None = None) -> float:

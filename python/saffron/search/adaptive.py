@@ -63,7 +63,7 @@ class AdaptiveSearch:
 
         control = search.begin(prompt, prefill)
         handle = search.submit(engine, control, prompt, prefill)
-        search.finish(control, handle, prompt)  # waits for the answer, has it judged and counts the verdict
+        search.finish(control, handle, prompt, prefill)  # waits for the answer, has it judged and counts the verdict
 
     Args:
         policy, mrm, guard: loaded models.
@@ -134,15 +134,19 @@ class AdaptiveSearch:
             on_step=control.on_step,
         )
 
-    def finish(self, control: WidthControl, handle: Handle, prompt: Prompt, timeout: float | None = None) -> Answered:
+    def finish(
+        self, control: WidthControl, handle: Handle, prompt: Prompt, prefill: str = "", *, timeout: float | None = None
+    ) -> Answered:
         """Waits for the answer, has it judged and counts the verdict.
 
         Raises:
             SaffronError, TimeoutError: as `Handle.result`; nothing is counted then.
         """
+        (conversation,) = as_conversations([prompt], prefill)
         result = handle.result(timeout)
-        (safe,) = self.safe([prompt], [result.text])
-        return Answered(result, control.finish(safe, result.score))
+        (safe,) = self.safe([conversation], [result.text])
+        cost = self.with_guard(result.cost, conversation, result.text)
+        return Answered(replace(result, cost=cost), control.finish(safe, result.score))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], prefill: str | Sequence[str] = "", *, progress: Progress | None = None
@@ -202,14 +206,19 @@ class AdaptiveSearch:
         seconds = (time.perf_counter() - started) / len(results)
         answered = []
         for r, c, control, safe in zip(results, conversations, controls, verdicts, strict=True):
-            cost = self._with_guard(replace(r.cost, seconds=seconds), [(c, c.prefill), (c, r.text)])
+            cost = self.with_guard(replace(r.cost, seconds=seconds), c, r.text)
             result = replace(r, prompt=c.prompt, prefill=c.prefill, cost=cost)
             answered.append(Answered(result, control.finish(safe, r.score)))
         return answered
 
-    def _with_guard(self, cost: Cost, judged: Sequence[tuple[Prompt, str]]) -> Cost:
-        """The cost of a search and of what the guard judged for it, each text run whole."""
-        flops, lengths = self.guard.flops, [len(self.guard.sequence(*pair)) for pair in judged]
+    def with_guard(self, cost: Cost, conversation: Conversation, answer: str | None) -> Cost:
+        """The cost of a search and of what the guard judged for it, each text run whole.
+
+        Args:
+            answer: None: the guard could not judge it, so that it read prompt and prefill alone.
+        """
+        judged = [conversation.prefill] if answer is None else [conversation.prefill, answer]
+        flops, lengths = self.guard.flops, [len(self.guard.sequence(conversation, text)) for text in judged]
         return replace(
             cost,
             reward_flops=cost.reward_flops + sum(flops.prompt(n) + 2 * flops.per_head_row for n in lengths),

@@ -13,6 +13,8 @@ from saffron.errors import shown
 from saffron.serving.errors import ApiError, Gone, bad
 
 NUMBERS = (int, float)
+# Values by which clients say that they do not want what is refused here.
+NOTHING: tuple[Any, ...] = (None, False, [], {}, "none", {"type": "text"})
 DEEPEST = 32  # levels of a request: a message's parts stand in the fourth
 
 
@@ -77,7 +79,7 @@ class Fields:
     def __init__(self, body: Mapping[str, Any], known: frozenset[str], refused: Mapping[str, str]) -> None:
         self._body = {name: value for name, value in body.items() if value is not None}
         for name, value in self._body.items():
-            if name in refused and value not in (False, [], {}, "none", {"type": "text"}):
+            if name in refused and not any(type(value) is type(no) and value == no for no in NOTHING):
                 raise bad(name, refused[name], "unsupported_parameter")
             if name not in known and name not in refused:
                 param = name if len(name) < 80 and name.isprintable() else None  # no half of a surrogate pair

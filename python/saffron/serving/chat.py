@@ -23,6 +23,7 @@ WITHOUT_EFFECT = frozenset((
 READ = frozenset((
     "model", "messages", "max_tokens", "max_completion_tokens", "stop", "n", "stream", "stream_options", "saffron",
     "continue_final_message", "add_generation_prompt", "echo", "chat_template_kwargs", "logprobs", "top_logprobs",
+    "modalities",
 ))  # fmt: skip
 REFUSED = {
     "tools": "tools are not served",
@@ -31,12 +32,12 @@ REFUSED = {
     "function_call": "functions are not served",
     "response_format": "only text is served: the search cannot be held to a grammar",
     "logit_bias": "the policy's logits cannot be changed",
-    "modalities": "only text is served",
     "audio": "only text is served",
     "prediction": "predicted outputs are not served",
     "web_search_options": "there is no search of the web",
 }
 EMPTY_KEYS = ("refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content")
+STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 MOST_LOGPROBS = 20
 
 
@@ -69,7 +70,7 @@ def read_chat(body: Mapping[str, Any], settings: Settings) -> ChatRequest:
     """Raises `ApiError` or `ConfigError` for what is wrong."""
     fields = Fields(body, READ | WITHOUT_EFFECT, REFUSED)
     if fields.get("modalities") not in (None, ["text"], []):
-        raise bad("modalities", REFUSED["modalities"], "unsupported_parameter")
+        raise bad("modalities", "only text is served", "unsupported_parameter")
     fields.without_effect()
     conversation = conversation_of(fields, settings)
     n = fields.whole("n", 1, 1, settings.max_width)
@@ -100,9 +101,7 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
     if options and not stream:
         raise bad("stream_options", "needs stream: true")
     for name, value in options.items():
-        if name not in ("include_usage", "continuous_usage_stats", "include_obfuscation") or not isinstance(
-            value, bool
-        ):
+        if name not in STREAM_OPTIONS or not isinstance(value, bool):
             raise bad("stream_options", "expected include_usage: true or false", "unknown_parameter")
     return stream, bool(options.get("include_usage"))
 

@@ -42,6 +42,7 @@ class CompletionRequest:
 
     Attributes:
         prompts: texts, or token ids.
+        special: texts stand behind the begin token, where the tokenizer adds one.
         logprobs: alternatives per token; None: no log-probabilities. Others as for `ChatRequest`.
     """
 
@@ -54,6 +55,7 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     echo: bool
+    special: bool
     trace: Trace
     logprobs: int | None
 
@@ -62,7 +64,7 @@ def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRe
     """Raises `ApiError` for what is wrong."""
     fields = Fields(body, READ | WITHOUT_EFFECT, REFUSED)
     fields.without_effect()
-    if fields.get("suffix"):
+    if fields.get("suffix") not in (None, ""):
         raise bad("suffix", "only the end of a prompt is completed", "unsupported_parameter")
     prompts = read_prompts(fields.get("prompt"), min(MOST_PROMPTS, settings.queue))
     echo = fields.flag("echo")
@@ -74,12 +76,13 @@ def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRe
         model=fields.text("model") if "model" in fields else None,
         prompts=prompts,
         own=own,
-        max_tokens=fields.whole("max_tokens", 16, 0 if echo else 1, settings.max_tokens),
+        max_tokens=fields.whole("max_tokens", min(16, settings.max_tokens), 0 if echo else 1, settings.max_tokens),
         n=fields.whole("n", 1, 1, settings.max_width),
         stop=fields.stop(),
         stream=stream,
         include_usage=usage,
         echo=echo,
+        special=fields.flag("add_special_tokens", True),
         trace=trace,
         logprobs=fields.whole("logprobs", 0, 0, MOST_LOGPROBS)
         if "logprobs" in fields and fields.get("logprobs") is not False
@@ -179,7 +182,10 @@ def _encode(service: Service, asked: CompletionRequest, variant: Variant) -> lis
         raise bad("model", "serves conversations only: the guard rates them", "unsupported_parameter")
     asks = []
     for prompt in asked.prompts:
-        ids = prompt if isinstance(prompt, list) else with_begin(service, prompt)
+        if isinstance(prompt, list):
+            ids = prompt
+        else:
+            ids = with_begin(service, prompt) if asked.special else models.policy.encoder.text(prompt)
         models.policy.check_tokens("prompt", ids)
         text = prompt if isinstance(prompt, str) else models.policy.decode(prompt)
         reward = tuple(variant.reward.context_tokens(text or " ")) if variant.reward is not None else ()

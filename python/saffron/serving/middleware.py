@@ -19,7 +19,7 @@ from saffron.serving.errors import ApiError, Gone, api_error
 from saffron.serving.service import Service
 
 log = logging.getLogger("saffron.serving")
-OPEN = ("/", "/health", "/version", "/metrics", "/openapi.json")  # without a key
+OPEN = {"/", "/health", "/version", "/metrics", "/openapi.json"}  # without a key
 
 
 class Surroundings:

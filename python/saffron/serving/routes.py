@@ -37,7 +37,7 @@ async def chat(request: Request) -> Response | EventStream:
     with running:
         async with watched(request.receive, running.leave):
             answer = await running.answer()
-            choices = await describe(running, asked, answer)
+            choices, answer = await describe(running, asked, answer)
     return JSONResponse({
         **head, "object": "chat.completion", "choices": choices, "usage": finish(running, answer, request)
     })  # fmt: skip
@@ -60,7 +60,8 @@ async def _stream(
         async for piece in running.pieces():
             yield chunk(0, {"content": piece})
     answer = await running.answer()
-    for choice in await describe(running, asked, answer):
+    choices, answer = await describe(running, asked, answer)
+    for choice in choices:
         text = choice["message"]["content"] if asked.n > 1 else ""
         own = {name: choice[name] for name in ("finish_reason", "logprobs", "saffron")}
         yield chunk(choice["index"], {"content": text} if text else {}, **own)
@@ -69,8 +70,8 @@ async def _stream(
         yield {**head, "choices": [], "usage": usage}
 
 
-async def describe(running: Running, asked: ChatRequest, answer: Answer) -> list[dict[str, Any]]:
-    """The choices of a chat completion."""
+async def describe(running: Running, asked: ChatRequest, answer: Answer) -> tuple[list[dict[str, Any]], Answer]:
+    """The choices of a chat completion, and the answer with the cost of what was asked of the guard for its widths."""
     service, ask = running.service, running.ask
     assert ask.conversation is not None
     verdicts = await service.work(service.verdicts, ask.conversation, [choice.text for choice in answer.choices])
@@ -78,7 +79,11 @@ async def describe(running: Running, asked: ChatRequest, answer: Answer) -> list
     for index, (choice, verdict) in enumerate(zip(answer.choices, verdicts, strict=True)):
         own = own_part(choice, verdict)
         if index == 0 and ask.control is not None:
-            own["widths"] = await service.work(service.learn, ask.control, verdict, choice.score)
+            result = answer.result
+            own["widths"], cost = await service.work(
+                service.learn, ask, choice.text, choice.score, verdict, result.cost
+            )
+            answer = replace(answer, result=replace(result, cost=cost))
         if index == 0 and ask.trace:
             own |= await service.work(traced, ask, answer)
         logprobs = None
@@ -89,7 +94,7 @@ async def describe(running: Running, asked: ChatRequest, answer: Answer) -> list
             "index": index, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": logprobs,
             "finish_reason": choice.finish_reason, "saffron": own,
         })  # fmt: skip
-    return described
+    return described, answer
 
 
 def traced(ask: Ask, answer: Answer) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def own_part(choice: Choice, verdict: float | None) -> dict[str, Any]:
     """`choices[i].saffron`."""
     own: dict[str, Any] = {"score": choice.score, "stop": choice.stop}
     if verdict is not None:
-        own["guard"] = {"score": verdict, "verdict": "safe" if verdict > 0 else "unsafe"}
+        own["guard"] = {"score": verdict, "verdict": "safe" if verdict >= 0 else "unsafe"}
     return own
 
 

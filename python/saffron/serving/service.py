@@ -23,6 +23,7 @@ from saffron.search.config import Request, SearchConfig
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle, Pending
 from saffron.search.model_pair import ModelPair
+from saffron.search.result import Cost
 from saffron.serving.ask import Ask, Trace, Variant, choose, configure, room, variants
 from saffron.serving.chat import ChatRequest
 from saffron.serving.errors import bad, unavailable
@@ -158,12 +159,18 @@ class Service:
         guard.check_length("the prompt, for the guard,", read, ask.config.max_new_tokens)
         return adaptive.begin(conversation)
 
-    def learn(self, control: WidthControl, verdict: float | None, score: float) -> list[int]:
-        """Counts the guard's verdict of an answer, None is unsafe; returns the widths of its phases. For the worker."""
+    def learn(self, ask: Ask, text: str, score: float, verdict: float | None, cost: Cost) -> tuple[list[int], Cost]:
+        """Counts the guard's verdict of an answer, None is unsafe. For the worker.
+
+        Returns:
+            the widths of its phases, and `cost` with what the guard read for it.
+        """
+        control, adaptive, conversation = ask.control, ask.variant.adaptive, ask.conversation
+        assert control is not None and adaptive is not None and conversation is not None
         logged = control.finish(verdict is not None and verdict >= 0, score)
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
-        return list(logged.widths)
+        return list(logged.widths), adaptive.with_guard(cost, conversation, None if verdict is None else text)
 
     def save(self) -> None:
         """Writes what adaptive widths have learnt."""
@@ -223,7 +230,7 @@ class Service:
         self._unfinished.discard(pending)
 
     def verdicts(self, conversation: Conversation, answers: list[str]) -> list[float | None]:
-        """The guard's reward of answers, positive is safe; None where there is no guard, or it cannot judge."""
+        """The guard's reward of answers, below 0 is unsafe; None where there is no guard, or it cannot judge."""
         guard = self._models().guard
         if guard is None:
             return [None] * len(answers)
