@@ -213,7 +213,7 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     settings = json.loads(str(arrays["settings"]))
     for changed in ({"method": "stepmix"}, {**settings, "episodes": "x"}, {**settings, "base_weight": None}):
         np.savez(path, **{**arrays, "settings": np.array(json.dumps(changed))})
-        with pytest.raises(CheckpointError, match="^[^:]*: not a controller's state [^:]*$"):  # said once
+        with pytest.raises(CheckpointError, match=r"^[^:]*: not a controller's state \([^()]*\)$"):  # said once
             StepMixController.load(path)
     for name, wrong in (
         ("visits", arrays["visits"] * np.nan),
@@ -228,7 +228,7 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
             StepMixController.load(path)
     state, counts = StepMixController(problem, drift=Drift(alarm_shift=0.1)).state()
     for name, value in (("level", np.nan), ("level", np.inf), ("base_weight", np.nan), ("base_weight", 2)):
-        with pytest.raises(ConfigError, match=f"{name}: got {value}, expected a finite number from 0"):
+        with pytest.raises(ConfigError, match=f"{name}: got {value}, expected a (finite )?number from 0"):
             StepMixController.from_state({**state, name: value}, counts)
     at = whole.index(b"PK\x01\x02") + 10  # a compression that does not exist
     path.write_bytes(whole[:at] + b"\x63" + whole[at + 1 :])

@@ -91,9 +91,17 @@ def test_a_state_that_does_not_go_on_from_this_one_is_refused(tmp_path: Path) ->
         one.save(path)
     one.save(tmp_path / "own.npz")
     assert seen(StepMixController.load(tmp_path / "own.npz")) == [1, 0]
-    path.write_bytes(b"damaged")
+    path.write_bytes(path.read_bytes()[:200])  # damaged
     other.save(path)
     assert seen(StepMixController.load(path)) == [0, 0]
+
+
+def test_what_is_no_state_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "state.npz"
+    path.write_bytes(b"somebody's notes")
+    with pytest.raises(ConfigError, match="holds something else, which is not overwritten"):
+        StepMixController(PROBLEM).save(path)
+    assert path.read_bytes() == b"somebody's notes"
 
 
 def test_an_older_copy_is_replaced(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     for option in ("output", "docs"):
         if folder := getattr(options, option):
             check_output_folder(f"--{option}", folder)
+            report.check(folder)
     report.pyplot()  # whatever is missing is said now and not at the end
     jobs = [replace(job, seed=options.seed) for job in experiment.jobs(options.trials, options.episodes, options.quick)]
     if options.experiment:

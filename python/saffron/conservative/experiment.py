@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from saffron.conservative.linear_program import ProgramLearner
 from saffron.conservative.mdp import TabularMDP, random_mdps
 from saffron.conservative.offline import METHODS, learn_baseline
 from saffron.conservative.simulate import History, simulate
+from saffron.storage.results import Schema, open_results
 
 ETA = 10.0
 MIXING = ("stepmix", "epsmix", "ucbvi", "all-or-nothing")
@@ -50,6 +51,18 @@ class Job:
     value_range: str = "remaining"
     share: float = 0.9
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _fits(record: Record) -> bool:
+    found = record.get("records")
+    return isinstance(found, list) and all(isinstance(one, dict) and "experiment" in one for one in found)
+
+
+SCHEMA = Schema("stepmix", ("job",), _fits)
 
 
 def jobs(trials: int = 20, episodes: int = 40_000, quick: bool = False) -> list[Job]:
@@ -82,25 +95,21 @@ def jobs(trials: int = 20, episodes: int = 40_000, quick: bool = False) -> list[
 
 
 def run(todo: Sequence[Job], file: Path, spread: Map, done: Callable[[int, int], None]) -> list[Record]:
-    """Runs the jobs whose records `file` does not hold yet, and appends them; returns all records of the jobs.
+    """Runs the jobs that `file` does not hold yet, and appends them; returns the records of all trials of the jobs.
 
-    spread: as `Workers.run`. done: called with jobs done, and all. A job that was only partly written runs again.
+    spread: as `Workers.run`. done: called with jobs done, and all.
+
+    Raises:
+        ConfigError: the file cannot be written, or holds something else, which stays.
     """
-    records = _complete(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(record) + "\n" for found in records.values() for record in found))
-    draft.replace(file)  # without what a killed run left half written
-    left = [job for job in todo if job not in records]
-    finished = len(todo) - len(left)
-    done(finished, len(todo))
-    with file.open("a") as out:
-        for count, (number, found) in enumerate(spread(_runner, left), start=1):
-            records[left[number]] = found
-            out.write("".join(json.dumps(record) + "\n" for record in found))
-            out.flush()
-            done(finished + count, len(todo))
-    return [record for job in todo for record in records[job]]
+    with open_results(file, SCHEMA, {}) as results:
+        left = [job for job in todo if (job.name,) not in results.done]
+        done(len(todo) - len(left), len(todo))
+        for count, (number, found) in enumerate(spread(_runner, left), start=len(todo) - len(left) + 1):
+            results.append([{"job": left[number].name, "records": found}])
+            done(count, len(todo))
+        records = {record["job"]: record["records"] for record in results.records}
+    return [record for job in todo for record in records[job.name]]
 
 
 def run_job(job: Job) -> list[Record]:
@@ -186,16 +195,3 @@ def _offline(job: Job, mdp: TabularMDP, problem: Problem, common: list[Record]) 
             {**record, "worst": margin, "below": int(margin < 0), "passes": bool(learned.lower[0] >= record["floor"])}
         )
     return records
-
-
-def _complete(file: Path) -> dict[Job, list[Record]]:
-    """Records by job, of those jobs whose trials are all there."""
-    found: dict[Job, list[Record]] = {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            record = json.loads(line)
-            job = Job(**{name.name: record[name.name] for name in fields(Job)})
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line, or of another version
-        found.setdefault(job, []).append(record)
-    return {job: records for job, records in found.items() if len(records) == job.trials}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from saffron.conservative.experiment import ETA, PRACTICAL, Record
-from saffron.errors import MissingDependencyError
+from saffron.errors import MissingDependencyError, outside
+from saffron.storage.folders import check_replaceable, write_atomically, write_replaceable
 
 # Okabe and Ito's colours, which people who see few colours can tell apart.
 COLOURS = {
@@ -38,10 +40,17 @@ def pyplot() -> Any:
     return plt
 
 
+def check(folder: Path) -> None:
+    """Raises `ConfigError` where `write` would not write its page over what lies there."""
+    if (folder / PAGE).exists():
+        check_replaceable("output", folder / PAGE, MARK)
+
+
 def write(records: Sequence[Record], folder: Path) -> Path:
     """Writes results-conservative.md and figures/conservative-*.svg; sections without records are left out."""
     figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
+    with outside(f"{figures}: cannot be made"):
+        figures.mkdir(parents=True, exist_ok=True)
     parts = [_HEAD]
     for name, section in (
         ("paper", _paper), ("proof", _proof), ("scale", _scale), ("floor", _floor), ("offline", _offline)
@@ -49,8 +58,8 @@ def write(records: Sequence[Record], folder: Path) -> Path:
         chosen = [record for record in records if record["experiment"] == name]
         if chosen:
             parts.append(section(chosen, figures))
-    page = folder / "results-conservative.md"
-    page.write_text("\n".join(parts))
+    page = folder / PAGE
+    write_replaceable(page, "\n".join(parts).encode(), MARK)
     return page
 
 
@@ -72,6 +81,7 @@ def at_most(failures: int, trials: int) -> float:
     return 1.0 if failures == trials else float(beta.ppf(0.95, failures + 1, trials - failures))
 
 
+PAGE, MARK = "results-conservative.md", b"# Conservative exploration: results"
 _HEAD = f"""# Conservative exploration: results
 
 Written by `saffron stepmix --output DIR --docs docs --workers 2` from its records; no figure here was typed. What the
@@ -296,8 +306,7 @@ def _draw_paper(groups: dict[tuple, list[Record]], file: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend(fontsize=7)
-    figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+    _save(figure, file)
 
 
 def _draw_scale(groups: dict[tuple, list[Record]], file: Path) -> None:
@@ -319,8 +328,14 @@ def _draw_scale(groups: dict[tuple, list[Record]], file: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend(fontsize=7)
-    figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot().close(figure)
+    write_atomically(file, picture.getvalue())
 
 
 def _grouped(records: list[Record], *names: str) -> dict[tuple, list[Record]]:

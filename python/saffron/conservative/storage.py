@@ -7,6 +7,7 @@ what the file is to it: what it goes on from (replaced), a later state that cont
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from saffron.errors import CheckpointError, outside
+from saffron.storage.folders import write_replaceable
 
 SCHEMA = 1
 REMEMBERED = 1000  # revisions that a file names; a writer that missed more is refused
@@ -141,26 +143,14 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes to a temporary file in the same folder, flushes it to the disk, and renames it.
+    """Writes a state; readers see the old one or the new one, and something else that lies there stays.
 
     Raises:
-        ConfigError: the file cannot be written there.
+        ConfigError: the file cannot be written there, or holds something else.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with outside(f"{path}: cannot be written"):
-        try:
-            with draft.open("wb") as file:
-                np.savez(file, **{**arrays, "schema": np.array(SCHEMA), "settings": np.array(json.dumps(settings))})  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the renaming itself
-        finally:
-            os.close(folder)
+    content = io.BytesIO()
+    np.savez(content, schema=np.array(SCHEMA), settings=np.array(json.dumps(settings)), **arrays)  # type: ignore[arg-type]
+    write_replaceable(path, content.getvalue(), b"schema.npy")
 
 
 def read(path: Path) -> tuple[Settings, Arrays]:

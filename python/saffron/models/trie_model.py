@@ -218,11 +218,8 @@ class TrieModel:
         geometry = inspect_model(self.model)
         if geometry != self.geometry or self.device != kv.k.device:
             self.geometry = geometry
-            scales = {
-                name: None if x is None else x.to(self.device)
-                for name, x in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale))
-            }
-            self.kv = self._new_cache(kv.capacity, kv.grow, **scales)
+            k_scale, v_scale = (None if x is None else x.to(self.device) for x in (kv.k_scale, kv.v_scale))
+            self.kv = self._new_cache(kv.capacity, kv.grow, k_scale=k_scale, v_scale=v_scale)
             self.kv.lock, self.kv.reserved = kv.lock, kv.reserved  # by searches that were admitted and did not begin
         self._weights = weights
         if cached:
