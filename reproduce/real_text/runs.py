@@ -84,19 +84,18 @@ FULL = Scale(
     plain_methods=("greedy", "saffron:width=8", "saffron:width=8,reward_cap={cap}"),
 )  # fmt: skip
 SMALL = Scale(
-    train=60,
-    samples=1,
-    even=1,
+    train=180,
+    samples=2,
+    even=2,
     tokens=24,
-    test=12,
-    plain=12,
+    test=40,
+    plain=20,
     methods=(
         "greedy", "sample", "saffron:width=8,reward_cap={cap}", "best-of-n:n=16", "saffron:width=8",
         "saffron:width=4,reward_cap={cap}", "saffron:width=8,policy_weight=2.4", "saffron:width=8,reward_tolerance=1.6",
         "saffron:width=4", "best-of-n:n=8", "beam:width=2,children=8",
     ),
-    plain_methods=("greedy", "saffron:width=4,reward_cap={cap}"),
-    batch=12,
+    plain_methods=("greedy", "saffron:width=8,reward_cap={cap}"),
 )  # fmt: skip
 QUICK = Scale(
     train=4,
