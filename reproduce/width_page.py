@@ -103,13 +103,15 @@ def _log(logs: Sequence[Record], settings: WidthSettings) -> str:
                 kind = f"attacked, {prefill} tokens" if prefill else "allowed"
                 rows.append((kind, e.width, e.requests, f"{e.safe / max(e.requests, 1):.3f}", f"{e.lower:.3f}",
                              "yes" if e.passes else "no", f"{flops:,.0f} MFLOP"))  # fmt: skip
-    drawn = sum("drawn" in r["part"] for r in logs)
+    drawn = [r for r in logs if "drawn" in r["part"]]
+    count, same = len(drawn), sum(r["fixed"] for r in drawn)
     table = _table(("requests", "fixed width", "number", "safe", "lower bound", "reaches the floor", "compute"), rows)
     return f"""## The log
 
 The cheapest width whose exact lower bound reaches the floor is the baseline of its bin, and "the best fixed width"
-below. {drawn} more attacked requests were searched with a width drawn per phase: what no fixed width shows, such as a
+below. {count} more attacked requests were searched with a width drawn per phase: what no fixed width shows, such as a
 narrow phase after wide ones, is in no plan otherwise. The traffic with the weaker attack starts without these.
+For {same} of them one width was drawn for all phases; the table counts these too, the comparisons below do not.
 
 {table}"""
 

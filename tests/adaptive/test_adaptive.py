@@ -216,7 +216,7 @@ def test_replicas_add(parts: list[list[tuple[bool, bool]]], order: list[int]) ->
     for a, b, c in zip(counted(merged), counted(other), counted(together), strict=True):
         assert np.array_equal(a, b) and a.sum() == c.sum()
     assert sum(s["requests"] for s in merged.status()) == sum(map(len, parts))
-    again = merge([merged, merged])  # what they began with counts once
+    again = merge([merged, copy(merged)])  # what they began with counts once
     for a, b in zip(counted(merged), counted(again), strict=True):
         assert np.array_equal(a, b)
 
@@ -330,6 +330,12 @@ def test_plans_are_snapshots_and_threads_lose_nothing() -> None:
 def test_settings_are_checked(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         WidthSettings(**options)
+
+
+@pytest.mark.parametrize("widths", [([4],), (1.0,), (True,), ("4",)])
+def test_widths_of_a_log_are_whole_numbers(widths: tuple) -> None:
+    with pytest.raises(ConfigError, match="^log.widths: got"):
+        AdaptiveWidth().warm_start([LoggedSearch(0.0, widths, (0.0,), True)])
 
 
 def test_torch_is_not_needed() -> None:

@@ -318,3 +318,27 @@ def test_what_is_no_counts_is_refused() -> None:
     for baseline in ([[[1.0], [0.0, 1.0]]], np.zeros((0, 1, 2)), "a"):
         with pytest.raises(ConfigError, match="^baseline: got"):
             Problem(baseline, floor=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("episode", "message"),
+    [
+        ([(1, 0, 0, 0), (0, 0, 0, 0)], "state 1 at step 0, expected one with a probability in `start`"),
+        ([(0, 0, 1, 1), (1, 0, 0, 0.5)], "a return of 1.5, expected at most 1.0, `bound`"),
+    ],
+)
+def test_what_breaks_a_condition_of_the_floor_is_refused(episode: list, message: str) -> None:
+    control = StepMixController(Problem(np.full((2, 2, 2), 0.5), floor=0.5, bound=1.0))
+    with pytest.raises(ConfigError, match=message):
+        control.update(episode)
+    assert control.episodes == 0 and not control.counts().visits.any()
+
+
+def test_a_problem_keeps_what_it_was_given() -> None:
+    """One array that is written again for the next controller does not change the baseline of the first."""
+    baseline, floor = np.array([[[1.0, 0.0]]]), np.array([0.5])
+    problem = Problem(baseline, floor, reward=(reward := np.array([[[0.9, 0.1]]])))
+    control = StepMixController(problem)
+    baseline[:], floor[:], reward[:] = [[[0.0, 1.0]]], 0.9, 0.0
+    assert (problem.baseline[0, 0, 0] == [1, 0]).all() and control.floor == 0.5 and problem.reward is not None
+    assert (problem.reward[0, 0, 0] == [0.9, 0.1]).all() and control.begin().act(0) == 0

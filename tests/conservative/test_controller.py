@@ -290,7 +290,9 @@ class Counted(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.control = StepMixController(Problem(np.full((2, 3, 2), 0.5), 0.1), confidence=PRACTICAL)
+        self.control = StepMixController(
+            Problem(np.full((2, 3, 2), 0.5), 0.1, start=np.full(3, 1 / 3)), confidence=PRACTICAL
+        )
         self.expected: dict[tuple, float] = {}
         self.rewards = 0.0
 

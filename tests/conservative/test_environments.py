@@ -105,6 +105,10 @@ def test_what_cannot_be_read_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match="^env: .* shows no kernel P"):
         read_mdp(hidden, 3)
+    for name in ("observation_space", "action_space"):
+        later = SimpleNamespace(**{**vars(hidden), name: gymnasium.spaces.Discrete(4, start=1)})
+        with pytest.raises(ConfigError, match=f"^env: got an {name} that begins with 1"):
+            estimate_mdp(later, 3, 1)
     with pytest.raises(ConfigError, match="^episodes: got 0"):
         estimate_mdp(lake, 3, 0)
     control = StepMixController(Problem(np.full((3, 4, 4), 0.25), 0.0))

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from saffron.adaptive import AdaptiveWidth, LoggedSearch, WidthSettings
@@ -30,6 +31,36 @@ def seen(one: StepMixController) -> list[float]:
 def started(path: Path, controller: StepMixController, workers: int = 2) -> list[StepMixController]:
     controller.save(path)
     return [StepMixController.load(path) for _ in range(workers)]
+
+
+@pytest.mark.parametrize("path", [".", "", "/"])
+def test_a_path_without_a_name_is_an_error_of_ours(path: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        StepMixController(PROBLEM).save(path)
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    """Without NumPy's advice how to load what may run code."""
+    path, one = tmp_path / "state.npz", StepMixController(PROBLEM)
+    path.write_text("a text")
+    with pytest.raises(CheckpointError, match="File is no .npz file") as refused:
+        StepMixController.load(path)
+    assert "pickle" not in str(refused.value)
+    one.save(tmp_path / "own.npz")
+    np.savez(path, schema=np.array(1), settings=np.array("[]"))
+    with pytest.raises(CheckpointError, match="settings: got"):
+        StepMixController.load(path)
+    one.save(path)  # no state of ours, as any other file
+    assert StepMixController.load(path).episodes == 0
+
+
+def test_nothing_is_merged_with_itself() -> None:
+    one, width = StepMixController(PROBLEM), AdaptiveWidth(SETTINGS)
+    count(one, 5)
+    with pytest.raises(ConfigError, match="twice"):
+        merge([one, one])
+    with pytest.raises(ConfigError, match="twice"):
+        merge_widths([width, width])
 
 
 def test_savers_of_one_file_add(tmp_path: Path) -> None:

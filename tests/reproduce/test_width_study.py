@@ -40,6 +40,8 @@ def test_the_command_writes_its_page_and_resumes(
     page = (tmp_path / "docs" / "results-width.md").read_text()
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:]]
     assert f"{len(records)} real searches of the bundled models, 8 of them served" in page and len(records) == 15
+    drawn = sum(r["fixed"] for r in records if r["part"] == "log 10 drawn")
+    assert f"For {drawn} of them one width was drawn for all phases" in page
     assert {r["part"] for r in records} >= {"1:1", "stronger attack", "log 10 drawn", "log 0 width 4"}
     assert all(r["flops"] > 0 and len(r["widths"]) == len(r["scores"]) for r in records)
     assert "nan" not in page and "### Attacked to allowed 1:1, 4 requests" in page

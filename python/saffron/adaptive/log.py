@@ -11,7 +11,7 @@ from scipy.special import betaincinv
 
 from saffron.adaptive.settings import WidthSettings
 from saffron.conservative import Counts
-from saffron.conservative.arguments import flag, instance, listed, refused
+from saffron.conservative.arguments import flag, instance, listed, refused, whole
 from saffron.errors import ConfigError
 
 
@@ -57,6 +57,8 @@ def _searches(log: Iterable[LoggedSearch]) -> list[LoggedSearch]:
         instance("log", one, LoggedSearch)
         if not all(isinstance(part, (tuple, list)) for part in one[1:3]):
             raise refused("log", one, "widths and scores that are tuples")
+        for width in one.widths:
+            whole("log.widths", width, 1)
         flag("log.safe", one.safe)
         flag("log.fixed", one.fixed)
     return found

@@ -22,7 +22,7 @@ class WidthSettings:
     """How requests, searches and verdicts become a Markov decision process.
 
     Attributes:
-        floors: the smallest allowed share of safe answers, of each risk bin; one number: of all of them.
+        floors: the smallest allowed share of safe answers, of each risk bin; a tuple of one: of all of them.
         widths: what may be chosen, ascending; the last is the widest search, the fallback.
         phases: choices in a request; the last one lasts to its end.
         phase_tokens: tokens of a phase.

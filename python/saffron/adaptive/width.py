@@ -296,7 +296,7 @@ def merge(replicas: Sequence[AdaptiveWidth]) -> AdaptiveWidth:
         raise ConfigError("replicas: got none, expected at least one")
     if any(replica.settings != replicas[0].settings for replica in replicas):
         raise ConfigError("replicas: got different settings, expected equal ones")
-    check_apart(replica._lineage for replica in replicas)
+    check_apart(replicas)
     merged = AdaptiveWidth(replicas[0].settings, seed=replicas[0].seed)
     for risk_bin in range(merged.settings.bins):
         eras = [replica._eras[risk_bin] for replica in replicas]

@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         choices=["paper", "proof", "scale", "floor", "offline"],
         metavar="NAME",
-        help="only these: paper, proof, scale, floor, offline (default: all, and the page)",
+        help="only these, on a page that replaces the whole one: paper, proof, scale, floor, offline (default: all)",
     )
     stepmix.add_argument(
         "--trials", type=positive, default=20, metavar="N", help="MDPs of each setting (default %(default)s)"

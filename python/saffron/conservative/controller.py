@@ -320,7 +320,7 @@ class StepMixController:
         known = self.problem.reward
         width = 4 if known is None else 3
         cells, afters, rewards = [], [], []
-        previous = None
+        previous = 0
         for step, transition in enumerate(trajectory):
             observed: list[float] | None = None
             try:
@@ -338,16 +338,17 @@ class StepMixController:
                     f"trajectory: got {shown(transition)} at step {step}, expected states below {self.states} and an "
                     f"action below {self.actions}"
                 )
-            if previous is not None and state != previous:
-                raise ConfigError(
-                    f"trajectory: got state {state} at step {step}, expected {previous}, where it had led"
-                )
+            if not (state == previous if step else self.problem.start[0, state] > 0):
+                allowed = f"{previous}, where it had led" if step else "one with a probability in `start`"
+                raise ConfigError(f"trajectory: got state {state} at step {step}, expected {allowed}")
             if observed and not 0 <= observed[0] <= 1:
                 raise ConfigError(f"trajectory: got reward {transition[3]} at step {step}, expected 0 to 1")
             cells.append((step * self.states + state) * self.actions + action)
             afters.append(after)
             rewards.append(observed[0] if known is None else float(known[0, step, state, action]))
             previous = after
+        if (total := sum(rewards)) > self._bound * (1 + 1e-9):
+            raise ConfigError(f"trajectory: got a return of {total:.6g}, expected at most {self._bound}, `bound`")
         return cells, afters, rewards
 
     def _forget(self) -> None:

@@ -149,6 +149,9 @@ def _sizes(env: Any, steps: int) -> tuple[int, int]:
     sizes = [getattr(space, "n", None) for space in (env.observation_space, env.action_space)]
     if None in sizes:
         raise ConfigError(f"env: got spaces {env.observation_space} and {env.action_space}, expected Discrete ones")
+    for name, space in (("observation_space", env.observation_space), ("action_space", env.action_space)):
+        if first := int(getattr(space, "start", 0)):
+            raise ConfigError(f"env: got an {name} that begins with {first}, expected one that begins with 0")
     return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
 
 

@@ -73,7 +73,7 @@ class Problem:
             floor.shape in ((), (1,), (runs,)) and np.isfinite(floor).all()
         ):
             raise refused("floor", self.floor, f"a finite number, or one for each of {runs} runs")
-        _set(self, "floor", np.broadcast_to(floor, (runs,)))
+        _set(self, "floor", np.broadcast_to(floor, (runs,)).copy())
         for name, signal_ in (("bound", self.reward), ("objective_bound", self.objective)):
             bound, least = getattr(self, name), 0.0 if signal_ is None else float(np.max(signal_))
             if bound is not None:
@@ -183,6 +183,8 @@ def safety_weights(given: object) -> tuple[float, ...]:
 
 def _with_runs(name: str, given: np.ndarray, dimensions: int) -> np.ndarray:
     array = floats(name, given)
+    if np.may_share_memory(array, given):  # what the caller writes there later is no change of the problem
+        array = array.copy()
     if array.ndim == dimensions - 1:
         array = array[None]
     if array.ndim != dimensions or not array.size:

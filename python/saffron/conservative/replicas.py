@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def merge(replicas: Sequence[StepMixController]) -> StepMixController:
             raise ConfigError(
                 "replicas: got controllers of other problems, settings or offline logs, expected equal ones"
             )
-    check_apart(replica._lineage for replica in replicas)
+    check_apart(replicas)
     alarms = max(replica.alarms for replica in replicas)
     counted = [replica for replica in replicas if replica.alarms == alarms]
     weight = float(np.prod([replica._base_weight for replica in counted]))
@@ -53,9 +53,11 @@ def merge(replicas: Sequence[StepMixController]) -> StepMixController:
     return merged
 
 
-def check_apart(lineages: Iterable[storage.Lineage]) -> None:
-    """Raises `ConfigError` if counts of one file are in several of them."""
-    if storage.common(list(lineages)):
+def check_apart(replicas: Sequence[Any]) -> None:
+    """Raises `ConfigError` if one of them is there twice, or if counts of one file are in several of them."""
+    if len(set(map(id, replicas))) < len(replicas):
+        raise ConfigError("replicas: got one of them twice, whose counts would be added twice; expected each once")
+    if storage.common([replica._lineage for replica in replicas]):
         raise ConfigError(
             "replicas: got some that go on from one file which had counted something, which would be added twice; "
             "expected copies of a file that nothing was counted in, as of a log or of `merge([one])` (those that "

@@ -160,10 +160,15 @@ def read(path: Path) -> tuple[Settings, Arrays]:
         CheckpointError: the file is missing, damaged, or of another version.
     """
     with outside(f"{path}: not a controller's state", CheckpointError):
+        with path.open("rb") as opened:
+            if opened.read(2) != b"PK":  # of which NumPy says that it is a pickle, and how to load that
+                raise ValueError("File is no .npz file")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         schema = int(arrays.pop("schema"))
         settings = json.loads(str(arrays.pop("settings")))
+        if not isinstance(settings, dict):
+            raise TypeError(f"settings: got {settings!r}")
     if schema != SCHEMA:
         raise CheckpointError(f"{path}: got version {schema}, expected {SCHEMA}")
     return settings, arrays
