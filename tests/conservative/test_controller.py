@@ -211,7 +211,13 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="got version 99, expected 1"):
         StepMixController.load(path)
     settings = json.loads(str(arrays["settings"]))
-    for changed in ({"method": "stepmix"}, {**settings, "episodes": "x"}, {**settings, "base_weight": None}):
+    for changed in (
+        {"method": "stepmix"},
+        {**settings, "episodes": "x"},
+        {**settings, "episodes": -1},
+        {**settings, "elapsed": 1 << 70},
+        {**settings, "base_weight": None},
+    ):
         np.savez(path, **{**arrays, "settings": np.array(json.dumps(changed))})
         with pytest.raises(CheckpointError, match=r"^[^:]*: not a controller's state \([^()]*\)$"):  # said once
             StepMixController.load(path)

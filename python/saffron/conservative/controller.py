@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -303,7 +302,7 @@ class StepMixController:
         found._base = Counts(*(arrays[f"base_{name}"] for name in _COUNTS))
         found._total.check(problem.shape)
         found._base.check(problem.shape)
-        numbers = (operator.index(settings[name]) for name in ("episodes", "alarms", "elapsed"))
+        numbers = (whole(name, settings[name], 0, 1 << 62) for name in ("episodes", "alarms", "elapsed"))
         found.episodes, found.alarms, found._elapsed = numbers
         found._base_weight = within("base_weight", settings["base_weight"], "a number from 0 to 1", 0, 1)
         found._rng.bit_generator.state = settings["random"]
