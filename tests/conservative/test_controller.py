@@ -211,7 +211,13 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="got version 99, expected 1"):
         StepMixController.load(path)
     settings = json.loads(str(arrays["settings"]))
-    for changed in ({"method": "stepmix"}, {**settings, "episodes": "x"}, {**settings, "base_weight": None}):
+    drawn = {**settings["random"], "state": {**settings["random"]["state"], "state": -1}}
+    for changed in (
+        {"method": "stepmix"},
+        {**settings, "episodes": "x"},
+        {**settings, "base_weight": None},
+        {**settings, "random": drawn},
+    ):
         np.savez(path, **{**arrays, "settings": np.array(json.dumps(changed))})
         with pytest.raises(CheckpointError, match=r"^[^:]*: not a controller's state \([^()]*\)$"):  # said once
             StepMixController.load(path)
@@ -222,6 +228,7 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
         ("base_visits", arrays["visits"][..., :1]),
         ("rewards", arrays["rewards"] + 1),
         ("squares", arrays["squares"] + np.inf),
+        ("visits", arrays["visits"] + np.inf),
     ):
         np.savez(path, **{**arrays, name: wrong})
         with pytest.raises(CheckpointError, match="counts: "):
