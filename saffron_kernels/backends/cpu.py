@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saffron_kernels._native import cpu as _native
+from saffron_kernels.backends import reference_paged
 from saffron_kernels.backends.contents import check_index, checked_count
 from saffron_kernels.backends.reference import apart, rotate
 
@@ -136,6 +137,7 @@ def multifurcation_head(
     tokens: Tensor,
     offsets: Tensor,
 ) -> Tensor:
+    bias = None if bias is None else _computable(bias)
     if weight.dtype == torch.float16:
         check_index("tokens", tokens, weight.shape[0])
         named, tokens = tokens.unique(return_inverse=True)
@@ -227,6 +229,8 @@ def advance_tree(
 def block_plan(
     block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if block_table.numel() and int(block_table.max()) >= 2**31 // block_size:  # padding, or slots above int32
+        return reference_paged.block_plan(block_table, seq_lens, query_start, block_size, queries, size)
     block_table = _rows(block_table)  # held until the native function returns
     inputs = _view(block_table), _view(seq_lens), _view(query_start), block_size, queries
     order, *plan = map(torch.from_numpy, _native.block_plan(*inputs, -1 if size is None else size))

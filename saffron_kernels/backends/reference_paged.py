@@ -54,6 +54,8 @@ def _check_requests(
         expect(lengths[r] >= after - before, "seq_lens", tokens, f"at least its {after - before} queries")
         expect(used <= blocks, "seq_lens", tokens, f"at most {blocks * block_size}, which {blocks} blocks hold")
         expect(min(table[r][:used]) >= 0, "block_table", f"a block below 0 in row {r}", "blocks of the cache")
+        last, most = max(table[r][:used]), 2**31 // block_size - 1
+        expect(last <= most, "block_table", f"{last} in row {r}", f"at most {most}, whose slots fit int32")
 
 
 def _common(a: list[int], b: list[int]) -> int:

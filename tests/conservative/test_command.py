@@ -89,9 +89,37 @@ def test_intervals() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, content", [("records.jsonl", "a line of mine\n"), ("results-conservative.md", "# Mine\n")]
+    "name, content",
+    [
+        ("records.jsonl", "a line of mine\n"),
+        ("results-conservative.md", "# Mine\n"),
+        ("figures/conservative-paper.svg", "<svg/>"),
+    ],
 )
 def test_what_others_wrote_stays(name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     assert main(["stepmix", "--quick", "--experiment", "offline", "--output", str(tmp_path)]) == 2
     assert name in capsys.readouterr().err and (tmp_path / name).read_text() == content
+
+
+def test_records_that_nobody_wrote_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By their line, whatever is wrong with them; none reaches the tables."""
+    jobs = [experiment.Job("floor", "stepmix", 1, 50), experiment.Job("offline", "clone", 1, 30)]
+    good = [{"job": job.name, "records": json.loads(json.dumps(experiment.run_job(job)))} for job in jobs]
+    manifest = experiment.SCHEMA.manifest({}).decode()
+    file = tmp_path / "records.jsonl"
+    file.write_text(manifest + "".join(json.dumps(line) + "\n" for line in good))
+    assert experiment.run(jobs, file, lambda *_: iter(()), lambda *_: None)  # these are ours
+    arguments = ["stepmix", "--quick", "--experiment", "floor", "--output", str(tmp_path)]
+    wrong = [None, "x", float("nan"), [], {}, True]
+    changes = [(name, value) for name in ("below", "best", "last", "scale", "worst", "checked") for value in wrong]
+    changes += [("experiment", 3), ("points", [1]), ("values", "x"), ("regrets", [None]), ("starts", "x")]
+    for name, value in changes:
+        changed = {**good[0], "records": [{**good[0]["records"][0], name: value}]}
+        file.write_text(manifest + json.dumps(changed) + "\n")
+        assert main(arguments) == 2
+        assert "line 2 is not a result of `saffron stepmix`" in capsys.readouterr().err
+    for changed in ({**good[0], "records": []}, {**good[0], "job": "x"}, {**good[0], "job": '{"a": 1}'}):
+        file.write_text(manifest + json.dumps(changed) + "\n")
+        assert main(arguments) == 2 and "line 2 is not a result" in capsys.readouterr().err

@@ -211,12 +211,14 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="got version 99, expected 1"):
         StepMixController.load(path)
     settings = json.loads(str(arrays["settings"]))
+    drawn = {**settings["random"], "state": {**settings["random"]["state"], "state": -1}}
     for changed in (
         {"method": "stepmix"},
         {**settings, "episodes": "x"},
         {**settings, "episodes": -1},
         {**settings, "elapsed": 1 << 70},
         {**settings, "base_weight": None},
+        {**settings, "random": drawn},
     ):
         np.savez(path, **{**arrays, "settings": np.array(json.dumps(changed))})
         with pytest.raises(CheckpointError, match=r"^[^:]*: not a controller's state \([^()]*\)$"):  # said once
@@ -228,6 +230,7 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
         ("base_visits", arrays["visits"][..., :1]),
         ("rewards", arrays["rewards"] + 1),
         ("squares", arrays["squares"] + np.inf),
+        ("visits", arrays["visits"] + np.inf),
     ):
         np.savez(path, **{**arrays, name: wrong})
         with pytest.raises(CheckpointError, match="counts: "):

@@ -233,6 +233,7 @@ def test_merging_what_one_file_had_counted_is_refused(tmp_path: Path) -> None:
 
     widths = AdaptiveWidth(SETTINGS)
     answer(widths, 2)
+    path = tmp_path / "widths.npz"
     widths.save(path)
     with pytest.raises(ConfigError, match="^replicas: got some that go on from one file"):
         merge_widths([AdaptiveWidth.load(path), AdaptiveWidth.load(path)])
@@ -247,3 +248,27 @@ def test_a_file_with_a_wrong_lineage_is_refused(tmp_path: Path) -> None:
         storage.write(path, {**settings, "revisions": wrong}, arrays)
         with pytest.raises(CheckpointError, match="not a controller's state"):
             StepMixController.load(path)
+
+
+def test_states_of_another_version_or_kind_are_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "state.npz"
+    StepMixController(PROBLEM).save(path)
+    one = StepMixController.load(path)
+    kept = dict(np.load(path))
+    for schema in (99, np.arange(3)):
+        np.savez(path, **{**kept, "schema": np.asarray(schema)})
+        whole = path.read_bytes()
+        for writer in (one, StepMixController(PROBLEM)):
+            with pytest.raises(CheckpointError, match=r"state\.npz: got version .*, expected 1, or another file"):
+                writer.save(path)
+        assert path.read_bytes() == whole
+    path.unlink()
+    AdaptiveWidth(SETTINGS).save(path)
+    whole = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"state\.npz: holds a state of something else, which is not overwritten"):
+        StepMixController(PROBLEM).save(path)
+    assert path.read_bytes() == whole
+    path.unlink()
+    StepMixController(PROBLEM).save(path)
+    with pytest.raises(ConfigError, match=r"state\.npz: holds a state of something else, which is not overwritten"):
+        AdaptiveWidth(SETTINGS).save(path)

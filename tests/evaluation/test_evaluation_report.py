@@ -242,3 +242,30 @@ def test_empty_results_make_no_report(tmp_path):
 def test_groups_are_plain_data_too():
     summary = tables.summary(Group("world", "none", "greedy", "", tuple(results("greedy", 4, 1))))
     assert json.loads(json.dumps(summary))["attack_success"] == {"oracle": 0.1}
+
+
+def test_figures_of_others_stay(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = write_report(SWEEP, tmp_path / "ours", ReportOptions())[-1]
+    (tmp_path / "theirs" / "figures").mkdir(parents=True)
+    theirs = tmp_path / "theirs" / "figures" / figure.name
+    theirs.write_text("<svg/>")
+    with pytest.raises(ConfigError, match=f"{figure.name}: holds something else, which is not overwritten"):
+        write_report(SWEEP, tmp_path / "theirs", ReportOptions())
+    assert theirs.read_text() == "<svg/>" and not (tmp_path / "theirs" / "report.md").exists()
+    for name in ("report.md", "report.html"):  # an interruption leaves figures without a report
+        (tmp_path / "ours" / name).unlink()
+    write_report(SWEEP, tmp_path / "ours", ReportOptions())
+    figure.write_text("<svg/>")  # next to a report of ours: as earlier versions drew it
+    write_report(SWEEP, tmp_path / "ours", ReportOptions())
+    assert "<dc:title>saffron-kernels</dc:title>" in figure.read_text()
+
+
+@pytest.mark.parametrize(
+    "attacks", [("wrap:Now! {}", "wrap:Now? {}"), ("wrap:a {}", "wrap:A {}"), ("x" * 300, "語" * 99)]
+)
+def test_attacks_of_like_names_have_figures_of_their_own(tmp_path, attacks):
+    pytest.importorskip("matplotlib")
+    both = [one | {"attack": attack} for attack in attacks for one in SWEEP]
+    figures = [file for file in write_report(both, tmp_path, ReportOptions()) if file.suffix == ".svg"]
+    assert len(set(figures)) == 4

@@ -142,3 +142,14 @@ def test_decoding_does_not_clean_up(kind: str) -> None:
     model, made = policy(kind), tokenizer(kind, True)
     tokens = model.encoder.text("hello ' s")
     assert model.decode(tokens) == made.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("prefill", ["b 日本語", "日本語日本語", "日🙂本🙂", "クリスマス"])
+def test_an_opening_does_not_begin_within_a_character(prefill: str) -> None:
+    """Of SentencePiece a character is up to four tokens, of which the last eight of a prefill can begin with any."""
+    model = policy("SentencePiece BPE")
+    tokens = model.encoder.text(f"{prefill}国🙂")
+    opening = model.opening("hello", prefill)
+    answer = tokens[len(model.encoder.text(prefill)) :]
+    assert len(answer) == 7  # bytes
+    assert model.decode(answer, opening) == "国🙂"

@@ -142,6 +142,8 @@ def test_a_shared_prefix_is_planned_once(backend, device, dtype) -> None:
         ([[1]], [1], [1, 2], 2, 2, 9, "query_start"),
         ([[1], [1]], [2, 1], [0, 2, 1], 2, 1, 9, "query_start"),
         ([[-1]], [1], [0, 1], 2, 1, 9, "block_table"),
+        ([[2**30]], [1], [0, 1], 2, 1, 9, "block_table"),  # slots above int32
+        ([[1, 2**31 - 1]], [3], [0, 1], 2, 1, 9, "block_table"),
         ([[1]], [2], [0, 1], 2, 1, 1, "size"),
         ([[1]], [2], [0, 1], 0, 1, 1, "block_size"),
         ([[1]], [2], [0, 1], 1, -1, 1, "queries"),
@@ -150,6 +152,13 @@ def test_a_shared_prefix_is_planned_once(backend, device, dtype) -> None:
 def test_errors(table, lengths, starts, size, queries, room, message, backend, device, dtype) -> None:
     with pytest.raises(ValueError, match=message):
         block_plan(*(i32(x, device) for x in (table, lengths, starts)), size, queries, room)
+
+
+def test_large_blocks(backend, device, dtype) -> None:
+    """The last slot of int32; blocks that no request uses may be anything."""
+    table = i32([[2**30 - 1, 2**31 - 1], [1, 2**31 - 1]], device)
+    _, slot, *_ = block_plan(table, i32([2, 1], device), i32([0, 1, 2], device), 2, 2, 3)
+    assert sorted(slot.tolist()) == [2, 2**31 - 2, 2**31 - 1]
 
 
 @pytest.mark.parametrize("argument", range(3))

@@ -71,9 +71,10 @@ def test_hidden_sizes(hidden, backend, device, dtype) -> None:
     check(h, w, None, None, 0.0, found.tokens, found.offsets)
 
 
-def test_bias_in_another_dtype(backend, device, dtype) -> None:
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16])
+def test_bias_in_another_dtype(other, backend, device, dtype) -> None:
     found, h, w = inputs([4, 5], 23, 8, dtype, device)
-    check(h, w, randn(6, 23, dtype=torch.float32, device=device), None, 0.0, found.tokens, found.offsets)
+    check(h, w, randn(6, 23, dtype=other, device=device), None, 0.0, found.tokens, found.offsets)
 
 
 @pytest.mark.parametrize("unseen_reward", [-torch.inf, 0.0, 1.5])

@@ -227,7 +227,7 @@ class AdaptiveWidth:
         try:
             found = cls._read(settings, arrays)
             found._lineage = storage.Lineage.of(settings)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not the state of an adaptive width ({error!r})") from error
         return found
 

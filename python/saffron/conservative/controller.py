@@ -264,7 +264,7 @@ class StepMixController:
             found = cls.from_state(settings, arrays)
             found._lineage = storage.Lineage.of(settings)
             return found
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a controller's state ({error})") from error
 
     def state(self, *, sync: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

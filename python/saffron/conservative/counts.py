@@ -104,7 +104,8 @@ class Counts:
             raise ConfigError(f"counts: got shapes {found}, expected {(*shape, shape[2])} and three of {shape}")
         slack = ROUNDING * (1 + self.visits)
         if not (
-            all((array >= -slack.reshape(slack.shape + (1,) * (array.ndim - 4))).all() for array in self.arrays())
+            np.isfinite(self.visits).all()
+            and all((array >= -slack.reshape(slack.shape + (1,) * (array.ndim - 4))).all() for array in self.arrays())
             and (np.abs(self.transitions.sum(-1) - self.visits) <= slack).all()
             and (self.rewards <= self.visits + slack).all()
             and (self.squares <= self.rewards + slack).all()

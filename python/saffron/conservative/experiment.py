@@ -7,6 +7,7 @@ share of its value (reconstructed: eta, floor, episodes and scale of the paper a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ ETA = 10.0
 MIXING = ("stepmix", "epsmix", "ucbvi", "all-or-nothing")
 PRACTICAL = 0.003
 POINTS = 60  # of a curve
+_ALWAYS = ("trial", "best", "baseline", "floor", "worst", "below")  # numbers of every record
+_OF_LEARNERS = ("regret", "below_first_tenth", "last", "plans", "missed", "checked")
+_CURVES = ("points", "values", "regrets")
 Record = dict[str, Any]
 Map = Callable[[Callable[[], Callable[["Job"], list[Record]]], Sequence["Job"]], Iterator[tuple[int, list[Record]]]]
 
@@ -59,7 +63,27 @@ class Job:
 
 def _fits(record: Record) -> bool:
     found = record.get("records")
-    return isinstance(found, list) and all(isinstance(one, dict) and "experiment" in one for one in found)
+    try:
+        job = Job(**json.loads(record["job"]))
+    except (TypeError, ValueError):  # not JSON, or not a job's fields
+        return False
+    names = _ALWAYS if job.experiment == "offline" else (*_ALWAYS, *_OF_LEARNERS)
+    return isinstance(found, list) and bool(found) and all(_is_record(one, asdict(job), names) for one in found)
+
+
+def _is_record(one: Any, job: dict[str, Any], names: Sequence[str]) -> bool:
+    return (
+        isinstance(one, dict)
+        and {name: one.get(name) for name in job} == job
+        and all(_is_number(one.get(name)) for name in names)
+        and (one.get("starts") is None or _is_number(one["starts"]))
+        and all(isinstance(one.get(n, []), list) and all(map(_is_number, one.get(n, []))) for n in _CURVES)
+        and len({len(one.get(name, [])) for name in _CURVES}) == 1
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 SCHEMA = Schema("stepmix", ("job",), _fits)

@@ -12,7 +12,7 @@ import numpy as np
 
 from saffron.conservative.experiment import ETA, PRACTICAL, Record
 from saffron.errors import MissingDependencyError, outside
-from saffron.storage.folders import check_replaceable, write_atomically, write_replaceable
+from saffron.storage.folders import PICTURE, check_replaceable, write_atomically, write_replaceable
 
 # Okabe and Ito's colours, which people who see few colours can tell apart.
 COLOURS = {
@@ -41,9 +41,13 @@ def pyplot() -> Any:
 
 
 def check(folder: Path) -> None:
-    """Raises `ConfigError` where `write` would not write its page over what lies there."""
-    if (folder / PAGE).exists():
+    """Raises `ConfigError` where `write` would not write over what lies there."""
+    if (folder / PAGE).exists():  # of ours, and so are the figures that it shows
         check_replaceable("output", folder / PAGE, MARK)
+        return
+    for file in (folder / name for name in FIGURES):
+        if file.exists():
+            check_replaceable("output", file, PICTURE)
 
 
 def write(records: Sequence[Record], folder: Path) -> Path:
@@ -82,6 +86,7 @@ def at_most(failures: int, trials: int) -> float:
 
 
 PAGE, MARK = "results-conservative.md", b"# Conservative exploration: results"
+FIGURES = ("figures/conservative-paper.svg", "figures/conservative-scale.svg")
 _HEAD = f"""# Conservative exploration: results
 
 Written by `saffron stepmix --output DIR --docs docs --workers 2` from its records; no figure here was typed. What the
@@ -333,7 +338,7 @@ def _draw_scale(groups: dict[tuple, list[Record]], file: Path) -> None:
 
 def _save(figure: Any, file: Path) -> None:
     picture = io.BytesIO()
-    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None, "Title": PICTURE.decode()})
     pyplot().close(figure)
     write_atomically(file, picture.getvalue())
 

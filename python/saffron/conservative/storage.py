@@ -14,13 +14,13 @@ import threading
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from saffron.errors import CheckpointError, outside
+from saffron.errors import CheckpointError, ConfigError, outside, shown
 from saffron.storage.folders import write_replaceable
 
 SCHEMA = 1
@@ -77,7 +77,7 @@ class Lineage:
                 elif self.revisions[0][0] in theirs._names():
                     try:
                         shared._joined(*found)
-                    except (IndexError, KeyError, TypeError, ValueError) as error:
+                    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
                         raise CheckpointError(
                             f"{path}: cannot be joined with what others saved there ({error})"
                         ) from error
@@ -147,10 +147,26 @@ def write(path: Path, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarr
 
     Raises:
         ConfigError: the file cannot be written there, or holds something else.
+        CheckpointError: it holds a state of another version or of something else.
     """
+    _check_replaceable(path, settings)
     content = io.BytesIO()
     np.savez(content, schema=np.array(SCHEMA), settings=np.array(json.dumps(settings)), **arrays)  # type: ignore[arg-type]
     write_replaceable(path, content.getvalue(), b"schema.npy")
+
+
+def _check_replaceable(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses what somebody could still read; a damaged state can be replaced."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            schema = file["schema"]
+    except Exception:  # NumPy, zipfile and zlib raise types of their own; `write_replaceable` has the last word
+        return
+    if schema.shape or schema != SCHEMA:
+        raise CheckpointError(f"{path}: got version {shown(schema)}, expected {SCHEMA}, or another file")
+    with suppress(CheckpointError):
+        if read(path)[0].get("kind") != settings.get("kind"):
+            raise ConfigError(f"{path}: holds a state of something else, which is not overwritten; choose another file")
 
 
 def read(path: Path) -> tuple[Settings, Arrays]:

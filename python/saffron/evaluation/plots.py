@@ -10,7 +10,7 @@ from typing import Any
 from saffron.errors import MissingDependencyError, outside
 from saffron.evaluation.metrics import Curve, Group, bootstrap
 from saffron.evaluation.tables import titles
-from saffron.storage.folders import write_atomically
+from saffron.storage.folders import PICTURE, write_atomically
 
 # Okabe and Ito's colours, which people who see few colours can tell apart.
 COLOURS = {
@@ -112,7 +112,7 @@ def lines(
 
 def _save(plt: Any, figure: Any, files: Iterable[Path]) -> None:
     for file in files:
-        metadata = {"Date": None} if file.suffix == ".svg" else None
+        metadata = {"Title": PICTURE.decode(), **({"Date": None} if file.suffix == ".svg" else {})}
         picture = io.BytesIO()
         with outside(f"{file}: cannot be drawn"):
             figure.savefig(picture, format=file.suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)

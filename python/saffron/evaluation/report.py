@@ -7,17 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+from zlib import crc32
 
 from saffron.errors import ConfigError, outside
 from saffron.evaluation import plots
 from saffron.evaluation.metrics import Curve, Group, curves, group
 from saffron.evaluation.store import Record
 from saffron.evaluation.tables import Table, by_width, efficiency, matched, overview, utility
-from saffron.storage.folders import check_replaceable, write_replaceable
+from saffron.storage.folders import PICTURE, check_replaceable, write_replaceable
 from saffron.storage.text import read_bytes
 
 UNDEFENDED = ("greedy", "sample")
 FORMATS = ("svg", "png", "pdf")
+STEMS = ("dilemma", "scaling")  # how the names of figures end
 # By which files of earlier reports are known.
 MARKS = {"report.md": b"<!-- by saffron report -->", "report.html": b"<title>Attack success under search</title>"}
 
@@ -69,14 +71,20 @@ def write_report(records: Sequence[Record], out: Path, options: ReportOptions) -
     plots.pyplot()
     if options.limit is not None and not 0 < options.limit < float("inf"):
         raise ConfigError(f"limit: got {options.limit}, expected a number above 0")
+    places = list(dict.fromkeys((g.data, g.attack, g.variant) for g in groups))
+    names = _file_names([_title(place) for place in places])
     for name, mark in MARKS.items():
         if (out / name).exists():
             check_replaceable("output", out / name, mark)
+    if not (out / "report.md").exists():  # next to a report of ours, the figures are ours too
+        for file in (file for name in names for stem in STEMS for file in _pictures(name, stem, out, options)):
+            if file.exists():
+                check_replaceable("output", file, PICTURE)
     with outside(f"{out}: cannot be made"):
         (out / "figures").mkdir(parents=True, exist_ok=True)
-    places = list(dict.fromkeys((g.data, g.attack, g.variant) for g in groups))
     sections = [
-        _section(place, [g for g in groups if (g.data, g.attack, g.variant) == place], out, options) for place in places
+        _section(place, name, [g for g in groups if (g.data, g.attack, g.variant) == place], out, options)
+        for place, name in zip(places, names, strict=True)
     ]
     sections.append(Section("What the answers are like", [utility(groups)], []))
     if options.scatter is not None:
@@ -100,18 +108,22 @@ def reference_group(groups: Iterable[Group], wanted: str | None = None) -> Group
     return next((g for g in samples if g.budget == 32), None) or max(samples or groups, key=lambda g: g.flops)
 
 
-def _section(place: tuple[str, str, str], groups: list[Group], out: Path, options: ReportOptions) -> Section:
+def _title(place: tuple[str, str, str]) -> str:
     data, attack, variant = place
-    title = f"{data}, attack {attack}" + (f", {variant}" if variant else "")
+    return f"{data}, attack {attack}" + (f", {variant}" if variant else "")
+
+
+def _section(place: tuple[str, str, str], name: str, groups: list[Group], out: Path, options: ReportOptions) -> Section:
+    """name: how the names of its figures begin."""
     tables = [overview(groups, options.judge)]
     drawn: list[tuple[str, Path]] = []
     defended = curves(g for g in groups if g.method.partition(":")[0] not in UNDEFENDED)
     if defended:
         reference = reference_group([g for c in defended for g in c.groups], options.reference)
         tables.append(matched(defended, reference, options.judge))
-        drawn = _figures(_file_name(title), defended, groups, out, options)
+        drawn = _figures(name, defended, groups, out, options)
     tables += [t for t in (efficiency(groups, options.judge, options.limit), by_width(groups, options.judge)) if t]
-    return Section(title, tables, drawn)
+    return Section(_title(place), tables, drawn)
 
 
 def _figures(
@@ -127,14 +139,23 @@ def _figures(
         wanted.insert(0, ("Figure 2. Search with a PRM, one call per candidate", "dilemma", conventional))
     drawn = []
     for title, stem, shown in wanted:
-        files = [out / "figures" / f"{name}-{stem}.{suffix}" for suffix in options.formats]
+        files = _pictures(name, stem, out, options)
         plots.scaling(shown, options.judge, files, title.partition(". ")[2], undefended)
         drawn.append((title, files[0]))
     return drawn
 
 
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+def _pictures(name: str, stem: str, out: Path, options: ReportOptions) -> list[Path]:
+    return [out / "figures" / f"{name}-{stem}.{suffix}" for suffix in options.formats]
+
+
+def _file_names(titles: list[str]) -> list[str]:
+    """One for each title, short enough for a file system (4 bytes a character), and none twice."""
+    names = ["".join(c if c.isalnum() else "-" for c in title.lower())[:50].strip("-") for title in titles]
+    return [
+        name if names.count(name) == 1 else f"{name}-{crc32(title.encode()):08x}"
+        for name, title in zip(names, titles, strict=True)
+    ]
 
 
 def _markdown(section: Section, out: Path) -> str:

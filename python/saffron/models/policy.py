@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import dropwhile
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +101,10 @@ class Policy(TextModel):
     def opening(self, prompt: Prompt, prefill: str = "") -> tuple[int, ...]:
         """The last tokens of a prefill: `Request.opening` of what `chat` gives."""
         conversation = with_prefill(Conversation.of(prompt), prefill)
-        return tuple(self.encoder.text(conversation.prefill)[-OPENING:]) if conversation.prefill else ()
+        found = self.encoder.text(conversation.prefill)[-OPENING:] if conversation.prefill else []
+        # Behind a part of a character, the bytes of all others would be decoded to replacement characters.
+        token = self.require_tokenizer().convert_ids_to_tokens
+        return tuple(dropwhile(lambda i: "<0x80>" <= str(token(i)) <= "<0xBF>", found))
 
     def decode(self, tokens: Sequence[int], opening: Sequence[int] = ()) -> str:
         """The text of token ids, without special tokens; behind `opening` (`Request`), whose text is not repeated."""

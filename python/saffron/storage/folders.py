@@ -16,6 +16,7 @@ from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.storage.paths import check_output_file
 from saffron.storage.text import read_bytes
 
+PICTURE = b"saffron-kernels"  # the title of our pictures, by which they are known
 _TEMPORARY = ".saffron-{}.tmp"  # of a process and thread: two may write the same file, and the last one stays
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from saffron.errors import MissingDependencyError, outside
-from saffron.storage.folders import write_atomically
+from saffron.storage.folders import PICTURE, write_atomically
 from saffron.training.agreement import Agreement
 
-MARK = b"saffron-kernels"  # the title of our pictures, by which they are known
+MARK = PICTURE
 SMOOTHED = 50  # points of the smoothed curve of the loss
 MOST_POINTS = 20_000
 
