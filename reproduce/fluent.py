@@ -70,9 +70,9 @@ class NoisyPair(ModelPair):
     """Its head reads `DIMENSIONS` more numbers, with weights drawn once."""
 
     def __init__(self, models: Models, noise: float, seed: int) -> None:
-        super().__init__(models.policy, models.mrm)
         drawn = torch.Generator().manual_seed(seed)
-        self.drawn = noise * torch.randn(self.vocab_size, DIMENSIONS, generator=drawn)
+        self.drawn = noise * torch.randn(models.policy.vocab_size, DIMENSIONS, generator=drawn)
+        super().__init__(models.policy, models.mrm)  # reads the head
 
     def head(self, trained_bias: bool) -> Head:
         own = super().head(trained_bias)

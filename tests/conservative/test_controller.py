@@ -214,9 +214,7 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     drawn = {**settings["random"], "state": {**settings["random"]["state"], "state": -1}}
     for changed in (
         {"method": "stepmix"},
-        {**settings, "episodes": "x"},
-        {**settings, "episodes": -1},
-        {**settings, "elapsed": 1 << 70},
+        *({**settings, **more} for more in ({"episodes": "x"}, {"episodes": -1}, {"elapsed": 1 << 70})),
         {**settings, "base_weight": None},
         {**settings, "random": drawn},
     ):

@@ -58,7 +58,7 @@ def test_the_mixture_is_linear(seed: int, episodes: int, floor: float) -> None:
     plan = StepMix(Problem(baseline, np.full(2, floor), mdp.reward), PRACTICAL).plan(counts)
     coin = (1 - plan.weight) * mdp.value(plan.first) + plan.weight * mdp.value(plan.second)
     np.testing.assert_allclose(mdp.value(plan.markov()), coin, rtol=0, atol=1e-12)
-    assert ((plan.weight >= 0) & (plan.weight < 1)).all()
+    assert ((plan.weight >= 0) & (plan.weight <= 1)).all()
     for run in range(2):
         lower, h0 = plan.lower[run], plan.h0[run]
         if not (lower >= floor).any():

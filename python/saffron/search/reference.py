@@ -31,7 +31,7 @@ class Response(NamedTuple):
             reward = min(reward, self.reward)
         elif length > 1 and config.path_score != "last":
             share = 1 / length if config.path_score == "mean" else 1 - config.discount
-            reward = self.reward + share * (reward - self.reward)
+            reward = self.reward + share * (reward - self.reward) if share < 1 else reward
         log_probability = self.log_probability + chance if config.asks_policy else 0.0
         said = chance if config.policy_score == "token" else log_probability / length
         step = config.reward_tolerance
