@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from switching import in_threads
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -344,16 +343,7 @@ def test_threads_on_one_model(shared: bool) -> None:
         except Exception as error:
             wrong.append(error)
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    in_threads(4, client)
     assert not wrong and trie.kv.index.num_held == 0
 
 

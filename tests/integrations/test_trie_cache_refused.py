@@ -136,3 +136,14 @@ def test_padding_within_a_window_is_refused() -> None:
     positions = mask.cumsum(1) - 1
     with pytest.raises(UnsupportedModelError, match="sliding windows of 4 columns, in which padding would count"):
         ours(PROMPT, attention_mask=mask, position_ids=positions, past_key_values=TrieCache(ours))
+
+
+@pytest.mark.parametrize("rows", [[-1, 0], [0, 2]])
+@torch.no_grad()
+def test_beams_that_are_not_there_are_refused(rows: list[int]) -> None:
+    model = tiny.model()
+    cache = TrieCache(model)
+    model(torch.tensor([[5, 6], [7, 8]]), past_key_values=cache)
+    with pytest.raises(ConfigError, match=r"beam_idx: got \[.*\], expected rows from 0 to 1"):
+        cache.reorder_cache(torch.tensor(rows))
+    cache.reorder_cache(torch.tensor([1, 0]))

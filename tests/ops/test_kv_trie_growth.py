@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from switching import in_threads
 
 from saffron_kernels import CacheFullError, KVTrie, append_kv, tree_attention
 
@@ -37,16 +37,7 @@ def test_two_threads_drive_a_trie_through_growth() -> None:
             errors.append(error)
             start.abort()
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    in_threads(2, client, interval=1e-6)
     assert not errors
     assert all(t.capacity == t.k.shape[1] == t.v.shape[1] and t.num_nodes == 0 for t in tries)
     assert sum(t.capacity.bit_length() - 1 for t in tries) >= 10_000

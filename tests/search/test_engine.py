@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import tiny
 import torch
 from engines import PAIR, PROMPTS, alone, doubles, make, same
 from searches import CONFIG
+from switching import in_threads
 
 from saffron.errors import (
     CancelledError,
@@ -264,16 +264,7 @@ def test_threads_on_one_search_and_on_one_policy(shared: str) -> None:
         except BaseException as error:
             wrong.append(error)
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=client, args=(searches[i % 2], i)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    in_threads(4, lambda i: client(searches[i % 2], i))
     assert not wrong
     for model in (policy, mrm):
         assert model.kv.num_nodes == model.kv.reserved == 0 and model.kv.capacity == model.kv.k.shape[1] > 4

@@ -35,7 +35,11 @@ def add(commands: Commands) -> None:
     )
     stepmix.add_argument("--seed", type=seed, default=0, metavar="N", help="of MDPs and episodes (default %(default)s)")
     stepmix.add_argument("--json", action="store_true", help="print the records as JSON lines instead of the tables")
-    stepmix.add_argument("--quick", action="store_true", help="little of everything: does it run?")
+    stepmix.add_argument(
+        "--quick",
+        action="store_true",
+        help="does it run? 2 trials of 400 episodes, whatever --trials and --episodes say",
+    )
     add_worker_options(stepmix)
     stepmix.set_defaults(run=run)
 

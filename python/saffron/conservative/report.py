@@ -89,8 +89,9 @@ PAGE, MARK = "results-conservative.md", b"# Conservative exploration: results"
 FIGURES = ("figures/conservative-paper.svg", "figures/conservative-scale.svg")
 _HEAD = f"""# Conservative exploration: results
 
-Written by `saffron stepmix --output DIR --docs docs --workers 2` from its records; no figure here was typed. What the
-words mean, and what is guaranteed, is in [conservative.md](conservative.md).
+Written by `saffron stepmix` from its records; no figure here was typed. The page in the documentation is made by
+`saffron stepmix --output DIR --docs docs --workers 2`. What the words mean, and what is guaranteed, is in
+[conservative.md](conservative.md).
 
 Random MDPs of 5 states, 5 actions and 3 steps, rewards uniform in [0, 1] and known, kernels uniform on the simplex. The
 baseline is the policy in proportion to exp({ETA:g} Q\\*), the floor a share of its value (0.9 unless said otherwise).

@@ -184,6 +184,9 @@ class TrieCache(Cache):
         self._rows.release()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        last = len(self._rows) - 1
+        if beam_idx.numel() and not 0 <= int(beam_idx.min()) <= int(beam_idx.max()) <= last:
+            raise ConfigError(f"beam_idx: got {beam_idx.tolist()}, expected rows from 0 to {last}")
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
