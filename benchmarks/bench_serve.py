@@ -13,6 +13,7 @@ import asyncio
 import json
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -76,7 +77,8 @@ async def short_behind_long(url: str, server: Server, tokens: int) -> dict[str, 
 
 
 async def lone(url: str, models: Models, config: SearchConfig, rounds: int) -> dict[str, float]:
-    """Seconds of an answer by the server and by a search in this process, in turn; medians and their ratio."""
+    """Seconds of an answer by the server and by a search in this process, in turn; medians and their ratio. The guard's
+    verdict, which the server sends with its answer, is part of both."""
     search = SaffronSearch(models.policy, models.mrm, config)
     served_seconds, own_seconds = [], []
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
@@ -84,6 +86,8 @@ async def lone(url: str, models: Models, config: SearchConfig, rounds: int) -> d
             answer = await ask(client, prompt(i), saffron={"min_new_tokens": config.min_new_tokens})
             started = time.perf_counter()
             (result,) = await asyncio.to_thread(search.generate, [prompt(i)])
+            if models.guard is not None:
+                await asyncio.to_thread(models.guard.score, [(prompt(i), result.text)])
             own = time.perf_counter() - started
             assert answer.text == result.text
             if i:  # the first is warm-up
@@ -106,12 +110,11 @@ def main() -> None:
     options = parser.parse_args()
     models = models_of(options.models)
     config = SearchConfig(width=options.width[0], max_new_tokens=options.tokens, min_new_tokens=options.tokens)
-    settings = Settings(
-        name=NAME, config=config, undefended=True, best_of_n=options.width[-1], max_batch=64, prefill_tokens=64
-    )
-    with served(models, settings) as (url, server):
-        print(json.dumps({"lone": asyncio.run(lone(url, models, config, options.rounds))}), flush=True)
+    settings = Settings(name=NAME, config=config, undefended=True, best_of_n=options.width[-1], max_batch=64)
+    with served(models, replace(settings, prefill_tokens=64)) as (url, server):
         print(json.dumps(asyncio.run(short_behind_long(url, server, 200))), flush=True)
+    with served(models, settings) as (url, _):
+        print(json.dumps({"lone": asyncio.run(lone(url, models, config, options.rounds))}), flush=True)
         cells: list[tuple[str, dict[str, Any]]] = [
             (f"width {width}", {"model": NAME, "saffron": {"width": width}}) for width in options.width
         ]
