@@ -27,9 +27,9 @@ from saffron_kernels.backends.cuda import counters
 
 
 def first_met_within_a_capture(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, met: Callable[[], set[object]]
+    monkeypatch: pytest.MonkeyPatch, architecture: str, met: Callable[[], set[object]], prompts: int = 2
 ) -> list[object]:
-    """Runs a search in captured steps; `met` is what has been launched so far. Ends that are banned at first."""
+    """Searches some prompts in captured steps; `met` is what has been launched so far. Ends that are banned at first."""
     within: list[set[object]] = []
 
     def capture(body: Callable[[], object]) -> Callable[[], object]:
@@ -41,8 +41,8 @@ def first_met_within_a_capture(
 
     policy = Policy(tiny.model(architecture).bfloat16())
     mrm = MultifurcationRewardModel(tiny.model(seed=1, num_hidden_layers=1).bfloat16())
-    config = replace(CONFIG, width=3, max_new_tokens=6, min_new_tokens=3)
-    make(monkeypatch, capture, policy, mrm, config).search(REQUESTS[:2])
+    config = replace(CONFIG, width=3, max_new_tokens=2 + 2 * prompts, min_new_tokens=1 + prompts)
+    make(monkeypatch, capture, policy, mrm, config).search(REQUESTS[:prompts])
     assert within and met(), "nothing was captured"
     return [each for found in within for each in found]
 
@@ -96,7 +96,7 @@ def test_triton_kernels_are_specialised_before(architecture, monkeypatch) -> Non
             monkeypatch.setattr(module, "launch", noted)
     schemas.forget_choices()
     with use_backend("triton"):
-        found = first_met_within_a_capture(monkeypatch, architecture, lambda: met)
+        found = first_met_within_a_capture(monkeypatch, architecture, lambda: met, prompts=1)
     assert found == []
 
 
