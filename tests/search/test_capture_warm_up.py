@@ -29,7 +29,7 @@ from saffron_kernels.backends.cuda import counters
 def first_met_within_a_capture(
     monkeypatch: pytest.MonkeyPatch, architecture: str, met: Callable[[], set[object]], prompts: int = 2
 ) -> list[object]:
-    """Searches some prompts in captured steps; `met` is what has been launched so far. Ends that are banned at first."""
+    """Searches prompts in captured steps; `met` is what has been launched so far. Ends that are banned at first."""
     within: list[set[object]] = []
 
     def capture(body: Callable[[], object]) -> Callable[[], object]:
