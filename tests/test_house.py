@@ -54,6 +54,10 @@ def test_functions_are_short() -> None:
     assert not long
 
 
+def test_the_algorithm_fits_on_one_screen() -> None:
+    assert len((ROOT / "python/saffron/search/reference.py").read_text().splitlines()) <= 60
+
+
 # Ops that no GPU kernel serves yet: there the reference does, and what uses them says that it serves CPUs only.
 CPU_ONLY = {"block_plan"}
 
