@@ -11,7 +11,7 @@ from saffron.search.config import DrawingConfig, check_number, check_whole
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
-from saffron.search.rewards import Owned, RewardModel, RewardScorer
+from saffron.search.rewards import RewardModel, RewardScorer, SearchPrefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class ARGS(Decoder[ARGSConfig]):
             if not live:
                 break
             proposals = proposer.propose([(g, answers[g].tokens) for g in live])
-            children: list[Owned] = []
+            children: list[SearchPrefix] = []
             for g, proposal in zip(live, proposals, strict=True):
                 children += [(g, (*answers[g].tokens, token)) for token in proposal.tokens]
             rewards = batch.score(children)

@@ -162,8 +162,8 @@ class EagerStep:
             banned=self._banned(rows, device),
             scores=_float32([row.node.score for row in rows], device) if inherits else None,
             end_tokens=self._tokens([row.search.eos_token_id for row in rows], device) if inherits else None,
-            carried_scores=_float32([row.node.score for row in finished], device),
-            carried_groups=_int32([number[row.search] for row in finished], device),
+            finished_scores=_float32([row.node.score for row in finished], device),
+            finished_groups=_int32([number[row.search] for row in finished], device),
             widths=_int32(widths, device) if len(set(widths)) > 1 else None,
         )  # fmt: skip
         return parent, token, reward, reward, torch.zeros_like(reward), counts, all_unseen

@@ -307,7 +307,7 @@ class StaticForest:
             groups, self.groups, config.width, self._top_p.index_select(0, groups), banned=banned,
             scores=self._scores[:rows] if inherits else None,
             end_tokens=ends if inherits else None,
-            carried_scores=self._scores[rows:-1], carried_groups=self._groups[rows:-1], widths=widths,
+            finished_scores=self._scores[rows:-1], finished_groups=self._groups[rows:-1], widths=widths,
         )  # fmt: skip
 
     def _ordered(

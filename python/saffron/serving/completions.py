@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from saffron import __version__
 from saffron.errors import shown
-from saffron.models.likelihood import TokenChance, likelihoods
+from saffron.models.likelihood import TokenLikelihood, likelihoods
 from saffron.models.policy import OPENING
 from saffron.search import config as search_config
 from saffron.search.result import Cost
@@ -231,7 +231,7 @@ def _logprobs(service: Service, prompt: list[int], tokens: list[int], echo: bool
     """`choices[i].logprobs` of a completion. Nothing stands before a prompt's first token: null."""
     policy = service.policy
     first = 1 if echo else len(prompt)
-    found: list[TokenChance | None] = list(likelihoods(policy, prompt + tokens, first, top))
+    found: list[TokenLikelihood | None] = list(likelihoods(policy, prompt + tokens, first, top))
     shown_tokens = (prompt if echo else []) + tokens
     found = [None, *found] if echo else found
     texts = [token_text(policy, token) for token in shown_tokens]
@@ -247,7 +247,7 @@ def _logprobs(service: Service, prompt: list[int], tokens: list[int], echo: bool
     }
 
 
-def _top(service: Service, one: TokenChance) -> dict[str, float]:
+def _top(service: Service, one: TokenLikelihood) -> dict[str, float]:
     """The most probable tokens by their text; of equal texts the more probable counts."""
     found: dict[str, float] = {}
     for token, value in one.top:
