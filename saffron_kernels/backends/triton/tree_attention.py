@@ -37,7 +37,8 @@ class Config(NamedTuple):
 def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
     """The configuration for `rows` (queries x group) of one KV head.
 
-    Chosen so that nothing spills and a program's shared memory fits the architecture (`aot.py` verifies both).
+    Chosen so that nothing spills and a program's shared memory fits the architecture: `tests/support/triton_report.py`
+    verifies both.
     """
     dim = max(64, next_power_of_2(head_dim))
     if element_size > 2:  # fp32 products run on the ordinary cores: small tiles

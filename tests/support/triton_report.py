@@ -3,7 +3,7 @@
 The launchers of the ops run on CPU tensors of real sizes, but each launch only compiles: so what is compiled is what a
 GPU would run, specialised as Triton specialises it. Registers and local memory are read from the machine code.
 
-    python -m saffron_kernels.backends.triton.aot --markdown docs/triton-kernels.md
+    python tests/support/triton_report.py --markdown docs/triton-kernels.md
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def markdown(usages: list[Usage]) -> str:
     lines = [
         "# Triton kernels: what they use",
         "",
-        f"Written by `python -m saffron_kernels.backends.triton.aot --markdown FILE` with Triton {triton.__version__}, "
+        f"Written by `python tests/support/triton_report.py --markdown FILE` with Triton {triton.__version__}, "
         "without a GPU.",
         f"Each cell: registers of a thread / bytes of local memory of a thread (spills; at most {FEW_BYTES}) / "
         "shared memory of a program in KiB",
