@@ -90,6 +90,7 @@ RETIRED = {
     r"faults\.settle\b|\bTokenChance\b|(?<!cross_)\bentropy\(": "raise_if_eager, TokenLikelihood, seed_of",
     r"\bshipped\b": "bundled",
     r"\bturned\b": "rotated, rotary",
+    r"\b(compute|[Cc]alls|cost|FLOPs?|GFLOP|log-probability) a (prompt|token)\b": "per",
     r"\b(one|once|bytes|us|ms) a (row|step|layer|token|beam|call|block|query|slot|response|prompt|record)\b": "per",
 }
 
