@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_number, check_whole
+from saffron.search.config import check_number, check_whole
+from saffron.search.decoding import DrawingConfig
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer

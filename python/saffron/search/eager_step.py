@@ -217,9 +217,7 @@ class EagerStep:
         """Token ids: one list for all rows where they agree, else one for each, padded with -1."""
         if len(set(rows)) > 1:
             longest = max(map(len, rows))
-            return torch.tensor(
-                [sorted(row) + [-1] * (longest - len(row)) for row in rows], dtype=torch.int32, device=device
-            )
+            return _int32([sorted(row) + [-1] * (longest - len(row)) for row in rows], device)
         if rows[0] not in self._ends:
             self._ends[rows[0]] = _int32(sorted(rows[0]), device)
         return self._ends[rows[0]]
@@ -241,7 +239,7 @@ def _settings(search: Handle) -> tuple[object, ...]:
     return config.unseen_reward, config.lm_head_bias, config.eos_score, config.is_published
 
 
-def _int32(values: list[int], device: torch.device) -> Tensor:
+def _int32(values: Sequence[object], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 

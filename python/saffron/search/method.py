@@ -17,7 +17,8 @@ from saffron.errors import ConfigError
 from saffron.models.chat import Prompt, as_conversations
 from saffron.models.checks import expect, expect_list, kind, not_finite
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig, Request
+from saffron.search.config import Request
+from saffron.search.decoding import DecodingConfig, DrawingConfig
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Cost, SearchResult, Tally
 from saffron.search.rewards import Reward, RewardScorer, SearchPrefix

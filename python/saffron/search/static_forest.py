@@ -116,7 +116,7 @@ class _Side:
         """The model's output for all rows, used or not; `length` is the longest that a text can get."""
         keep = torch.arange(len(tokens), device=tokens.device)
         plan = TreeStep(self.positions, self.write_slots, *self.plan(), length=length, count=self.count)
-        return self.model._output(tokens[None], self.positions[None], TrieStep(self.cache, plan, True), keep)
+        return self.model.output(tokens[None], TrieStep(self.cache, plan, True), keep)
 
 
 class StaticForest:
