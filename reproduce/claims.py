@@ -72,7 +72,7 @@ def at_every_budget(reference: Curve, others: Sequence[Curve], judge: str, headi
             mark = "†" if at_most_expensive else ""
             cells.append("" if values is None else f"{share(values.mean())}{mark} ({signed(bootstrap(values - base))})")
         rows.append((f"{one.budget:g}", compute(one.flops), share(base.mean()), *cells))
-    header = ("N", "compute a prompt", *titles([curve.name for curve in (reference, *others)]))
+    header = ("N", "compute per prompt", *titles([curve.name for curve in (reference, *others)]))
     return Table(heading, header, tuple(rows), "† at less compute: the method's most expensive run.")
 
 

@@ -207,9 +207,9 @@ def _calls(sweeps: dict[str, Curve]) -> str:
                 interval(one.success(JUDGE)), compute(one.flops),
             ))  # fmt: skip
     return Table(
-        "Calls a prompt",
+        "Calls per prompt",
         ("method", "policy calls", "reward calls", "if all beams had all children", "attack success [95 %]",
-         "compute a prompt"),
+         "compute per prompt"),
         tuple(rows),
     ).markdown()  # fmt: skip
 
@@ -220,7 +220,7 @@ def _tuning(records: list[Record]) -> str:
         (f"`{one.method}`", interval(one.success(JUDGE)), compute(one.flops))
         for one in sorted(group(records), key=lambda g: (g.method.partition(":")[0], g.family, g.flops))
     ]
-    return Table("Candidates", ("method", "attack success [95 %]", "compute a prompt"), tuple(rows)).markdown()
+    return Table("Candidates", ("method", "attack success [95 %]", "compute per prompt"), tuple(rows)).markdown()
 
 
 def _more(material: Material) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def _plain(groups: Iterable[Group]) -> str:
         )
         for one in groups
     ]
-    header = ("method", "attack success [95 %]", "by the guard", "compute a prompt", "log-probability a token")
+    header = ("method", "attack success [95 %]", "by the guard", "compute per prompt", "log-probability per token")
     return _untitled(header, rows)
 
 

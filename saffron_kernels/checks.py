@@ -144,9 +144,9 @@ def check_append_kv(
     same_device(("k_cache", k_cache), ("v", v), ("slots", slots), ("cos", cos), ("sin", sin))
     expect((cos is None) == (sin is None), "sin" if sin is None else "cos", "one without the other", "both, or neither")
     if cos is not None and sin is not None:
-        for name, turn in (("cos", cos), ("sin", sin)):
-            floating(name, turn)
-            shape(name, turn, [k.shape[0], "rotated"])
+        for name, rotary in (("cos", cos), ("sin", sin)):
+            floating(name, rotary)
+            shape(name, rotary, [k.shape[0], "rotated"])
         rotated, head_dim = cos.shape[1], k.shape[2]
         even = rotated % 2 == 0 and rotated <= head_dim
         expect(even, "cos", f"{rotated} rotated dimensions", f"an even number of at most {head_dim}")
@@ -299,8 +299,8 @@ def check_multifurcate(
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
-    carried_scores: Tensor | None,
-    carried_groups: Tensor | None,
+    finished_scores: Tensor | None,
+    finished_groups: Tensor | None,
     widths: Tensor | None,
 ) -> None:
     check_nucleus(logits, top_p, banned)
@@ -316,13 +316,13 @@ def check_multifurcate(
         shape("scores", scores, [rows])
     if end_tokens is not None:
         check_token_ids("end_tokens", end_tokens, rows)
-    both = (carried_scores is None) == (carried_groups is None)
-    expect(both, "carried_groups", "one without the other", "carried_scores and carried_groups, or neither")
-    if carried_scores is not None and carried_groups is not None:
-        floating("carried_scores", carried_scores)
-        shape("carried_scores", carried_scores, ["carried"])
-        index("carried_groups", carried_groups, list(carried_scores.shape))
-    optional = (("end_tokens", end_tokens), ("carried_scores", carried_scores), ("carried_groups", carried_groups))
+    both = (finished_scores is None) == (finished_groups is None)
+    expect(both, "finished_groups", "one without the other", "finished_scores and finished_groups, or neither")
+    if finished_scores is not None and finished_groups is not None:
+        floating("finished_scores", finished_scores)
+        shape("finished_scores", finished_scores, ["finished"])
+        index("finished_groups", finished_groups, list(finished_scores.shape))
+    optional = (("end_tokens", end_tokens), ("finished_scores", finished_scores), ("finished_groups", finished_groups))
     same_device(("logits", logits), ("hidden", hidden), ("groups", groups), ("scores", scores), *optional)
 
 

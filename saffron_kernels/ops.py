@@ -274,8 +274,8 @@ def multifurcate(
     banned: Tensor | None = None,
     scores: Tensor | None = None,
     end_tokens: Tensor | None = None,
-    carried_scores: Tensor | None = None,
-    carried_groups: Tensor | None = None,
+    finished_scores: Tensor | None = None,
+    finished_groups: Tensor | None = None,
     widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One whole step of Saffron search: nucleus, rewards of its tokens, the best `width` of every group.
@@ -285,7 +285,7 @@ def multifurcate(
         tokens, _, offsets = nucleus(logits, top_p, banned)
         rewards = multifurcation_head(hidden, weight, bias, unseen, unseen_reward, tokens, offsets)
         # candidates in end_tokens, and all candidates of an all-unseen group, take scores[row] instead;
-        # each carried node is one more row with the single candidate (token -1, its carried score)
+        # each finished node is one more row with the single candidate (token -1, its finished score)
         parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths=widths)
 
     A group is *all unseen* when it has unseen candidates and none, end tokens aside, that is not: the reward model then
@@ -300,12 +300,12 @@ def multifurcate(
         scores: `[rows]`, what a child of the row inherits where it inherits (then not NaN); None: nothing inherits.
         end_tokens: int32 ids of the tokens whose children inherit: `[end]` for all rows, or `[rows, end]` for each;
             -1 pads. None for none.
-        carried_scores, carried_groups: `[carried]`, finished nodes that compete for places in their group (those of
+        finished_scores, finished_groups: `[finished]`, finished nodes that compete for places in their group (those of
             group `num_groups` for none). Scores of nodes that compete are not NaN.
 
     Returns:
         parent, token, reward `[num_groups * width]` as `select_beam` returns them, where parent `rows + i` is the
-        `i`-th carried node and `rows + carried` an empty place; the nucleus size of each row `[rows]` int32 (0 for
+        `i`-th finished node and `rows + finished` an empty place; the nucleus size of each row `[rows]` int32 (0 for
         rows of no group); and which groups were all unseen `[num_groups]` bool.
 
     Raises:
@@ -314,7 +314,7 @@ def multifurcate(
     op = schemas.multifurcate_rows if isinstance(top_p, Tensor) else schemas.multifurcate
     return op(
         logits, hidden, weight, bias, unseen, unseen_reward, groups, num_groups, width, top_p,
-        banned, scores, end_tokens, carried_scores, carried_groups, widths,
+        banned, scores, end_tokens, finished_scores, finished_groups, widths,
     )  # fmt: skip
 
 

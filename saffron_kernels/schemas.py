@@ -207,7 +207,7 @@ def _fake_multifurcate(
 _MULTIFURCATE = (
     "(Tensor logits, Tensor hidden, Tensor weight, Tensor? bias, Tensor? unseen, float unseen_reward, Tensor groups,"
     " SymInt num_groups, SymInt width, {} top_p, Tensor? banned, Tensor? scores, Tensor? end_tokens,"
-    " Tensor? carried_scores, Tensor? carried_groups, Tensor? widths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? finished_scores, Tensor? finished_groups, Tensor? widths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 multifurcate = register("multifurcate" + _MULTIFURCATE.format("float"), _fake_multifurcate)
 multifurcate_rows = register("multifurcate.rows" + _MULTIFURCATE.format("Tensor"), _fake_multifurcate)

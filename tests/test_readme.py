@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+# A snippet, and what stands below it as its output.
 SNIPPETS = {
-    document: re.findall(r"^```python\n(.*?)^```", document.read_text(), re.S | re.M)
+    document: re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", document.read_text(), re.S | re.M)
     for document in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 
@@ -19,12 +20,15 @@ SNIPPETS = {
 def test_snippets_run(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In their order, each knowing what stood before it on the page."""
     names: dict[str, object] = {}
-    for number, snippet in enumerate(SNIPPETS[document]):
+    for number, (snippet, output) in enumerate(SNIPPETS[document]):
+        capsys.readouterr()
         exec(compile(snippet, f"{document.name}, snippet {number}", "exec"), names)
+        if output:
+            assert capsys.readouterr().out.strip() == output.strip()
 
 
 def test_readme_has_snippets() -> None:
-    assert len(SNIPPETS[ROOT / "README.md"]) >= 2
+    assert len(SNIPPETS[ROOT / "README.md"]) >= 2 and SNIPPETS[ROOT / "README.md"][0][1]  # the first with its output
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 

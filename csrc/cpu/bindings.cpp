@@ -78,14 +78,14 @@ void run_multifurcate(const Tensor& logits, const Tensor& hidden, const Tensor& 
                       const Tensor& bias, const Tensor& unseen, float unseen_reward,
                       const Tensor& groups, int64_t num_groups, int64_t width, const Tensor& widths,
                       const Tensor& top_p, const Tensor& banned, const Tensor& scores,
-                      const Tensor& end_tokens, const Tensor& carried_scores,
-                      const Tensor& carried_groups, const Tensor& parent, const Tensor& token,
-                      const Tensor& reward, const Tensor& counts, const Tensor& blind,
+                      const Tensor& end_tokens, const Tensor& finished_scores,
+                      const Tensor& finished_groups, const Tensor& parent, const Tensor& token,
+                      const Tensor& reward, const Tensor& counts, const Tensor& all_unseen,
                       int threads) {
-  const Search search{groups,     top_p,          banned,         scores,
-                      end_tokens, carried_scores, carried_groups, {num_groups, width, widths}};
+  const Search search{groups,     top_p,           banned,          scores,
+                      end_tokens, finished_scores, finished_groups, {num_groups, width, widths}};
   multifurcate(logits, {hidden, weight, bias, unseen, unseen_reward}, search,
-               {parent, token, reward}, counts, blind, threads);
+               {parent, token, reward}, counts, all_unseen, threads);
 }
 
 py::tuple run_block_plan(const Tensor& block_table, const Tensor& seq_lens,

@@ -12,14 +12,14 @@ std::vector<uint8_t> find_blind(const Tensor& unseen, const std::vector<int32_t>
                                 const std::vector<int32_t>& tokens,
                                 const std::vector<uint8_t>& ends, const std::vector<int32_t>& group,
                                 int64_t num_groups) {
-  std::vector<uint8_t> seen(static_cast<size_t>(num_groups)), blind(seen.size());
+  std::vector<uint8_t> seen(static_cast<size_t>(num_groups)), all_unseen(seen.size());
   for (size_t i = 0; unseen.given() && i < tokens.size(); ++i) {
     if (ends[i]) continue;
     const auto g = static_cast<size_t>(group[static_cast<size_t>(row[i])]);
-    (*unseen.at(tokens[i]) ? blind : seen)[g] = 1;
+    (*unseen.at(tokens[i]) ? all_unseen : seen)[g] = 1;
   }
-  for (size_t g = 0; g < blind.size(); ++g) blind[g] = blind[g] && !seen[g];
-  return blind;
+  for (size_t g = 0; g < all_unseen.size(); ++g) all_unseen[g] = all_unseen[g] && !seen[g];
+  return all_unseen;
 }
 
 [[noreturn]] void refuse_nan(const std::string& what) {
@@ -35,11 +35,11 @@ std::vector<int32_t> copy(const IntView& ints) {
 }  // namespace
 
 void multifurcate(const Tensor& logits, const Head& head, const Search& search, const Beam& beam,
-                  const Tensor& counts, const Tensor& blind, int threads) {
+                  const Tensor& counts, const Tensor& all_unseen, int threads) {
   const int64_t num_groups = search.widths.num_groups;
   check_index("groups", search.groups, num_groups + 1);
-  if (search.carried_groups.given()) {
-    check_index("carried_groups", search.carried_groups, num_groups + 1);
+  if (search.finished_groups.given()) {
+    check_index("finished_groups", search.finished_groups, num_groups + 1);
   }
   check_widths(search.widths);
   std::vector<int32_t> group = copy(search.groups);
@@ -66,13 +66,14 @@ void multifurcate(const Tensor& logits, const Head& head, const Search& search, 
       inherits[i] = std::binary_search(ends.begin(), ends.end(), tokens[i]);
     }
   }
-  const std::vector<uint8_t> is_blind =
+  const std::vector<uint8_t> is_all_unseen =
       find_blind(head.unseen, row, tokens, inherits, group, num_groups);
 
   std::vector<float> rewards(tokens.size());
   for (size_t i = 0; i < tokens.size(); ++i) {
     const auto r = static_cast<size_t>(row[i]);
-    inherits[i] = search.scores.given() && (inherits[i] || is_blind[static_cast<size_t>(group[r])]);
+    inherits[i] =
+        search.scores.given() && (inherits[i] || is_all_unseen[static_cast<size_t>(group[r])]);
     if (!inherits[i]) continue;
     rewards[i] = load_float(search.scores, row[i]);
     if (std::isnan(rewards[i])) refuse_nan("scores: row " + std::to_string(row[i]));
@@ -83,15 +84,15 @@ void multifurcate(const Tensor& logits, const Head& head, const Search& search, 
     refuse_nan("rewards: token " + std::to_string(tokens[i]) + " of row " + std::to_string(row[i]));
   }
 
-  if (search.carried_scores.given()) {
-    const IntView carried(search.carried_groups);
-    for (int64_t i = 0; i < carried.size; ++i) {
+  if (search.finished_scores.given()) {
+    const IntView finished(search.finished_groups);
+    for (int64_t i = 0; i < finished.size; ++i) {
       row.push_back(static_cast<int32_t>(group.size()));
-      group.push_back(carried[i]);
+      group.push_back(finished[i]);
       tokens.push_back(-1);
-      rewards.push_back(load_float(search.carried_scores, i));
-      if (carried[i] != num_groups && std::isnan(rewards.back())) {
-        refuse_nan("carried_scores: node " + std::to_string(i));
+      rewards.push_back(load_float(search.finished_scores, i));
+      if (finished[i] != num_groups && std::isnan(rewards.back())) {
+        refuse_nan("finished_scores: node " + std::to_string(i));
       }
     }
   }
@@ -100,7 +101,7 @@ void multifurcate(const Tensor& logits, const Head& head, const Search& search, 
     counts.as<int32_t>()[r] =
         found.offsets[static_cast<size_t>(r + 1)] - found.offsets[static_cast<size_t>(r)];
   }
-  std::copy(is_blind.begin(), is_blind.end(), blind.as<uint8_t>());
+  std::copy(is_all_unseen.begin(), is_all_unseen.end(), all_unseen.as<uint8_t>());
 }
 
 }  // namespace saffron::cpu

@@ -67,12 +67,12 @@ void select_beam(const Tensor& rewards, const Tensor& tokens, const Tensor& offs
 
 /// What takes part in a step besides the models' output; all may be absent but groups and top_p.
 struct Search {
-  Tensor groups, top_p, banned, scores, end_tokens, carried_scores, carried_groups;
+  Tensor groups, top_p, banned, scores, end_tokens, finished_scores, finished_groups;
   Widths widths;
 };
 
 void multifurcate(const Tensor& logits, const Head& head, const Search& search, const Beam& beam,
-                  const Tensor& counts, const Tensor& blind, int threads);
+                  const Tensor& counts, const Tensor& all_unseen, int threads);
 
 void advance_tree(const Tensor& slot, const Tensor& begin, const Tensor& end, const Tensor& parents,
                   const Tensor& new_slots, int64_t queries, const Tensor& new_slot,

@@ -21,6 +21,9 @@
 // - No local memory: arrays are indexed by constants after unrolling. test_cuda_compile.py verifies
 //   that, and docs/cuda-kernels.md lists what each kernel needs: write it again after a change.
 //
+// Arguments that belong together are a struct here and, with the same name and fields, a NamedTuple
+// in saffron_kernels/backends/cuda/arguments.py. Sizes and dtypes are those of the tensors.
+//
 // Besides its file a new op needs a declaration here, a line in bindings.cpp, a function in
 // saffron_kernels/backends/cuda, and launches of all its kernels in CASES of
 // tests/support/cuda_report.py. The tests of the op in tests/ops/test_<op>.py then run it as they
@@ -33,7 +36,15 @@ namespace saffron::cuda {
 
 using Stream = uintptr_t;  // a cudaStream_t
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3 };  // e4m3
+/// kFloat8 is e4m3; fp64 is only the dtype of parameters, and of indices and masks nobody asks.
+enum class DType : int {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat8 = 3,
+  kFloat64 = 4,
+  kOther = 5
+};
 
 constexpr int64_t item_size(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8 ? 1 : 2;
@@ -52,10 +63,13 @@ enum Fault : int32_t {
   kTopPFault = 256,
 };
 
-/// A tensor of at most four dimensions in device memory; strides count elements.
+/// A tensor of at most four dimensions in device memory; strides count elements. One that was not
+/// given has no data, and sizes of 0.
 struct View {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
+  DType dtype = DType::kFloat32;
+  int64_t shape[4] = {0, 0, 0, 0};
 
   bool given() const { return data != nullptr; }
   template <class T>
@@ -64,19 +78,43 @@ struct View {
   }
 };
 
-/// k, v `[tokens, kv_heads, head_dim]` in fp32, bf16 or fp16, slots `[tokens]`, caches `[num_slots,
-/// kv_heads, head_dim]` in the same dtype or fp8. cos, sin `[tokens, rotated]`, if given, in fp32,
-/// bf16 or fp16. k_scale, v_scale `[kv_heads]` fp32 contiguous, if given, for fp8 caches alone.
-void append_kv(const View& k, const View& v, const View& slots, const View& k_cache,
-               const View& v_cache, const View& cos, const View& sin, const View& k_scale,
-               const View& v_scale, int64_t tokens, int64_t kv_heads, int64_t head_dim,
-               int64_t v_dim, int64_t rotated, int64_t num_slots, DType dtype, DType stored,
-               DType turn, const View& fault, Stream stream);
+/// Where an op runs, and the `[1]` int32 that it records bad content in.
+struct Launch {
+  View fault;
+  Stream stream;
+};
+
+/// Memory that an op needs besides its arguments. `counters` holds kCounters zeros and is left so;
+/// launches that share it must not overlap.
+struct Scratch {
+  View workspace, counters;
+};
+
+/// K `[num_slots, kv_heads, head_dim]` and V `[num_slots, kv_heads, v_dim]` in one dtype; scales
+/// `[kv_heads]` fp32 contiguous, if given, for fp8 alone.
+struct KVCaches {
+  View k, v, k_scale, v_scale;
+};
+
+/// RoPE: cos and sin `[tokens, rotated]` in fp32, bf16 or fp16, or neither.
+struct Rotary {
+  View cos, sin;
+};
+
+/// A flattened trie: `[tokens]` int32 contiguous. `count` `[1]`, if given, holds on the device how
+/// many of the tokens there are; their number is then the most there can be.
+struct TriePlan {
+  View slot, begin, end, count;
+};
+
+/// k, v `[tokens, kv_heads, head_dim]` in fp32, bf16 or fp16, slots `[tokens]`; caches in the same
+/// dtype or fp8.
+void append_kv(const View& k, const View& v, const View& slots, const KVCaches& caches,
+               const Rotary& rotary, const Launch& on);
 
 /// slots `[sequences, length]`; k, v `[sequences, kv_heads, length, head_dim]`, contiguous.
-void gather_kv(const View& k_cache, const View& v_cache, const View& slots, const View& k,
-               const View& v, int64_t sequences, int64_t length, int64_t kv_heads, int64_t head_dim,
-               int64_t v_dim, int64_t num_slots, DType dtype, const View& fault, Stream stream);
+void gather_kv(const KVCaches& caches, const View& slots, const View& k, const View& v,
+               const Launch& on);
 
 /// The largest head size that tree_attention serves.
 constexpr int64_t kMaxHeadDim = 256;
@@ -93,44 +131,42 @@ int64_t tree_attention_workspace(int64_t queries, int64_t heads, int64_t kv_head
 const char* tree_attention_path(int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                 DType stored);
 
-/// q `[queries, heads, head_dim]` in `dtype`, bf16 or fp16, and caches `[num_slots, kv_heads,
-/// head_dim]` and `[num_slots, kv_heads, v_dim]` in `stored`, the same or
-/// fp8, whose rows begin at multiples of 16 bytes and are a multiple of that long, their last
-/// dimension contiguous; slot, begin, end `[tokens]` contiguous. out and lse contiguous. `count`,
-/// if given, holds on the device how many of the tokens there are; `tokens` is then the most there
-/// can be. k_scale, v_scale `[kv_heads]` fp32 contiguous, if given, for fp8 caches alone; sinks
-/// `[heads]` fp32 contiguous, if given. `softcap` counts if `capped`.
-///
-/// `counters` holds kCounters zeros and is left so; launches that share it must not overlap.
-void tree_attention(const View& q, const View& k_cache, const View& v_cache, const View& slot,
-                    const View& begin, const View& end, const View& count, const View& k_scale,
-                    const View& v_scale, const View& sinks, double scale, bool capped,
-                    double softcap, const View& out, const View& lse, const View& workspace,
-                    const View& counters, int64_t queries, int64_t heads, int64_t kv_heads,
-                    int64_t head_dim, int64_t v_dim, int64_t tokens, int64_t num_slots, DType dtype,
-                    DType stored, const View& fault, Stream stream);
+/// What scores are multiplied by; what bounds them then, 0 if nothing does; sinks `[heads]` fp32
+/// contiguous, if given.
+struct Scoring {
+  double scale, softcap;
+  View sinks;
+};
+
+/// out `[queries, heads, v_dim]` and lse `[queries, heads]` fp32.
+struct Attended {
+  View out, lse;
+};
+
+/// q `[queries, heads, head_dim]` in bf16 or fp16, and caches in the same dtype or fp8, whose rows
+/// begin at multiples of 16 bytes and are a multiple of that long, their last dimension contiguous.
+/// The result is contiguous.
+void tree_attention(const View& q, const KVCaches& caches, const TriePlan& plan,
+                    const Scoring& scoring, const Attended& result, const Scratch& scratch,
+                    const Launch& on);
 
 /// Identifies the graph that `stream` is being captured into; 0 if it is not being captured.
 uint64_t capture_id(Stream stream);
 
-/// Inputs `[queries, heads, head_dim]` and, fp32, `[queries, heads]`; outputs contiguous.
-void merge_attention(const View& out_a, const View& lse_a, const View& out_b, const View& lse_b,
-                     const View& out, const View& lse, int64_t queries, int64_t heads,
-                     int64_t head_dim, DType dtype, Stream stream);
+/// The result is contiguous.
+void merge_attention(const Attended& a, const Attended& b, const Attended& result,
+                     const Launch& on);
 
-/// slot, begin, end `[tokens]`, parents, new_slots `[fresh]`, outputs `[tokens + fresh]`; all of
-/// them contiguous. `count`, if given, holds on the device how many of the tokens there are; the
-/// outputs are then `[tokens]`.
-void advance_tree(const View& slot, const View& begin, const View& end, const View& parents,
-                  const View& new_slots, const View& count, const View& out_slot,
-                  const View& out_begin, const View& out_end, int64_t tokens, int64_t fresh,
-                  int64_t queries, const View& fault, Stream stream);
+/// parents, new_slots `[fresh]`, and a result of `[tokens + fresh]`, or with a `count` `[tokens]`;
+/// all of them contiguous.
+void advance_tree(const TriePlan& plan, const View& parents, const View& new_slots, int64_t queries,
+                  const TriePlan& result, const Launch& on);
 
 /// Candidates of rows, in device memory: row `r` owns entries `r * vocab` to `r * vocab +
 /// count[r]`, in no particular order. By probability they stand in order of logit descending, then
 /// token ascending; entry() of cuda/common/entries.cuh makes one integer of the two. -0.0 comes as
 /// 0.0.
-struct Candidates {
+struct NucleusLists {
   int32_t* token;  // [rows, vocab]
   float* logit;    // [rows, vocab]
   int32_t* count;  // [rows]
@@ -140,10 +176,8 @@ struct Candidates {
 /// Everything may be strided; rows may share theirs (a stride of 0).
 struct Limits {
   double top_p;  // of all rows,
-  View top_ps;   // or, if given, `[rows]` of each, in fp32 or
-  bool wide;     // fp64
-  View banned;   // `[rows, num_banned]` int32, -1 pads
-  int64_t num_banned;
+  View top_ps;   // or, if given, `[rows]` of each, in fp32 or fp64
+  View banned;   // `[rows, banned]` int32, -1 pads
 };
 
 /// The largest vocabulary that find_nuclei serves.
@@ -152,38 +186,52 @@ constexpr int64_t kMaxVocab = 1 << 20;
 /// 8-byte words of workspace, 16-byte aligned, that find_nuclei needs.
 int64_t nucleus_workspace(int64_t rows, int64_t vocab);
 
-/// The nuclei of logits `[rows, vocab]` of any layout, at most kCounters rows, in one launch.
-/// groups
-/// `[rows]`, if given: a row whose group is not from 0 to `num_groups - 1` takes no part: count 0,
-/// nothing of it is read. A row of bad logits has count 0 too, and sets kLogitsFault; so has one
-/// with a bad top_p, and sets kTopPFault. stats `[rows, 2]` contiguous, if given, gets each row's
-/// largest logit and its sum of e^(logit - largest), in fp32; nonsense for a row of count 0.
-///
-/// `counters` as for tree_attention.
-void find_nuclei(const View& logits, const Limits& limits, const View& groups, int64_t num_groups,
-                 const Candidates& found, const View& stats, const View& workspace,
-                 const View& counters, int64_t rows, int64_t vocab, DType dtype, const View& fault,
-                 Stream stream);
+/// The searches that rows belong to: of_row `[rows]` ascends, and `number` names none; `width`
+/// places for each, of which it may take widths `[number]`, if given.
+struct Groups {
+  View of_row;
+  int64_t number, width;
+  View widths;
+};
 
-/// find_nuclei for the op: tokens, values `[rows, vocab]` and counts `[rows]`, contiguous.
-void nucleus(const View& logits, const Limits& limits, const View& tokens, const View& values,
-             const View& counts, const View& stats, const View& workspace, const View& counters,
-             int64_t rows, int64_t vocab, DType dtype, const View& fault, Stream stream);
+/// The nuclei of logits `[rows, vocab]` of any layout, at most kCounters rows, in one launch. A row
+/// of no group takes no part, if groups are given: count 0, nothing of it is read. A row of bad
+/// logits has count 0 too, and sets kLogitsFault; so has one with a bad top_p, and sets kTopPFault.
+/// stats `[rows, 2]` contiguous, if given, gets each row's largest logit and its sum of e^(logit -
+/// largest), in fp32; nonsense for a row of count 0.
+void find_nuclei(const View& logits, const Limits& limits, const Groups& groups,
+                 const NucleusLists& found, const View& stats, const Scratch& scratch,
+                 const Launch& on);
 
-/// What `nucleus` found, in order: tokens and probabilities `[candidates]`, where row `r` begins at
-/// offsets[r]. `most` is the largest count. All contiguous; the workspace is that of `nucleus`.
-void sort_nuclei(const View& tokens, const View& values, const View& counts, const View& stats,
-                 const View& workspace, const View& offsets, const View& out_tokens,
-                 const View& out_probabilities, int64_t rows, int64_t vocab, int64_t most,
-                 Stream stream);
+/// What find_nuclei finds, as tensors: tokens, logits `[rows, vocab]`, counts `[rows]` and stats.
+struct Nuclei {
+  View tokens, logits, counts, stats;
+};
+
+/// find_nuclei for the op.
+void nucleus(const View& logits, const Limits& limits, const Nuclei& found, const Scratch& scratch,
+             const Launch& on);
+
+/// Candidates in order, `[candidates]`: row `r` begins at offsets[r] `[rows + 1]`.
+struct Candidates {
+  View tokens, offsets;
+};
+
+/// What `nucleus` found, in order, and their probabilities `[candidates]`. `most` is the largest
+/// count. All contiguous; the scratch is that of `nucleus`.
+void sort_nuclei(const Nuclei& found, const Candidates& sorted, const View& probabilities,
+                 int64_t most, const Scratch& scratch, const Launch& on);
 
 /// hidden `[rows, size]`, weight `[vocab, size]` of any layout, bias and unseen (bool) `[vocab]` or
-/// none; tokens, rewards (fp32) `[candidates]` and offsets `[rows + 1]` contiguous.
-void multifurcation_head(const View& hidden, const View& weight, const View& bias, DType bias_dtype,
-                         const View& unseen, double unseen_reward, const View& tokens,
-                         const View& offsets, const View& rewards, int64_t rows, int64_t vocab,
-                         int64_t size, int64_t candidates, DType dtype, const View& fault,
-                         Stream stream);
+/// none.
+struct RewardHead {
+  View hidden, weight, bias, unseen;
+  double unseen_reward;
+};
+
+/// Candidates and rewards (fp32) `[candidates]` contiguous.
+void multifurcation_head(const RewardHead& head, const Candidates& candidates, const View& rewards,
+                         const Launch& on);
 
 /// The most rows and the widest beam that select_beam and multifurcate serve, and the most groups:
 /// what fits shared memory and the counters.
@@ -196,30 +244,37 @@ bool beam_fits(int64_t rows, int64_t width);
 /// Bytes of workspace, 16-byte aligned, that select_beam needs on the current device.
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width);
 
-/// rewards, reward in `dtype`; everything contiguous but rewards. widths `[num_groups]`, if given:
-/// one that is not from 1 to `width` sets kWidthFault. Groups that do not ascend, or bad offsets,
-/// leave all places empty. `counters` as for tree_attention.
-void select_beam(const View& rewards, const View& tokens, const View& offsets, const View& groups,
-                 const View& widths, const View& parent, const View& token, const View& reward,
-                 const View& workspace, const View& counters, int64_t rows, int64_t candidates,
-                 int64_t num_groups, int64_t width, DType dtype, const View& fault, Stream stream);
+/// What was chosen, `[groups * width]` each, contiguous.
+struct Beam {
+  View parent, token, reward;
+};
+
+/// rewards and those of the beam in one dtype; everything contiguous but rewards. A width that is
+/// not from 1 to the largest sets kWidthFault. Groups that do not ascend, or bad offsets, leave all
+/// places empty.
+void select_beam(const View& rewards, const Candidates& candidates, const Groups& groups,
+                 const Beam& beam, const Scratch& scratch, const Launch& on);
 
 /// Bytes of workspace, 16-byte aligned, that multifurcate needs on the current device.
 int64_t multifurcate_workspace(int64_t rows, int64_t vocab, int64_t num_groups, int64_t width,
-                               int64_t carried);
+                               int64_t finished);
 
-/// Two launches. logits, hidden, weight, bias, unseen, scores, end_tokens `[rows, num_end_tokens]`
-/// and carried_scores of any layout; groups, widths, carried_groups and outputs contiguous; none
-/// where there is nothing. reward in fp32. What is said of find_nuclei and select_beam holds.
-void multifurcate(const View& logits, DType logits_dtype, const View& hidden, const View& weight,
-                  DType dtype, const View& bias, DType bias_dtype, const View& unseen,
-                  double unseen_reward, const View& groups, const View& widths,
-                  const Limits& limits, const View& scores, DType scores_dtype,
-                  const View& end_tokens, const View& carried_scores, DType carried_dtype,
-                  const View& carried_groups, const View& parent, const View& token,
-                  const View& reward, const View& counts, const View& blind, const View& workspace,
-                  const View& counters, int64_t rows, int64_t vocab, int64_t size,
-                  int64_t num_groups, int64_t width, int64_t num_end_tokens, int64_t carried,
-                  const View& fault, Stream stream);
+/// What children may take over: scores `[rows]`, by those that are end_tokens `[rows, end]` (-1
+/// pads), and by all where everything is unseen. Of any layout; nothing where there are no scores.
+struct Inherited {
+  View scores, end_tokens;
+};
+
+/// Nodes that have ended and compete: scores of any layout, groups contiguous, or neither.
+struct Finished {
+  View scores, groups;
+};
+
+/// Two launches. Rewards of the beam in fp32, counts `[rows]`, all_unseen `[groups]` bool,
+/// contiguous. What is said of find_nuclei and select_beam holds.
+void multifurcate(const View& logits, const RewardHead& head, const Groups& groups,
+                  const Limits& limits, const Inherited& inherited, const Finished& finished,
+                  const Beam& beam, const View& counts, const View& all_unseen,
+                  const Scratch& scratch, const Launch& on);
 
 }  // namespace saffron::cuda

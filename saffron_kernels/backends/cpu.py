@@ -181,8 +181,8 @@ def multifurcate(
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
-    carried_scores: Tensor | None,
-    carried_groups: Tensor | None,
+    finished_scores: Tensor | None,
+    finished_groups: Tensor | None,
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits, hidden, weight = _rows(logits), _rows(hidden), _rows(weight)
@@ -199,9 +199,9 @@ def multifurcate(
         _view(top_p),
         *map(_optional, (banned, scores, end_tokens)),
     )
-    carried = _optional(carried_scores), _optional(carried_groups)
+    finished = _optional(finished_scores), _optional(finished_groups)
     outputs = *map(_view, beam), _view(counts), _view(all_unseen)
-    _native.multifurcate(_view(logits), *head, *search, *carried, *outputs, torch.get_num_threads())
+    _native.multifurcate(_view(logits), *head, *search, *finished, *outputs, torch.get_num_threads())
     return *beam, counts, all_unseen
 
 

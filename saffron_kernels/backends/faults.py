@@ -36,10 +36,10 @@ _MESSAGES = {
     ),
     CANDIDATE: "tokens, offsets: an op was given a token outside the vocabulary of the head, or bad offsets",
     REWARD: (
-        "rewards, scores, carried_scores: the reward of a candidate is NaN, by what hidden, weight and bias hold or by "
-        "the score that it takes; rewards and scores must be numbers"
+        "rewards, scores, finished_scores: the reward of a candidate is NaN, by what hidden, weight and bias hold or "
+        "by the score that it takes; rewards and scores must be numbers"
     ),
-    GROUP: "groups: a row or a carried node belongs to a group that does not exist",
+    GROUP: "groups: a row or a finished node belongs to a group that does not exist",
     BANNED: "banned: a token is outside the vocabulary",
     WIDTH: "widths: the width of a group is not from 1 to width",
     TOP_P: "top_p: that of a row is NaN, or not above 0 and at most 1",
@@ -89,7 +89,7 @@ def eager(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _EAGER
 
 
-def settle(tensor: Tensor) -> None:
+def raise_if_eager(tensor: Tensor) -> None:
     """The end of an op whose faults only its kernels can see."""
     if eager(tensor):
         raise_faults(tensor.device)

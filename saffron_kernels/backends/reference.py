@@ -291,13 +291,13 @@ def multifurcate(
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
-    carried_scores: Tensor | None,
-    carried_groups: Tensor | None,
+    finished_scores: Tensor | None,
+    finished_groups: Tensor | None,
     widths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_index("groups", groups, num_groups + 1)
-    if carried_groups is not None:
-        check_index("carried_groups", carried_groups, num_groups + 1)
+    if finished_groups is not None:
+        check_index("finished_groups", finished_groups, num_groups + 1)
     used = groups < num_groups  # all rows but the last ones
     top_p = top_p[used] if isinstance(top_p, Tensor) else top_p
     tokens, _, offsets = nucleus(logits[used], top_p, _of_rows(banned, used))
@@ -325,12 +325,12 @@ def multifurcate(
     counts = torch.zeros_like(groups)
     counts[used] = offsets.diff()
     offsets = _offsets(counts)
-    if carried_scores is not None and carried_groups is not None:
-        check_no_nan("carried_scores: node", carried_scores, (carried_groups < num_groups).nonzero()[:, 0])
-        tokens = torch.cat([tokens, tokens.new_full(carried_scores.shape, -1)])
-        rewards = torch.cat([rewards, carried_scores.to(rewards.dtype)])
-        groups = torch.cat([groups, carried_groups])
-        offsets = _offsets(torch.cat([counts, counts.new_ones(carried_scores.shape)]))
+    if finished_scores is not None and finished_groups is not None:
+        check_no_nan("finished_scores: node", finished_scores, (finished_groups < num_groups).nonzero()[:, 0])
+        tokens = torch.cat([tokens, tokens.new_full(finished_scores.shape, -1)])
+        rewards = torch.cat([rewards, finished_scores.to(rewards.dtype)])
+        groups = torch.cat([groups, finished_groups])
+        offsets = _offsets(torch.cat([counts, counts.new_ones(finished_scores.shape)]))
     parent, token, reward = select_beam(rewards, tokens, offsets, groups, num_groups, width, widths)
     return parent, token, reward, counts, all_unseen
 

@@ -166,7 +166,7 @@ def test_searches_in_progress_say_so() -> None:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["policy", "mrm"])
 def test_a_search_goes_with_another_dtype(which: int) -> None:
-    """What searches set aside is carried over to the cache of the new form."""
+    """What searches set aside is taken over by the cache of the new form."""
     models = tiny.pair()
     search = SaffronSearch(*models, SearchConfig(width=2, max_new_tokens=4))
     request = Request((0, 5, 6), (0, 5, 6))

@@ -43,7 +43,7 @@ def launches() -> int:
 
 def step(seed: int, groups: list[int], vocab: int = 300, size: int = 40, **more: object) -> Arguments:
     """A step with all options; logits and scores come in few values, so that there are ties."""
-    rows, carried = len(groups), i32([0, 1, 1, 2])
+    rows, finished = len(groups), i32([0, 1, 1, 2])
     return {
         "logits": randn(seed, rows, vocab).round(decimals=1).bfloat16(),
         "hidden": randn(seed + 1, rows, size, dtype=torch.bfloat16),
@@ -58,8 +58,8 @@ def step(seed: int, groups: list[int], vocab: int = 300, size: int = 40, **more:
         "banned": i32([7]),
         "scores": randn(seed + 4, rows).round(),
         "end_tokens": i32([5, 6]),
-        "carried_scores": randn(seed + 5, 4).round(),
-        "carried_groups": carried,
+        "finished_scores": randn(seed + 5, 4).round(),
+        "finished_groups": finished,
     } | more
 
 
@@ -92,7 +92,7 @@ RACES: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "step": lambda: call("multifurcate", step(1, [0, 0, 0, 1, 2, 2, 3])),
     "all-unseen step of one group": lambda: call(
         "multifurcate",
-        step(2, [0] * 3, num_groups=1, unseen=torch.ones(300, dtype=torch.bool), carried_groups=i32([0, 0, 0, 1])),
+        step(2, [0] * 3, num_groups=1, unseen=torch.ones(300, dtype=torch.bool), finished_groups=i32([0, 0, 0, 1])),
     ),
     "head": lambda: call("multifurcation_head", head()),
     "selection": lambda: call("select_beam", selection(9, 400, 40)),
@@ -120,7 +120,7 @@ def test_same_bits_on_any_number_of_processors(processors, monkeypatch) -> None:
 
 def test_permuting_beams_permutes_results() -> None:
     """Rows of one group, in another order: the same children with the same bits, below the same beams."""
-    plain = step(3, [0] * 5, num_groups=1, carried_scores=None, carried_groups=None, scores=None, width=25)
+    plain = step(3, [0] * 5, num_groups=1, finished_scores=None, finished_groups=None, scores=None, width=25)
     plain["bias"] = randn(9, 300)  # no ties
     order = torch.tensor([3, 0, 4, 2, 1])
     moved = plain | {name: plain[name][order] for name in ("logits", "hidden")}  # type: ignore[index]
@@ -197,7 +197,7 @@ def test_more_candidates_than_fit_a_block(rows, each, width) -> None:
 def test_whole_vocabulary(unseen) -> None:
     """top_p = 1: every token is a candidate. Products of small whole numbers are exact in any order."""
     vocab, rows = 7000, [0, 0, 1]
-    more: Arguments = {"top_p": 1.0, "num_groups": 2, "width": 9, "carried_groups": i32([0, 1, 1, 2])}
+    more: Arguments = {"top_p": 1.0, "num_groups": 2, "width": 9, "finished_groups": i32([0, 1, 1, 2])}
     more |= {"bias": randn(1, vocab).round(), "hidden": randn(2, 3, 24).round(), "weight": randn(3, vocab, 24).round()}
     if unseen != "some":
         more["unseen"] = torch.arange(vocab) != (vocab // 2 if unseen == "all but one" else vocab)
@@ -209,11 +209,11 @@ def test_whole_vocabulary(unseen) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-def test_many_groups_and_carried_nodes() -> None:
+def test_many_groups_and_finished_nodes() -> None:
     """More than a block has threads, most groups empty."""
     num_groups, rows = 1100, [3, 3, 600, 1099, 1100]
-    carried = i32([*range(0, 1100, 2), 1100, 1100, 3, 3, 3])
-    more = {"carried_scores": randn(1, carried.shape[0]), "carried_groups": carried, "num_groups": num_groups}
+    finished = i32([*range(0, 1100, 2), 1100, 1100, 3, 3, 3])
+    more = {"finished_scores": randn(1, finished.shape[0]), "finished_groups": finished, "num_groups": num_groups}
     more |= {"hidden": randn(2, 5, 24).round(), "weight": randn(3, 50, 24).round(), "bias": None}
     arguments = step(5, rows, 50, **more, width=2)
     found = call("multifurcate", arguments)
@@ -251,10 +251,10 @@ def test_bad_content_of_a_step_is_recorded(deferred) -> None:
     for change, message in (
         ({"logits": logits}, "logits"),
         ({"groups": i32([1, 0, 2])}, "groups"),
-        ({"carried_groups": i32([0, 1, 1, 4])}, "groups"),
-        ({"carried_groups": i32([0, -1, 1, 2])}, "groups"),
+        ({"finished_groups": i32([0, 1, 1, 4])}, "groups"),
+        ({"finished_groups": i32([0, -1, 1, 2])}, "groups"),
         ({"banned": i32([300])}, "banned"),
-        ({"carried_scores": torch.full((4,), torch.nan)}, "rewards"),
+        ({"finished_scores": torch.full((4,), torch.nan)}, "rewards"),
     ):
         sizes = call("multifurcate", good | change)[3]
         assert (sizes[1] == 0) == (message == "logits")

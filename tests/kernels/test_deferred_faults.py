@@ -62,8 +62,8 @@ def step(size: int) -> dict[str, Any]:
         "width": 4,
         "top_p": torch.tensor([0.4, 1.0, 0.7, 0.9, torch.nan]),
         "scores": randn(5, rows),
-        "carried_scores": torch.tensor([0.0, 1.0, torch.nan]),
-        "carried_groups": i32([1, 0, 2]),
+        "finished_scores": torch.tensor([0.0, 1.0, torch.nan]),
+        "finished_groups": i32([1, 0, 2]),
         "widths": i32([2, 4]),
     }
     arguments |= {name: torch.tensor(lists, dtype=torch.int32) for name, lists in ids.items()}
@@ -94,7 +94,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 def test_nan_in_any_operand_and_lane(ops, tries) -> None:
     """Recorded where a reward, a maximum or a limit comes from it, and nothing is recorded where it does not."""
     names = {"hidden": "rewards", "weight": "rewards", "bias": "rewards", "logits": "logits", "top_p": "top_p"}
-    names |= {"scores": "scores", "carried_scores": "carried_scores"}
+    names |= {"scores": "scores", "finished_scores": "finished_scores"}
 
     @tries
     @given(st.data(), st.sampled_from(sorted(names)), st.sampled_from([1, 7, 40]))
@@ -115,7 +115,7 @@ def test_nan_in_any_operand_and_lane(ops, tries) -> None:
             "logits": place[0] < 4 and place[-1] != place[0],  # a row's own number is banned there
             "top_p": place[0] < 4,
             "scores": place[0] in {r for r, _ in ends},
-            "carried_scores": place[0] < 2,
+            "finished_scores": place[0] < 2,
         }[name]
         spoilt = arguments | {name: arguments[name].clone()}
         spoilt[name][place] = torch.nan
@@ -145,7 +145,7 @@ def test_bad_widths(bad, place, ops) -> None:
 @pytest.mark.parametrize("floats", [torch.float32, torch.float64])
 def test_bad_top_p(floats, bad, ops) -> None:
     """Its row has no candidates; the others are as they were."""
-    arguments = step(6) | {"carried_scores": None, "carried_groups": None}
+    arguments = step(6) | {"finished_scores": None, "finished_groups": None}
     arguments["top_p"] = arguments["top_p"].to(floats)
     good = multifurcate(ops, **arguments)
     arguments["top_p"][1] = bad

@@ -90,7 +90,7 @@ def test_search_over_a_list_longer_than_a_block(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("processors", [1, 64])
 def test_any_number_of_splits(processors, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also such that see nothing, and whose partial results are not written."""
-    monkeypatch.setattr(launch, "_INTERPRETER", launch.Chip(90, processors))
+    monkeypatch.setattr(launch, "_INTERPRETER", launch.DeviceProperties(90, processors))
     tokens, queries = 700, 3
     slot = torch.randperm(800, generator=torch.Generator().manual_seed(3))[:tokens].int()
     begin, end = torch.zeros(tokens, dtype=torch.int32), torch.full((tokens,), 2, dtype=torch.int32)
@@ -187,13 +187,13 @@ class TestFaults:
         assert sizes.tolist() == [3, 0] and parent.tolist() == [0, 0, 0, 2, 2]
         self.recorded("logits", deferred)
 
-    @pytest.mark.parametrize("carried_group", [-1, 2])
-    def test_group_of_a_carried_node(self, carried_group: int, deferred: torch.device) -> None:
+    @pytest.mark.parametrize("finished_group", [-1, 2])
+    def test_group_of_a_finished_node(self, finished_group: int, deferred: torch.device) -> None:
         """The node is left out; the step is done."""
         head = (randn(7, 1, 4, device=deferred), randn(8, 3, 4, device=deferred), None, None, 0.0)
-        carried = torch.tensor([1e9], device=deferred), i32([carried_group], deferred)
+        finished = torch.tensor([1e9], device=deferred), i32([finished_group], deferred)
         logits = torch.zeros(1, 3, device=deferred)
-        result = multifurcate(logits, *head, i32([0], deferred), 1, 4, 1.0, None, None, None, *carried)
+        result = multifurcate(logits, *head, i32([0], deferred), 1, 4, 1.0, None, None, None, *finished)
         assert result[0].tolist() == [0, 0, 0, 2]
         self.recorded("groups", deferred)
 

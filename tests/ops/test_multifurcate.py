@@ -46,11 +46,11 @@ def test_against_oracle(case, extras, layout, backend, device, dtype) -> None:
         more["scores"] = randn(10, rows, dtype=compute_dtype(dtype), device=device)
         more["end_tokens"], more["banned"] = i32([5, 6, 28], device), i32([0, 7], device)
         # The last two belong to no group.
-        more["carried_scores"] = randn(11, 5, dtype=compute_dtype(dtype), device=device)
-        more["carried_scores"][3:] = torch.tensor([torch.inf, torch.nan])
-        more["carried_groups"] = i32([max(0, num_groups - 1), 0, 0, num_groups, num_groups], device)
+        more["finished_scores"] = randn(11, 5, dtype=compute_dtype(dtype), device=device)
+        more["finished_scores"][3:] = torch.tensor([torch.inf, torch.nan])
+        more["finished_groups"] = i32([max(0, num_groups - 1), 0, 0, num_groups, num_groups], device)
         if not num_groups:
-            more["carried_scores"].fill_(torch.nan)
+            more["finished_scores"].fill_(torch.nan)
     arguments = step(groups, num_groups, width, vocab, dtype, device, **more)
     lay = LAYOUTS[layout]
     check({name: lay(x) if isinstance(x, Tensor) else x for name, x in arguments.items()})
@@ -90,10 +90,10 @@ def test_random(backend, examples, device, dtype) -> None:
         if data.draw(st.booleans()):
             more["banned"] = ids()
         if data.draw(st.booleans()):
-            carried = data.draw(st.lists(st.integers(0, 3), max_size=4))
-            more["carried_scores"] = randn(seed + 6, len(carried), dtype=wide, device=device)
-            more["carried_scores"][i32(carried, device) == 3] = torch.inf
-            more["carried_groups"] = i32(carried, device)
+            finished = data.draw(st.lists(st.integers(0, 3), max_size=4))
+            more["finished_scores"] = randn(seed + 6, len(finished), dtype=wide, device=device)
+            more["finished_scores"][i32(finished, device) == 3] = torch.inf
+            more["finished_groups"] = i32(finished, device)
         check(step(sorted(groups), 3, width, vocab, dtype, device, seed, **more))
 
     run()
@@ -131,21 +131,21 @@ def test_all_unseen_is_told_without_scores(backend, device, dtype) -> None:
     assert set(reward.tolist()) <= {-4.0, -torch.inf}
 
 
-def test_carried_nodes_compete(backend, device, dtype) -> None:
+def test_finished_nodes_compete(backend, device, dtype) -> None:
     """They stand after all rows, win where they score higher, and give way to equal candidates."""
     wide = compute_dtype(dtype)
     head = {"weight": torch.zeros(4, 6, dtype=dtype, device=device), "top_p": 1.0}
-    carried = {
-        "carried_scores": torch.tensor([0.0, 1.0, -1.0], device=device, dtype=wide),
-        "carried_groups": i32([0, 1, 1], device),
+    finished = {
+        "finished_scores": torch.tensor([0.0, 1.0, -1.0], device=device, dtype=wide),
+        "finished_groups": i32([0, 1, 1], device),
     }
-    parent, token, reward, _, _ = check(step([0, 1], 2, 3, 4, dtype, device, **head, **carried))
+    parent, token, reward, _, _ = check(step([0, 1], 2, 3, 4, dtype, device, **head, **finished))
     assert parent.tolist() == [0, 0, 0, 1, 1, 3] and token.tolist()[-1] == -1 and reward.tolist() == [0, 0, 0, 0, 0, 1]
 
 
-def test_only_carried_nodes(backend, device, dtype) -> None:
-    carried = {"carried_scores": torch.tensor([2.0, 3.0], device=device), "carried_groups": i32([1, 0], device)}
-    parent, token, reward, counts, all_unseen = check(step([], 2, 2, 4, dtype, device, **carried))
+def test_only_finished_nodes(backend, device, dtype) -> None:
+    finished = {"finished_scores": torch.tensor([2.0, 3.0], device=device), "finished_groups": i32([1, 0], device)}
+    parent, token, reward, counts, all_unseen = check(step([], 2, 2, 4, dtype, device, **finished))
     assert parent.tolist() == [0, 1, 2, 2] and token.tolist() == [-1] * 4 and reward.tolist()[:2] == [2, 3]
     assert counts.numel() == 0 and all_unseen.tolist() == [False, False]
 
@@ -153,9 +153,13 @@ def test_only_carried_nodes(backend, device, dtype) -> None:
 def test_rows_of_no_group_change_nothing(backend, device, dtype) -> None:
     """The same bits as without them, but for the numbers of what stands behind the rows."""
     scores = randn(4, 7, dtype=compute_dtype(dtype), device=device)
-    carried = {"carried_scores": scores[:2] + 1, "carried_groups": i32([1, 0], device), "end_tokens": i32([3], device)}
+    finished = {
+        "finished_scores": scores[:2] + 1,
+        "finished_groups": i32([1, 0], device),
+        "end_tokens": i32([3], device),
+    }
     unseen = {"unseen": torch.arange(29, device=device) % 2 == 0, "unseen_reward": -7.0}
-    padded = step([0, 0, 1, 2, 2, 2, 2], 2, 4, 29, dtype, device, scores=scores, **carried, **unseen)
+    padded = step([0, 0, 1, 2, 2, 2, 2], 2, 4, 29, dtype, device, scores=scores, **finished, **unseen)
     rows = {name: padded[name][:3] for name in ("logits", "hidden", "scores", "groups")}
     parent, *rest, sizes, all_unseen = check(padded)
     expected, *others, few_sizes, few_all_unseen = check(padded | rows)
@@ -201,9 +205,9 @@ def test_searching_together_or_alone(backend, device, dtype) -> None:
         ("groups", i32([0])),
         ("banned", i32([5])),
         ("scores", torch.zeros(3)),
-        ("carried_groups", i32([0])),
-        ("carried_groups", i32([2])),
-        ("carried_scores", torch.zeros(2)),
+        ("finished_groups", i32([0])),
+        ("finished_groups", i32([2])),
+        ("finished_scores", torch.zeros(2)),
         ("rewards", torch.full((2, 6), torch.nan)),  # as `hidden`: what the head makes of it cannot be ranked
         ("top_p", torch.tensor([0.5, torch.nan])),
         ("top_p", torch.tensor([0.0, 0.5])),
@@ -221,9 +225,9 @@ def test_searching_together_or_alone(backend, device, dtype) -> None:
 def test_errors(name, value, backend, device) -> None:
     arguments = step([0, 0], 1, 2, 5, torch.float32, device)
     value = value.to(device) if isinstance(value, Tensor) else value
-    if name == "carried_groups" and value.tolist() == [2]:
-        arguments["carried_scores"] = torch.zeros(1, device=device)  # a group that does not exist
-    with pytest.raises(ValueError, match=name if name != "carried_scores" else "carried"):
+    if name == "finished_groups" and value.tolist() == [2]:
+        arguments["finished_scores"] = torch.zeros(1, device=device)  # a group that does not exist
+    with pytest.raises(ValueError, match=name if name != "finished_scores" else "finished"):
         multifurcate(**arguments | {"hidden" if name == "rewards" else name: value})
 
 

@@ -91,7 +91,7 @@ def test_parameters_of_each_that_are_those_of_all(backend, device, dtype) -> Non
     assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
 
 
-POISONED = ["logits", "hidden", "weight", "bias", "scores", "carried_scores", "top_p"]
+POISONED = ["logits", "hidden", "weight", "bias", "scores", "finished_scores", "top_p"]
 
 
 def test_nan_is_refused_where_it_counts(backend, examples, device, dtype) -> None:
@@ -108,8 +108,8 @@ def test_nan_is_refused_where_it_counts(backend, examples, device, dtype) -> Non
             "unseen": torch.arange(vocab, device=device) % 4 == 0,
             "unseen_reward": -3.0,
             "top_p": torch.full((rows,), 0.7, device=device),
-            "carried_scores": randn(5, 3, dtype=wide, device=device),
-            "carried_groups": i32([0, 1, 2], device),  # the last belongs to no group
+            "finished_scores": randn(5, 3, dtype=wide, device=device),
+            "finished_groups": i32([0, 1, 2], device),  # the last belongs to no group
             "banned": i32([7], device),
         }
         if inherit:
@@ -131,7 +131,7 @@ def test_nan_is_refused_where_it_counts(backend, examples, device, dtype) -> Non
             "weight": place[0] in [t for _, t in scored],
             "bias": place[0] in [t for _, t in scored],
             "scores": place[0] in [c[0] for c, own in zip(named, inheriting, strict=True) if own],
-            "carried_scores": place[0] < 2,
+            "finished_scores": place[0] < 2,
             "top_p": place[0] < 4,
         }[name]
         spoilt = arguments[name].clone()

@@ -26,7 +26,7 @@ from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.training.conversations import Conversation as Turns
 from saffron.training.conversations import read_corpus
-from saffron.training.layout import LayOut
+from saffron.training.layout import ConversationLayout
 from saffron.world import oracle
 
 MODELS_MD = Path(__file__).resolve().parents[2] / "MODELS.md"
@@ -122,7 +122,9 @@ def test_guard_format_is_what_the_package_reads(tokenizer, model, tmp_path):
     prompt, response = (tokenizer.encode(text, add_special_tokens=False) for text in (PROMPT, " Then grind the"))
     assert guard.sequence(PROMPT, response) == form.before + prompt + form.between + response + form.after
     # Half of what the guard learns from is as the MRM will read it.
-    assert LayOut(guard)(Turns((PROMPT, tuple(response)))).input_ids == bare_head(tokenizer, prompt) + response
+    assert (
+        ConversationLayout(guard)(Turns((PROMPT, tuple(response)))).input_ids == bare_head(tokenizer, prompt) + response
+    )
     stored = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         hidden, _ = guard_hidden(stored, form, [Branches(form.head(prompt), response, [len(response)])])

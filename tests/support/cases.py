@@ -229,8 +229,8 @@ def example(op: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         inherit = {
             "scores": randn(16, 4, dtype=compute, device=dev),
             "end_tokens": i32([3], dev),
-            "carried_scores": randn(17, 2, dtype=compute, device=dev),
-            "carried_groups": i32([0, 1], dev),
+            "finished_scores": randn(17, 2, dtype=compute, device=dev),
+            "finished_groups": i32([0, 1], dev),
         }
         return {"logits": logits, **head, **groups, "top_p": 0.8, "banned": i32([2, 9], dev), **inherit, **widths}
     if op == "block_plan":

@@ -14,7 +14,7 @@ import torch
 from saffron.models.bundled import Models
 from saffron.models.trie_model import TrieModel
 from saffron.search import Decoder, Request
-from saffron.search.method import entropy
+from saffron.search.method import seed_of
 from saffron.search.rebase import allocate
 
 Tokens = tuple[int, ...]
@@ -35,8 +35,8 @@ class Dense:
         self.models, self.config, self.prompt = models, method.config, prompt
         self.with_mrm = method.scorer is not None and method.scorer.model is models.mrm
         self.context = models.policy.chat(prompt, prefill)
-        self.entropy = entropy(getattr(self.config, "seed", 0), Request(tuple(self.context)))
-        self.rng = np.random.default_rng(self.entropy)
+        self.seed = seed_of(getattr(self.config, "seed", 0), Request(tuple(self.context)))
+        self.rng = np.random.default_rng(self.seed)
         self.policy, self.mrm = (dense_copy(model) for model in (models.policy, models.mrm))
         # What was said about a response before: a reference may be slow, but not that slow.
         self.logits, self.nucleus, self.reward = cache(self._logits), cache(self._nucleus), cache(self._reward)
@@ -102,12 +102,12 @@ def best(dense: Dense, found: Sequence[Found]) -> Found:
 
 
 def sample(dense: Dense) -> Found:
-    response = dense.sample((), dense.config.max_new_tokens, np.random.default_rng([*dense.entropy, 0]))
+    response = dense.sample((), dense.config.max_new_tokens, np.random.default_rng([*dense.seed, 0]))
     return response, sum(dense.log_probability(response[:i]) for i in range(1, len(response) + 1))
 
 
 def best_of_n(dense: Dense) -> Found:
-    streams = [np.random.default_rng([*dense.entropy, i]) for i in range(dense.config.n)]
+    streams = [np.random.default_rng([*dense.seed, i]) for i in range(dense.config.n)]
     drawn = [dense.sample((), dense.config.max_new_tokens, stream) for stream in streams]
     return max(((response, dense.reward(response)) for response in drawn), key=lambda found: found[1])
 

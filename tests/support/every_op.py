@@ -28,8 +28,8 @@ OPTIONS = (
     "unseen",
     "scores",
     "end_tokens",
-    "carried_scores",
-    "carried_groups",
+    "finished_scores",
+    "finished_groups",
     "widths",
 )
 BACKENDS = [name for name in backends.MODULES if name != "reference"]

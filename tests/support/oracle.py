@@ -181,8 +181,8 @@ def multifurcate(
     width: int,
     scores: list[float] | None,
     end_tokens: list[list[int]],
-    carried_scores: list[float],
-    carried_groups: list[int],
+    finished_scores: list[float],
+    finished_groups: list[int],
     widths: list[int] | None = None,
 ) -> tuple[list[int], list[int], list[float], list[bool]]:
     """Parent, token, reward and whether all is unseen, given the nuclei of the rows of a group and their rewards.
@@ -198,12 +198,12 @@ def multifurcate(
     if scores is not None:
         inherits = [ends[c] or all_unseen[groups[rows[c]]] for c in range(len(tokens))]
         rewards = [scores[rows[c]] if inherits[c] else reward for c, reward in enumerate(rewards)]
-    carried = range(len(groups), len(groups) + len(carried_scores))
+    finished = range(len(groups), len(groups) + len(finished_scores))
     selected = select_beam(
-        [*rewards, *carried_scores],
-        [*tokens, *[-1] * len(carried)],
-        [*rows, *carried],
-        [*groups, *carried_groups],
+        [*rewards, *finished_scores],
+        [*tokens, *[-1] * len(finished)],
+        [*rows, *finished],
+        [*groups, *finished_groups],
         num_groups,
         width,
         widths,

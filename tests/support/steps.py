@@ -55,7 +55,7 @@ def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     banned = banned[:used] if banned is not None and banned.dim() == 2 else banned
     tokens, _, offsets = nucleus(arguments["logits"][:used], top_p, banned)
     rewards = multifurcation_head(arguments["hidden"][:used], *head, tokens, offsets)
-    scores, carried = arguments.get("scores"), arguments.get("carried_scores")
+    scores, finished = arguments.get("scores"), arguments.get("finished_scores")
     parent, token, reward, all_unseen = oracle.multifurcate(
         tokens.tolist(),
         rewards.tolist(),
@@ -66,8 +66,8 @@ def check(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         arguments["width"],
         None if scores is None else scores.to(rewards.dtype).tolist(),
         oracle.ids_of_rows(arguments.get("end_tokens"), rows),
-        [] if carried is None else carried.to(rewards.dtype).tolist(),
-        as_list(arguments.get("carried_groups")),
+        [] if finished is None else finished.to(rewards.dtype).tolist(),
+        as_list(arguments.get("finished_groups")),
         None if arguments.get("widths") is None else arguments["widths"].tolist(),
     )
     dtypes = [torch.int32, torch.int32, compute_dtype(arguments["hidden"].dtype), torch.int32, torch.bool]

@@ -28,7 +28,7 @@ from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.storage.folders import locked
 from saffron.training.annotate import AnnotateConfig, Annotator, annotate
 from saffron.training.conversations import Conversation, read_corpus
-from saffron.training.layout import AGENT, FORMAT, USER, LayOut
+from saffron.training.layout import AGENT, FORMAT, USER, ConversationLayout
 from saffron.training.shards import MANIFEST, read_rewards
 from saffron.workers import Workers
 
@@ -100,21 +100,21 @@ def test_one_forward_pass_runs_the_conversation_once(guard, corpus):
 def test_layout_is_what_the_mrm_reads(guard, corpus):
     mrm = MultifurcationRewardModel.from_pretrained(FOLDER / "mrm", base=FOLDER / "guard", device="cpu")
     prompt, response = corpus[0].turns
-    layout = LayOut(guard)(corpus[0])
+    layout = ConversationLayout(guard)(corpus[0])
     context, ids, said = mrm.context_tokens(prompt), guard.encode(response), guard.encode(prompt)
     assert layout.input_ids == context + ids
     assert layout.roles[-len(ids) :] == [AGENT] * len(ids)
     assert layout.roles.count(USER) == len(said)
     assert layout.roles.count(FORMAT) == len(context) - len(said)
     assert [layout.input_ids[j] for j in layout.rewarded] == said + ids
-    only = LayOut(guard, prefixes="response")(corpus[0])
+    only = ConversationLayout(guard, prefixes="response")(corpus[0])
     assert only.rewarded == list(range(len(context), len(context) + len(ids)))
     assert only.prefixes() == [guard.sequence(prompt, ids[:n]) for n in range(1, len(ids) + 1)]
 
 
 def test_conversations_of_many_turns(guard):
     turns = ("hello", "good day", "how do I bake bread?", "with flour")
-    layout, ids = LayOut(guard)(Conversation(turns)), [guard.encode(turn) for turn in turns]
+    layout, ids = ConversationLayout(guard)(Conversation(turns)), [guard.encode(turn) for turn in turns]
     pieces = [guard.encode(piece) for piece in guard.template(4)]
     whole = [token for piece, turn in zip(pieces, ids, strict=False) for token in [*piece, *turn]]
     assert layout.prefixes()[-1] == whole + pieces[-1]
@@ -124,7 +124,7 @@ def test_conversations_of_many_turns(guard):
 
 @pytest.mark.parametrize("most", [2, 9, 12, 20, 31])
 def test_cut_at_max_tokens(guard, corpus, most):
-    cut, whole = LayOut(guard, most)(corpus[0]), LayOut(guard)(corpus[0])
+    cut, whole = ConversationLayout(guard, most)(corpus[0]), ConversationLayout(guard)(corpus[0])
     assert cut.input_ids == whole.input_ids[: len(cut.input_ids)]
     assert len(cut.input_ids) <= most
     assert len(cut.input_ids) > most - 8  # at most the words before a turn are left out
@@ -352,11 +352,11 @@ def test_bad_arguments(guard, corpus, tmp_path, capsys):
             config(**{name: value})
     for changes in ({"max_tokens": 1}, {"prefixes": "some"}):
         with pytest.raises(ConfigError, match=next(iter(changes))):
-            LayOut(guard, **changes)
+            ConversationLayout(guard, **changes)
     with pytest.raises(CheckpointError, match="no Hugging Face checkpoint"):
         annotate(corpus, str(tmp_path), tmp_path / "out", config())
     with pytest.raises(ConfigError, match="turn 1"):
-        LayOut(guard)(Conversation(("a", (10**6,))))
+        ConversationLayout(guard)(Conversation(("a", (10**6,))))
     assert main(["annotate", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from saffron.models.policy import Policy
 from saffron.training.annotate import AnnotateConfig, Annotator, annotate
 from saffron.training.collect import CORPUS, DRAWS, CollectConfig, Collector, attacks, collect
 from saffron.training.conversations import Conversation, read_corpus
-from saffron.training.layout import AGENT, LayOut
+from saffron.training.layout import AGENT, ConversationLayout
 from saffron.training.shards import read_rewards
 from saffron.workers import Workers
 
@@ -151,12 +151,12 @@ def test_rewards_of_text_for_every_prefix(policy: Path, collected: Path, reward:
 
 def test_a_reward_of_text_is_shown_the_turns_before(policy: Path) -> None:
     encoder = Policy.from_pretrained(policy).encoder
-    layout = LayOut(encoder, prefixes="response")(Conversation(("hello", "a kind", "tell me", "bread")))
+    layout = ConversationLayout(encoder, prefixes="response")(Conversation(("hello", "a kind", "tell me", "bread")))
     turns = [encoder.tokenizer.decode(turn) for turn in layout.turns()]
     assert turns == ["hello", "a kind", "tell me", "bread"]
-    assert LayOut(encoder)(Conversation(("", "a kind"))).turns()[0] == []
+    assert ConversationLayout(encoder)(Conversation(("", "a kind"))).turns()[0] == []
     with pytest.raises(ConfigError, match="turn 1: got the id 1000000"):
-        LayOut(encoder)(Conversation(("a", (10**6,))))
+        ConversationLayout(encoder)(Conversation(("a", (10**6,))))
 
 
 def test_what_a_reward_of_text_needs(policy: Path, reward: str, tmp_path: Path) -> None:

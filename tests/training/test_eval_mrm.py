@@ -24,7 +24,7 @@ from saffron.training.annotate import AnnotateConfig, annotate
 from saffron.training.conversations import Conversation
 from saffron.training.evaluate import evaluate, nucleus_on_unseen, predict
 from saffron.training.layout import AGENT, FORMAT, USER
-from saffron.training.shards import Rewarded, read_rewards
+from saffron.training.shards import AnnotatedConversation, read_rewards
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +56,9 @@ def mrm() -> MultifurcationRewardModel:
     return found
 
 
-def by_hand(mrm: MultifurcationRewardModel, row: Rewarded, roles: set[int]) -> Iterator[tuple[float, float, int, bool]]:
+def by_hand(
+    mrm: MultifurcationRewardModel, row: AnnotatedConversation, roles: set[int]
+) -> Iterator[tuple[float, float, int, bool]]:
     depth = 0
     for j, (token, role, reward) in enumerate(zip(row.input_ids.tolist(), row.roles, row.rewards, strict=True)):
         depth = 0 if role == FORMAT else depth + 1
@@ -147,7 +149,7 @@ def test_tokenizers_that_differ(annotated, mrm):
     policy = trio().policy
     row = read_rewards(annotated).rows[0]
     end = row.roles.tolist().index(AGENT) + 6
-    short = Rewarded(row.input_ids[:end], row.roles[:end], row.rewards[:end])
+    short = AnnotatedConversation(row.input_ids[:end], row.roles[:end], row.rewards[:end])
     said = policy.encode(mrm.decode(short.input_ids[short.roles == AGENT]))
     assert nucleus_on_unseen(policy, mrm, [short]).positions == len(said) > 6
 
@@ -157,15 +159,19 @@ def test_errors_are_named(annotated, mrm):
     with pytest.raises(ConfigError, match="turns"):
         predict(mrm, rows, "some")
     with pytest.raises(ConfigError, match="no rewards"):
-        predict(mrm, [Rewarded(row.input_ids, row.roles, np.full_like(row.rewards, np.nan)) for row in rows])
+        predict(
+            mrm, [AnnotatedConversation(row.input_ids, row.roles, np.full_like(row.rewards, np.nan)) for row in rows]
+        )
     with pytest.raises(ConfigError, match="top_p"):
         nucleus_on_unseen(policy, mrm, rows, 0.0)
     with pytest.raises(ConfigError, match="no answers"):
-        nucleus_on_unseen(policy, mrm, [Rewarded(rows[0].input_ids[:5], rows[0].roles[:5], rows[0].rewards[:5])])
-    alien = Rewarded(rows[0].input_ids + mrm.vocab_size, rows[0].roles, rows[0].rewards)
+        nucleus_on_unseen(
+            policy, mrm, [AnnotatedConversation(rows[0].input_ids[:5], rows[0].roles[:5], rows[0].rewards[:5])]
+        )
+    alien = AnnotatedConversation(rows[0].input_ids + mrm.vocab_size, rows[0].roles, rows[0].rewards)
     with pytest.raises(ConfigError, match="annotated conversation"):
         predict(mrm, [alien])
-    long = Rewarded(*(np.tile(getattr(rows[0], name), 12) for name in ("input_ids", "roles", "rewards")))
+    long = AnnotatedConversation(*(np.tile(getattr(rows[0], name), 12) for name in ("input_ids", "roles", "rewards")))
     with pytest.raises(PromptTooLongError, match="annotated conversation"):
         predict(mrm, [long])
 

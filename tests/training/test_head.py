@@ -23,7 +23,7 @@ from saffron.training.conversations import Conversation
 from saffron.training.evaluate import predict
 from saffron.training.head import HeadConfig, RewardHead, fit, train_head
 from saffron.training.layout import AGENT, FORMAT
-from saffron.training.shards import RewardData, Rewarded
+from saffron.training.shards import AnnotatedConversation, RewardData
 
 CONFIG = HeadConfig(rank=4, epochs=30, batch=64, lr=1e-2, weight_decay=0.0, read_batch=8, heldout_share=0.2)
 
@@ -37,7 +37,9 @@ def made_up(count: int = 400, vocab: int = 40) -> RewardData:
         context = np.array([2, 2], dtype=np.int64)
         roles = np.array([FORMAT] * 2 + [AGENT] * len(ids), dtype=np.int8)
         rows.append(
-            Rewarded(np.concatenate([context, ids]), roles, np.concatenate([[np.nan] * 2, rewards]).astype(np.float32))
+            AnnotatedConversation(
+                np.concatenate([context, ids]), roles, np.concatenate([[np.nan] * 2, rewards]).astype(np.float32)
+            )
         )
     return RewardData({"made": "up", "count": count}, rows)
 

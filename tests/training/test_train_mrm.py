@@ -34,7 +34,7 @@ from saffron.training.annotate import AnnotateConfig, annotate
 from saffron.training.batches import collate, count, unseen_mask
 from saffron.training.conversations import Conversation
 from saffron.training.model import TrainableMrm, load_guard
-from saffron.training.shards import RewardData, Rewarded, read_rewards
+from saffron.training.shards import AnnotatedConversation, RewardData, read_rewards
 from saffron.training.train import TrainConfig, Trainer
 
 GUARD = str(FOLDER / "guard")
@@ -76,7 +76,7 @@ def config(**changes: object) -> TrainConfig:
     return replace(TrainConfig(batch=3, lr=1e-2, heldout_share=0.2, evaluate_every=3), **changes)
 
 
-def rows(lengths: tuple[int, ...] = (7, 4, 9)) -> list[Rewarded]:
+def rows(lengths: tuple[int, ...] = (7, 4, 9)) -> list[AnnotatedConversation]:
     """Conversations over the first half of a vocabulary, some of whose tokens have no reward."""
     rng = np.random.default_rng(0)
     found = []
@@ -84,7 +84,7 @@ def rows(lengths: tuple[int, ...] = (7, 4, 9)) -> list[Rewarded]:
         rewards = rng.normal(size=length).astype(np.float32)
         rewards[rng.random(length) < 0.3] = np.nan
         rewards[-1] = 1.5
-        found.append(Rewarded(rng.integers(0, VOCABULARY // 2, length), np.ones(length, np.int8), rewards))
+        found.append(AnnotatedConversation(rng.integers(0, VOCABULARY // 2, length), np.ones(length, np.int8), rewards))
     return found
 
 
@@ -98,11 +98,8 @@ def tiny_mrm() -> TrainableMrm:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file() and file.name != ".lock"
-    }
+    found = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 # The loss
@@ -163,7 +160,8 @@ def test_proposition_1_training_leaves_unseen_bias_at_zero(trained):
 
 
 def test_unseen_are_the_tokens_no_reward_is_for():
-    row = Rewarded(np.array([5, 1, 2, 3]), np.ones(4, np.int8), np.array([1.0, np.nan, 0.5, 2.0], np.float32))
+    rewards = np.array([1.0, np.nan, 0.5, 2.0], np.float32)
+    row = AnnotatedConversation(np.array([5, 1, 2, 3]), np.ones(4, np.int8), rewards)
     assert unseen_mask([row], 6).tolist() == [True, True, False, False, True, True]
 
 

@@ -14,13 +14,15 @@ from saffron.errors import ConfigError
 from saffron.training import plots
 from saffron.training.agreement import Agreement
 from saffron.training.batches import Order, split, supervised
-from saffron.training.shards import Rewarded
+from saffron.training.shards import AnnotatedConversation
 from saffron.training.train import TrainConfig, learning_rate
 
 
-def row(length: int, seed: int) -> Rewarded:
+def row(length: int, seed: int) -> AnnotatedConversation:
     rng = np.random.default_rng(seed)
-    return Rewarded(rng.integers(0, 48, length), np.ones(length, np.int8), rng.normal(size=length).astype(np.float32))
+    return AnnotatedConversation(
+        rng.integers(0, 48, length), np.ones(length, np.int8), rng.normal(size=length).astype(np.float32)
+    )
 
 
 ROWS = [row(length, length) for length in (7, 4, 9)]
@@ -48,7 +50,7 @@ def test_split_parts_the_conversations():
 
 
 def test_conversations_without_rewards_are_left_out():
-    nothing = Rewarded(np.arange(3), np.ones(3, np.int8), np.array([1, np.nan, np.nan], np.float32))
+    nothing = AnnotatedConversation(np.arange(3), np.ones(3, np.int8), np.array([1, np.nan, np.nan], np.float32))
     assert supervised([nothing, *ROWS])[0].input_ids is not nothing.input_ids
     assert len(supervised([nothing, *ROWS])) == 3
 

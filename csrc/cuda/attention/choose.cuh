@@ -1,6 +1,6 @@
 #pragma once
 
-// Part of tree_attention: which configuration of its tiles serves which sizes, on which chip.
+// Part of tree_attention: which configuration of its tiles serves which sizes, on which device.
 
 #include "cuda/attention/tile.cuh"
 #include "cuda/common/launch.cuh"
@@ -14,9 +14,9 @@ namespace {
 /// leaves most warps idle below 17 rows; yet one of them takes 16 KB of K and V every 0.5 us, and
 /// with all multiprocessors several times what the memory of such a chip delivers.
 template <template <class, int, int, int> class C, class T, int kD, class Run>
-auto with_rows(int64_t rows, const Chip& chip, Run run) {
+auto with_rows(int64_t rows, const DeviceProperties& device, Run run) {
   const auto fits = [&](auto tile) {
-    return static_cast<int64_t>(sizeof(typename decltype(tile)::Shared)) <= chip.block_bytes;
+    return static_cast<int64_t>(sizeof(typename decltype(tile)::Shared)) <= device.block_bytes;
   };
   if (rows <= 16 && fits(C<T, kD, 1, 4>{})) return run(C<T, kD, 1, 4>{});
   if constexpr (kD <= 128) {
@@ -28,14 +28,14 @@ auto with_rows(int64_t rows, const Chip& chip, Run run) {
 }
 
 template <template <class, int, int, int> class C, class T, class Run>
-auto with_tile(int64_t head_dim, int64_t rows, const Chip& chip, Run run) {
-  if (head_dim <= 64) return with_rows<C, T, 64>(rows, chip, run);
+auto with_tile(int64_t head_dim, int64_t rows, const DeviceProperties& device, Run run) {
+  if (head_dim <= 64) return with_rows<C, T, 64>(rows, device, run);
   // What lies behind a row of fp8 is not read, so that fewer sizes do.
   if constexpr (!C<T, 128, 4, 1>::kConvert) {
-    if (head_dim <= 96) return with_rows<C, T, 96>(rows, chip, run);
+    if (head_dim <= 96) return with_rows<C, T, 96>(rows, device, run);
   }
-  if (head_dim <= 128) return with_rows<C, T, 128>(rows, chip, run);
-  return with_rows<C, T, 256>(rows, chip, run);
+  if (head_dim <= 128) return with_rows<C, T, 128>(rows, device, run);
+  return with_rows<C, T, 256>(rows, device, run);
 }
 
 }  // namespace

@@ -9,10 +9,10 @@ namespace {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
-/// Lays the results of all warps down in shared memory, for `store`.
+/// Puts the results of all warps into shared memory, for `store`.
 template <class C>
-__device__ __forceinline__ void lay_down(typename C::Shared& s, Warp<C>& own, int warp_m,
-                                         int warp_n) {
+__device__ __forceinline__ void stage_results(typename C::Shared& s, Warp<C>& own, int warp_m,
+                                              int warp_n) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -72,8 +72,8 @@ struct Parts {
   }
 };
 
-/// Writes what `lay_down` laid down: the result (`slot` below 0), or the partial result of a
-/// segment.
+/// Writes what `stage_results` has put there: the result (`slot` below 0), or the partial result of
+/// a segment.
 template <class C>
 __device__ __forceinline__ void store(const Arguments& a, const typename C::Shared& s, int slot,
                                       const Parts& parts, int rows) {

@@ -44,27 +44,27 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, template <class> class Unit>
-void merge(const View& out_a, const View& lse_a, const View& out_b, const View& lse_b,
-           const View& out, const View& lse, int64_t queries, int64_t heads, int64_t head_dim,
-           DType dtype, Stream stream) {
-  const int64_t dims = head_dim / Unit<T>::kSize, units = queries * heads * dims;
+void merge(const Attended& a, const Attended& b, const Attended& result, const Launch& on) {
+  const int64_t queries = result.out.shape[0], heads = result.out.shape[1];
+  const DType dtype = result.out.dtype;
+  const int64_t dims = result.out.shape[2] / Unit<T>::kSize, units = queries * heads * dims;
   launch<merge_kernel<T, Unit>>(
-      dim3(blocks_for(units, kThreads)), kThreads, 0, stream, rows<const Unit<T>>(out_a, dtype),
-      Lse{lse_a.as<float>(), lse_a.stride[0], lse_a.stride[1]}, rows<const Unit<T>>(out_b, dtype),
-      Lse{lse_b.as<float>(), lse_b.stride[0], lse_b.stride[1]}, out.as<Unit<T>>(), lse.as<float>(),
-      units, heads, dims);
+      dim3(blocks_for(units, kThreads)), kThreads, 0, on.stream, rows<const Unit<T>>(a.out, dtype),
+      Lse{a.lse.as<float>(), a.lse.stride[0], a.lse.stride[1]}, rows<const Unit<T>>(b.out, dtype),
+      Lse{b.lse.as<float>(), b.lse.stride[0], b.lse.stride[1]}, result.out.as<Unit<T>>(),
+      result.lse.as<float>(), units, heads, dims);
 }
 
 }  // namespace
 
-void merge_attention(const View& out_a, const View& lse_a, const View& out_b, const View& lse_b,
-                     const View& out, const View& lse, int64_t queries, int64_t heads,
-                     int64_t head_dim, DType dtype, Stream stream) {
-  const bool wide = in_vectors(dtype, head_dim, {&out_a, &out_b});
+void merge_attention(const Attended& a, const Attended& b, const Attended& result,
+                     const Launch& on) {
+  const DType dtype = result.out.dtype;
+  const bool wide = in_vectors(dtype, result.out.shape[2], {&a.out, &b.out});
   const auto run = [&](auto of) {
     using T = decltype(of);
     const auto chosen = wide ? &merge<T, Vector> : &merge<T, Scalar>;
-    chosen(out_a, lse_a, out_b, lse_b, out, lse, queries, heads, head_dim, dtype, stream);
+    chosen(a, b, result, on);
   };
   if (dtype == DType::kFloat32) {
     run(float{});

@@ -1,7 +1,7 @@
 #pragma once
 
-// Part of tree_attention: the kernel that multiplies with `mma.sync`, on every chip. Compiled file
-// by file for the types of the products and of the caches, side by side: mma_*.cu.
+// Part of tree_attention: the kernel that multiplies with `mma.sync`, on every device. Compiled
+// file by file for the types of the products and of the caches, side by side: mma_*.cu.
 
 #include "cuda/attention/choose.cuh"
 #include "cuda/attention/join.cuh"
@@ -89,7 +89,7 @@ __device__ __forceinline__ void attend_segment(const Arguments& a, typename C::S
   }
   ptx::copy_wait<0>();
   __syncthreads();
-  lay_down<C>(s, own, warp_m, warp_n);
+  stage_results<C>(s, own, warp_m, warp_n);
   __syncthreads();
 }
 
@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) attention_kernel(c
 template <template <class, int, int, int> class C, class T>
 void launch_tiles(Arguments a, Stream stream) {
   const int64_t rows = static_cast<int64_t>(a.queries) * a.group;
-  with_tile<C, T>(a.wide(), rows, chip(), [&](auto tile) {
+  with_tile<C, T>(a.wide(), rows, device_properties(), [&](auto tile) {
     using Chosen = decltype(tile);
-    const Cut cut = cut_work<Chosen>(a, chip());
+    const Cut cut = cut_work<Chosen>(a, device_properties());
     if (a.looked_through != nullptr) launch_look(a, cut.chunks, stream);
     launch<attention_kernel<Chosen>>(dim3(cut.blocks), Chosen::kThreads,
                                      sizeof(typename Chosen::Shared) + cut.schedule_bytes(), stream,

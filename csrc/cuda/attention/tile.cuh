@@ -173,8 +173,9 @@ __device__ __forceinline__ float tanh_of(float x) {
 /// Leaves in `score` what the tokens of a tile weigh in the rows of this warp, having adapted the
 /// result so far to the largest score. `all`: every row sees every token, nothing is masked.
 template <class C, int kBlocks>
-__device__ __forceinline__ void weigh(const Arguments& a, Warp<C>& own, float (&score)[kBlocks][4],
-                                      float scale, const int* begins, const int* ends, bool all) {
+__device__ __forceinline__ void exponentiate(const Arguments& a, Warp<C>& own,
+                                             float (&score)[kBlocks][4], float scale,
+                                             const int* begins, const int* ends, bool all) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float largest[2] = {own.largest[0], own.largest[1]};
   bool sees[2] = {all, all};
@@ -321,7 +322,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const typename C::Sha
   }
 
   const float scale = C::kConvert ? own.scale : a.scale;
-  weigh(a, own, score, scale, s.begin + first, s.end + first, all);
+  exponentiate(a, own, score, scale, s.begin + first, s.end + first, all);
 
   const uint16_t* v = s.kv[tile][1];
   if (!all) {

@@ -58,65 +58,65 @@ int64_t tree_attention_workspace(int64_t queries, int64_t heads, int64_t kv_head
     return hopper_workspace(queries, group, kv_heads, head_dim, tokens) + look_floats(tokens);
   }
   const auto workspace = [&](auto tile) {
-    return workspace_for<decltype(tile)>(queries, group, kv_heads, tokens, chip()) +
+    return workspace_for<decltype(tile)>(queries, group, kv_heads, tokens, device_properties()) +
            look_floats(tokens);
   };
   // Products in fp16 need as much.
   if (stored == DType::kFloat8) {
-    return with_tile<Float8Tile, BFloat16>(head_dim, queries * group, chip(), workspace);
+    return with_tile<Float8Tile, BFloat16>(head_dim, queries * group, device_properties(),
+                                           workspace);
   }
-  return with_tile<Tile, BFloat16>(head_dim, queries * group, chip(), workspace);
+  return with_tile<Tile, BFloat16>(head_dim, queries * group, device_properties(), workspace);
 }
 
-void tree_attention(const View& q, const View& k_cache, const View& v_cache, const View& slot,
-                    const View& begin, const View& end, const View& count, const View& k_scale,
-                    const View& v_scale, const View& sinks, double scale, bool capped,
-                    double softcap, const View& out, const View& lse, const View& workspace,
-                    const View& counters, int64_t queries, int64_t heads, int64_t kv_heads,
-                    int64_t head_dim, int64_t v_dim, int64_t tokens, int64_t num_slots, DType dtype,
-                    DType stored, const View& fault, Stream stream) {
+void tree_attention(const View& q, const KVCaches& caches, const TriePlan& plan,
+                    const Scoring& scoring, const Attended& result, const Scratch& scratch,
+                    const Launch& on) {
+  const int64_t queries = q.shape[0], heads = q.shape[1];
+  const int64_t kv_heads = caches.k.shape[1], tokens = plan.slot.shape[0];
   if (queries == 0 || heads == 0) return;
   Arguments a = {};
   a.q = q.data;
-  a.k = k_cache.data;
-  a.v = v_cache.data;
+  a.k = caches.k.data;
+  a.v = caches.v.data;
   a.q_stride_n = q.stride[0];
   a.q_stride_h = q.stride[1];
-  a.k_stride_s = k_cache.stride[0];
-  a.k_stride_h = k_cache.stride[1];
-  a.v_stride_s = v_cache.stride[0];
-  a.v_stride_h = v_cache.stride[1];
-  a.slot = slot.as<int32_t>();
-  a.begin = begin.as<int32_t>();
-  a.end = end.as<int32_t>();
-  a.count = count.as<int32_t>();
-  a.k_scale = k_scale.as<float>();
-  a.v_scale = v_scale.as<float>();
-  a.sinks = sinks.as<float>();
-  a.out = out.data;
-  a.lse = lse.as<float>();
-  a.looked_through = workspace.as<int3>();
-  a.part = workspace.as<float>() + look_floats(tokens);
-  a.left = counters.as<uint32_t>();
+  a.k_stride_s = caches.k.stride[0];
+  a.k_stride_h = caches.k.stride[1];
+  a.v_stride_s = caches.v.stride[0];
+  a.v_stride_h = caches.v.stride[1];
+  a.slot = plan.slot.as<int32_t>();
+  a.begin = plan.begin.as<int32_t>();
+  a.end = plan.end.as<int32_t>();
+  a.count = plan.count.as<int32_t>();
+  a.k_scale = caches.k_scale.as<float>();
+  a.v_scale = caches.v_scale.as<float>();
+  a.sinks = scoring.sinks.as<float>();
+  a.out = result.out.data;
+  a.lse = result.lse.as<float>();
+  a.looked_through = scratch.workspace.as<int3>();
+  a.part = scratch.workspace.as<float>() + look_floats(tokens);
+  a.left = scratch.counters.as<uint32_t>();
   a.arrived = a.left + 1;
   a.tokens = static_cast<int>(tokens);
   a.queries = static_cast<int>(queries);
   a.group = static_cast<int>(heads / kv_heads);
   a.kv_heads = static_cast<int>(kv_heads);
-  a.head_dim = static_cast<int>(head_dim);
-  a.v_dim = static_cast<int>(v_dim);
-  a.num_slots = static_cast<int>(num_slots);
+  a.head_dim = static_cast<int>(q.shape[2]);
+  a.v_dim = static_cast<int>(caches.v.shape[2]);
+  a.num_slots = static_cast<int>(caches.k.shape[0]);
   constexpr double kLog2E = 1.4426950408889634;
-  a.scale = static_cast<float>(capped ? scale / softcap : scale * kLog2E);
-  a.cap = static_cast<float>(capped ? softcap * kLog2E : 0);
-  a.capped = capped;
-  a.fault = fault.as<int32_t>();
-  if (hopper_takes(queries, a.group, a.wide(), stored)) return launch_hopper(a, dtype, stream);
+  a.capped = scoring.softcap != 0;  // NaN makes NaN of all scores
+  a.scale = static_cast<float>(a.capped ? scoring.scale / scoring.softcap : scoring.scale * kLog2E);
+  a.cap = static_cast<float>(a.capped ? scoring.softcap * kLog2E : 0);
+  a.fault = on.fault.as<int32_t>();
+  const DType dtype = q.dtype, stored = caches.k.dtype;
+  if (hopper_takes(queries, a.group, a.wide(), stored)) return launch_hopper(a, dtype, on.stream);
   const bool is_bf16 = dtype == DType::kBFloat16;
   if (stored == DType::kFloat8) {
-    return is_bf16 ? launch_bf16_fp8(a, stream) : launch_fp16_fp8(a, stream);
+    return is_bf16 ? launch_bf16_fp8(a, on.stream) : launch_fp16_fp8(a, on.stream);
   }
-  return is_bf16 ? launch_bf16(a, stream) : launch_fp16(a, stream);
+  return is_bf16 ? launch_bf16(a, on.stream) : launch_fp16(a, on.stream);
 }
 
 }  // namespace saffron::cuda

@@ -79,7 +79,7 @@ __device__ __forceinline__ void attend_tile(const Arguments& a, const typename C
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>(score);
 
-  weigh(a, own, score, a.scale, s.begin[stage], s.end[stage], all);
+  exponentiate(a, own, score, a.scale, s.begin[stage], s.end[stage], all);
   if (!all) {  // for all warps of the warpgroup alike, and so is what they find in V
     const uint16_t* numbers = s.kv[stage][1][0];
     if (is_unfit_tile<T>(C::kTokens * C::kD, [&](int i) { return numbers + 8 * i; })) {
@@ -156,8 +156,8 @@ __device__ __forceinline__ void attend_all(const Arguments& a, typename C::Share
 
 /// What the warps that fetch do: the tiles of all segments of this block.
 template <class C>
-__device__ __forceinline__ void feed(const Arguments& a, const Caches& caches,
-                                     typename C::Shared& s, int warp) {
+__device__ __forceinline__ void produce(const Arguments& a, const Caches& caches,
+                                        typename C::Shared& s, int warp) {
   const int rows = a.queries * a.group;
   auto& plan = schedule_of<C>(s);
   Shares shares(a, plan, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(SAFFRON_HOPPER ? C::kLaunched : 32, C::kMinBlo
   __syncthreads();
   if (warp >= C::kWarpsM) {
     ptx::give_up_registers<C::kFewRegisters>();
-    feed<C>(a, caches, s, warp - C::kWarpsM);
+    produce<C>(a, caches, s, warp - C::kWarpsM);
   } else {
     ptx::take_registers<C::kManyRegisters>();
     Turn<C> turn;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(SAFFRON_HOPPER ? C::kLaunched : 32, C::kMinBlo
       const int first_row = segment.query_block * C::kRows;
       attend_all<C>(a, s, turn, own, segment.kv_head, first_row + warp * 16);
       C::sync();  // nobody needs a tile any more
-      lay_down<C>(s, own, warp, 0);
+      stage_results<C>(s, own, warp, 0);
       C::sync();
     };
     const auto next = [&] {
@@ -252,7 +252,7 @@ auto with_wide(int64_t head_dim, int64_t rows, Run run) {
 
 bool hopper_takes(int64_t queries, int64_t group, int64_t head_dim, DType stored) {
   const bool converted = stored == DType::kFloat8;  // by the other path
-  if (chip().capability != 90 || head_dim > 128 || converted) return false;
+  if (device_properties().capability != 90 || head_dim > 128 || converted) return false;
   // An empty kernel stands where the module was not compiled for sm_90a.
   static const bool compiled = admits<wide_attention_kernel<Wide<BFloat16, 64, 2>>>(384);
   if (!compiled) return false;
@@ -270,14 +270,14 @@ bool hopper_takes(int64_t queries, int64_t group, int64_t head_dim, DType stored
 int64_t hopper_workspace(int64_t queries, int64_t group, int64_t kv_heads, int64_t head_dim,
                          int64_t tokens) {
   return with_wide<BFloat16>(head_dim, queries * group, [&](auto wide) {
-    return workspace_for<decltype(wide)>(queries, group, kv_heads, tokens, chip());
+    return workspace_for<decltype(wide)>(queries, group, kv_heads, tokens, device_properties());
   });
 }
 
 void launch_hopper(Arguments a, DType dtype, Stream stream) {
   const auto run = [&](auto wide) {
     using C = decltype(wide);
-    const Cut cut = cut_work<C>(a, chip());
+    const Cut cut = cut_work<C>(a, device_properties());
     if (a.looked_through != nullptr) launch_look(a, cut.chunks, stream);
     Caches caches = {};
     caches.described = describe<C>(caches.k, a, a.k, a.head_dim, a.k_stride_h, a.k_stride_s) &&

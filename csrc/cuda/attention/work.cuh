@@ -307,7 +307,8 @@ struct Cut {
 };
 
 template <class C>
-Cut cut_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens, const Chip& chip) {
+Cut cut_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens,
+            const DeviceProperties& device) {
   Cut cut = {};
   const int64_t query_blocks = (queries * group + C::kRows - 1) / C::kRows;
   cut.query_blocks = static_cast<int>(query_blocks);
@@ -317,14 +318,14 @@ Cut cut_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens, co
   cut.chunks = (tokens + (int64_t{1} << cut.chunk_log2) - 1) >> cut.chunk_log2;
   const auto bytes = static_cast<int64_t>(sizeof(typename C::Shared) + cut.schedule_bytes());
   const int64_t resident =
-      chip.processors *
-      std::max<int64_t>(1, std::min<int64_t>(chip.shared_bytes / (bytes + 1024), C::kMinBlocks));
+      device.processors *
+      std::max<int64_t>(1, std::min<int64_t>(device.shared_bytes / (bytes + 1024), C::kMinBlocks));
   const int64_t groups = kv_heads * query_blocks;
   // A second block on a multiprocessor hides latency, but doubles the partials: only where they are
   // little compared with K and V.
   const bool is_long = tokens * groups >= resident * 4 * C::kRows;
   const int64_t useful =
-      std::min(is_long ? resident : chip.processors, groups * std::max<int64_t>(cut.chunks, 1));
+      std::min(is_long ? resident : device.processors, groups * std::max<int64_t>(cut.chunks, 1));
   cut.blocks =
       static_cast<unsigned>(std::min<int64_t>({useful, C::kMaxSplits, (kCounters - 1) / 2}));
   return cut;
@@ -332,8 +333,8 @@ Cut cut_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens, co
 
 /// Completes what the kernel is given by how the work is cut.
 template <class C>
-Cut cut_work(Arguments& a, const Chip& chip) {
-  const Cut cut = cut_for<C>(a.queries, a.group, a.kv_heads, a.tokens, chip);
+Cut cut_work(Arguments& a, const DeviceProperties& device) {
+  const Cut cut = cut_for<C>(a.queries, a.group, a.kv_heads, a.tokens, device);
   a.query_blocks = cut.query_blocks;
   a.chunk_log2 = cut.chunk_log2;
   a.band_log2 = cut.band_log2;
@@ -347,8 +348,8 @@ Cut cut_work(Arguments& a, const Chip& chip) {
 /// Floats of workspace for a launch of this configuration.
 template <class C>
 int64_t workspace_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens,
-                      const Chip& chip) {
-  const Cut cut = cut_for<C>(queries, group, kv_heads, tokens, chip);
+                      const DeviceProperties& device) {
+  const Cut cut = cut_for<C>(queries, group, kv_heads, tokens, device);
   return int64_t{2} * cut.blocks * C::kRows * (C::kD + 1);
 }
 

@@ -6,8 +6,8 @@
 // All candidates, row after row, are cut into one range for every block, whatever the rows and
 // groups are. For the part of a group in its range (a segment) a block makes keys and keeps the
 // best `width`. The last block to arrive at a group takes the keys of all its segments and its
-// carried nodes, and puts the best in order; the last group to be done puts the beams one after the
-// other. Keys are all different, so that nothing depends on who comes when.
+// finished nodes, and puts the best in order; the last group to be done puts the beams one after
+// the other. Keys are all different, so that nothing depends on who comes when.
 //
 // All of it is a few dependent steps of about half a microsecond each: the rows, the candidates,
 // keys out, arrival, keys in, selection. With one group the last needs no arrival of groups.
@@ -20,13 +20,13 @@ namespace saffron::cuda {
 struct BeamWorkspace {
   int64_t segments, best, live, is_chosen, bytes;
 
-  BeamWorkspace(int64_t blocks, int64_t num_groups, int64_t width, int64_t carried) {
+  BeamWorkspace(int64_t blocks, int64_t num_groups, int64_t width, int64_t finished) {
     constexpr auto key = static_cast<int64_t>(sizeof(Key));
     segments = 0;
     best = segments + (blocks + num_groups) * width * key;
     live = best + num_groups * width * key;
     is_chosen = live + num_groups * 4;
-    bytes = (is_chosen + carried * 4 + 15) / 16 * 16;
+    bytes = (is_chosen + finished * 4 + 15) / 16 * 16;
   }
 
   void lay_out(char* at, Beams& a) const {
@@ -42,28 +42,27 @@ inline int64_t beam_capacity(int64_t width) {
   return std::max<int64_t>(4 * kBeamThreads, width + 2 * kBeamThreads);
 }
 
-/// Shared memory: a Desk, then the keys, then the rows.
+/// Shared memory: a BlockScratch, then the keys, then the rows.
 inline int64_t beam_shared(int64_t rows, int64_t width) {
-  return static_cast<int64_t>(sizeof(Desk)) +
+  return static_cast<int64_t>(sizeof(BlockScratch)) +
          beam_capacity(width) * static_cast<int64_t>(sizeof(Key)) + (2 * rows + 1) * 4;
 }
 
-/// What both ops are given alike; without a workspace, carried nodes and blindness.
-inline Beams beams(const View& groups, const View& widths, int64_t rows, int64_t num_groups,
-                   int64_t width, const View& counters, const View& parent, const View& token,
-                   const View& reward, DType dtype, const View& fault) {
+/// What both ops are given alike; without a workspace, finished nodes and what is all unseen.
+inline Beams beams(const Groups& groups, const Beam& beam, const Scratch& scratch,
+                   const Launch& on) {
   Beams a = {};
-  a.groups = groups.as<int32_t>();
-  a.widths = widths.as<int32_t>();
-  a.arrived = counters.as<uint32_t>();
-  a.parent = parent.as<int32_t>();
-  a.token = token.as<int32_t>();
-  a.reward = numbers(reward, dtype);
-  a.fault = fault.as<int32_t>();
-  a.rows = static_cast<int>(rows);
-  a.num_groups = static_cast<int>(num_groups);
-  a.width = static_cast<int>(width);
-  a.capacity = static_cast<int>(beam_capacity(width));
+  a.groups = groups.of_row.as<int32_t>();
+  a.widths = groups.widths.as<int32_t>();
+  a.arrived = scratch.counters.as<uint32_t>();
+  a.parent = beam.parent.as<int32_t>();
+  a.token = beam.token.as<int32_t>();
+  a.reward = numbers(beam.reward);
+  a.fault = on.fault.as<int32_t>();
+  a.rows = static_cast<int>(groups.of_row.shape[0]);
+  a.num_groups = static_cast<int>(groups.number);
+  a.width = static_cast<int>(groups.width);
+  a.capacity = static_cast<int>(beam_capacity(groups.width));
   return a;
 }
 
@@ -110,13 +109,13 @@ struct RowTable {
 ///   void open(int begin, int end)            the block comes to a group with these candidates
 ///   void collect(int first, int n, Key* to)  keys of n candidates, one per thread at most;
 ///                                            by the whole block
-///   bool is_blind()                          the group, after all of the block's share is
-///   collected int token(const Key&)                    of a candidate that is not carried
+///   bool is_all_unseen()                          the group, after all of the block's share is
+///   collected int token(const Key&)                    of a candidate that is not finished
 template <class Source>
 struct Selector {
   const Beams& a;
   Source& source;
-  Desk& desk;
+  BlockScratch& scratch;
   Key* keys;
   RowTable table;
   int range;  // candidates of a block
@@ -134,14 +133,14 @@ struct Selector {
 #pragma unroll 1
     while (true) {
       int group, size = 0;
-      bool blind = false;
+      bool all_unseen = false;
       if (first < last) {
         group = table.group[table.row_of(first)];
         const int begin = table.begin_of(group), end = table.begin_of(group + 1);
         const int stop = min(last, end);
         width = a.width_of(group);
         size = collect(begin, end, first, stop);
-        blind = source.is_blind();
+        all_unseen = source.is_all_unseen();
         first = stop;
         if (!arrive(group, begin, end, size)) continue;
       } else {
@@ -152,7 +151,7 @@ struct Selector {
         if (table.begin_of(group) != table.begin_of(group + 1)) continue;
         width = a.width_of(group);
       }
-      is_done = finish(group, blind, size);
+      is_done = finish(group, all_unseen, size);
     }
     if (is_done) place_all();
   }
@@ -174,14 +173,14 @@ struct Selector {
         table.group[row] = group;
       }
       int all;
-      const int place = sum_before(desk, count, all);
+      const int place = sum_before(scratch, count, all);
       if (row < a.rows) table.offset[row] = total + place;
       total += all;
     }
     if (blockIdx.x == 0) {
 #pragma unroll 1
-      for (int i = thread(); i < a.carried; i += kBeamThreads) {
-        const int group = a.carried_groups[i];
+      for (int i = thread(); i < a.finished; i += kBeamThreads) {
+        const int group = a.finished_groups[i];
         if (group < 0 || group > a.num_groups) atomicOr(a.fault, kGroupFault);
       }
 #pragma unroll 1
@@ -206,12 +205,12 @@ struct Selector {
     int size = 0;
 #pragma unroll 1
     for (; first < last; first += kBeamThreads) {
-      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, width);
+      if (size + kBeamThreads > a.capacity) size = keep_best(scratch, keys, size, width);
       const int n = min(last - first, kBeamThreads);
       source.collect(first, n, keys + size);
       size += n;
     }
-    return keep_best(desk, keys, size, width);
+    return keep_best(scratch, keys, size, width);
   }
 
   /// Leaves the keys of a segment for the last block of its group. If that is this block, it gets
@@ -236,9 +235,9 @@ struct Selector {
   /// Whether this block is the last of so many to arrive; it then sees what the others wrote.
   __device__ __forceinline__ bool is_last(uint32_t* counter, int of_all) {
     __syncthreads();
-    if (thread() == 0) desk.before = ptx::arrive(counter);
+    if (thread() == 0) scratch.before = ptx::arrive(counter);
     __syncthreads();
-    return desk.before + 1 == static_cast<uint32_t>(of_all);
+    return scratch.before + 1 == static_cast<uint32_t>(of_all);
   }
 
   /// The keys of all segments of a group, of which blocks `first` to `last` have one each.
@@ -252,7 +251,7 @@ struct Selector {
     int size = 0;
 #pragma unroll 1
     for (int done = 0; done < all; done += kBeamThreads) {
-      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, width);
+      if (size + kBeamThreads > a.capacity) size = keep_best(scratch, keys, size, width);
       const int i = done + thread(), after_first = i - of_first;
       if (i < all) {
         const Key* from = after_first < 0 ? segment(first, group) + i
@@ -265,11 +264,11 @@ struct Selector {
     return size;
   }
 
-  /// The best of a group: of `size` keys that are there, and of its carried nodes. Returns whether
+  /// The best of a group: of `size` keys that are there, and of its finished nodes. Returns whether
   /// it was the last of all groups.
-  __device__ __forceinline__ bool finish(int group, bool blind, int size) {
-    size = add_carried(group, size);
-    size = keep_best(desk, keys, size, width);
+  __device__ __forceinline__ bool finish(int group, bool all_unseen, int size) {
+    size = add_finished(group, size);
+    size = keep_best(scratch, keys, size, width);
     const int lane = thread() % 32;
     Key* best = a.best + static_cast<int64_t>(group) * a.width;
 #pragma unroll 1
@@ -291,24 +290,24 @@ struct Selector {
     }
     if (thread() == 0) {
       a.live[group] = live;
-      if (a.blind != nullptr) a.blind[group] = blind;
+      if (a.all_unseen != nullptr) a.all_unseen[group] = all_unseen;
     }
     if (a.num_groups > 1) return is_last(a.arrived, a.num_groups);
     __syncthreads();
     return true;
   }
 
-  /// Adds the carried nodes of a group to `size` keys.
-  __device__ __forceinline__ int add_carried(int group, int size) {
+  /// Adds the finished nodes of a group to `size` keys.
+  __device__ __forceinline__ int add_finished(int group, int size) {
 #pragma unroll 1
-    for (int first = 0; first < a.carried; first += kBeamThreads) {
-      if (size + kBeamThreads > a.capacity) size = keep_best(desk, keys, size, width);
+    for (int first = 0; first < a.finished; first += kBeamThreads) {
+      if (size + kBeamThreads > a.capacity) size = keep_best(scratch, keys, size, width);
       const int i = first + thread();
-      const bool own = i < a.carried && a.carried_groups[i] == group;
+      const bool own = i < a.finished && a.finished_groups[i] == group;
       int all;
-      const int place = sum_before(desk, own ? 1 : 0, all);
+      const int place = sum_before(scratch, own ? 1 : 0, all);
       if (own) {
-        keys[size + place] = make_key(a.carried_scores.at(i), a.rows + i, 0, a.fault);
+        keys[size + place] = make_key(a.finished_scores.at(i), a.rows + i, 0, a.fault);
         a.is_chosen[i] = 0;
       }
       size += all;
@@ -316,7 +315,8 @@ struct Selector {
     return size;
   }
 
-  /// All groups are done: their candidates group after group, then the carried nodes, then nothing.
+  /// All groups are done: their candidates group after group, then the finished nodes, then
+  /// nothing.
   __device__ __forceinline__ void place_all() {
     int place = 0;
 #pragma unroll 1
@@ -324,34 +324,34 @@ struct Selector {
       const int n = min(a.num_groups - first, kBeamThreads);
       const int live = thread() < n ? __ldcg(a.live + first + thread()) : 0;
       int all;
-      desk.row[thread()] = place + sum_before(desk, live, all);
-      desk.token[thread()] = live;
+      scratch.row[thread()] = place + sum_before(scratch, live, all);
+      scratch.token[thread()] = live;
       place += all;
       __syncthreads();
 #pragma unroll 1
       for (int i = thread(); i < n * a.width; i += kBeamThreads) {
         const int g = i / a.width, at = i % a.width;
-        if (at >= desk.token[g]) continue;
+        if (at >= scratch.token[g]) continue;
         const Key* from = a.best + (first + g) * static_cast<int64_t>(a.width) + at;
         const Key key = {__ldcg(&from->reward), __ldcg(&from->place)};
-        place_one(desk.row[g] + at, key.row(), source.token(key), logit_of(key.reward));
+        place_one(scratch.row[g] + at, key.row(), source.token(key), logit_of(key.reward));
       }
       __syncthreads();
     }
 #pragma unroll 1
-    for (int first = 0; first < a.carried; first += kBeamThreads) {
+    for (int first = 0; first < a.finished; first += kBeamThreads) {
       const int i = first + thread();
-      const int group = i < a.carried ? a.carried_groups[i] : -1;
+      const int group = i < a.finished ? a.finished_groups[i] : -1;
       const bool chosen = group >= 0 && group < a.num_groups && __ldcg(a.is_chosen + i) != 0;
       int all;
-      const int before = sum_before(desk, chosen ? 1 : 0, all);
-      if (chosen) place_one(place + before, a.rows + i, -1, a.carried_scores.at(i));
+      const int before = sum_before(scratch, chosen ? 1 : 0, all);
+      if (chosen) place_one(place + before, a.rows + i, -1, a.finished_scores.at(i));
       place += all;
     }
     const int size = a.num_groups * a.width;
 #pragma unroll 1
     for (int i = place + thread(); i < size; i += kBeamThreads) {
-      place_one(i, a.rows + a.carried, -1, -INFINITY);
+      place_one(i, a.rows + a.finished, -1, -INFINITY);
     }
 #pragma unroll 1
     for (int i = thread(); i <= a.num_groups; i += kBeamThreads) a.arrived[i] = 0;
@@ -364,18 +364,21 @@ struct Selector {
   }
 };
 
-/// The keys and rows behind the desk, in the `beam_shared` bytes of shared memory.
-__device__ __forceinline__ Key* keys_of(Desk& desk) { return reinterpret_cast<Key*>(&desk + 1); }
+/// The keys and rows behind the scratch, in the `beam_shared` bytes of shared memory.
+__device__ __forceinline__ Key* keys_of(BlockScratch& scratch) {
+  return reinterpret_cast<Key*>(&scratch + 1);
+}
 
-__device__ __forceinline__ RowTable rows_of(Desk& desk, const Beams& a) {
-  auto* offset = reinterpret_cast<int*>(keys_of(desk) + a.capacity);
+__device__ __forceinline__ RowTable rows_of(BlockScratch& scratch, const Beams& a) {
+  auto* offset = reinterpret_cast<int*>(keys_of(scratch) + a.capacity);
   return {offset, offset + a.rows + 1, a.rows};
 }
 
 /// The calling block's part of the launch.
 template <class Source>
-__device__ __forceinline__ void select_beams(const Beams& a, Source& source, Desk& desk) {
-  Selector<Source>{a, source, desk, keys_of(desk), rows_of(desk, a), 0, 0}.run();
+__device__ __forceinline__ void select_beams(const Beams& a, Source& source,
+                                             BlockScratch& scratch) {
+  Selector<Source>{a, source, scratch, keys_of(scratch), rows_of(scratch, a), 0, 0}.run();
 }
 
 }  // namespace saffron::cuda

@@ -29,7 +29,9 @@ HeadRows<T, Unit> head_rows(const View& hidden, const View& weight, int64_t size
 
 /// Calls `run(HeadRows)` with the widest units that both matrices allow.
 template <class Run>
-void with_head_rows(const View& hidden, const View& weight, int64_t size, DType dtype, Run run) {
+void with_head_rows(const View& hidden, const View& weight, Run run) {
+  const int64_t size = hidden.shape[1];
+  const DType dtype = hidden.dtype;
   const View h = one_head(hidden), w = one_head(weight);
   const bool wide = in_vectors(dtype, size, {&h, &w});
   const auto of = [&](auto number) {

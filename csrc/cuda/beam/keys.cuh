@@ -33,7 +33,7 @@ __device__ __forceinline__ bool stands_before(const Key& a, const Key& b) {
 }
 
 /// What the threads of a block tell each other. Keys lie behind it.
-struct alignas(16) Desk {
+struct alignas(16) BlockScratch {
   uint32_t bins[256];
   int warp_sums[kBeamWarps];
   uint32_t digit;      // of the last key that stays
@@ -48,7 +48,7 @@ struct alignas(16) Desk {
 __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 
 /// The sum of `value` over the threads before this one, and over all. A barrier for the block.
-__device__ __forceinline__ int sum_before(Desk& desk, int value, int& all) {
+__device__ __forceinline__ int sum_before(BlockScratch& scratch, int value, int& all) {
   const int lane = thread() % 32, warp = thread() / 32;
   int sum = value;
 #pragma unroll
@@ -57,24 +57,24 @@ __device__ __forceinline__ int sum_before(Desk& desk, int value, int& all) {
     if (lane >= static_cast<int>(by)) sum += other;
   }
   __syncthreads();  // nobody needs the sums of the last time any more
-  if (lane == 31) desk.warp_sums[warp] = sum;
+  if (lane == 31) scratch.warp_sums[warp] = sum;
   __syncthreads();
   int before = 0;
   all = 0;
 #pragma unroll
   for (int w = 0; w < kBeamWarps; ++w) {
-    if (w < warp) before += desk.warp_sums[w];
-    all += desk.warp_sums[w];
+    if (w < warp) before += scratch.warp_sums[w];
+    all += scratch.warp_sums[w];
   }
   return before + sum - value;
 }
 
 /// Finds in the histogram the digit of the `wanted`-th key; by one warp.
-__device__ __forceinline__ void find_digit(Desk& desk, int wanted) {
+__device__ __forceinline__ void find_digit(BlockScratch& scratch, int wanted) {
   const int lane = thread() % 32;
   int sum = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum += static_cast<int>(desk.bins[8 * lane + i]);
+  for (int i = 0; i < 8; ++i) sum += static_cast<int>(scratch.bins[8 * lane + i]);
   int before = sum;
 #pragma unroll
   for (unsigned by = 1; by < 32; by *= 2) {
@@ -85,19 +85,19 @@ __device__ __forceinline__ void find_digit(Desk& desk, int wanted) {
   if (before >= wanted || before + sum < wanted) return;
   int digit = 8 * lane;
 #pragma unroll 1
-  while (before + static_cast<int>(desk.bins[digit]) < wanted) {
-    before += static_cast<int>(desk.bins[digit++]);
+  while (before + static_cast<int>(scratch.bins[digit]) < wanted) {
+    before += static_cast<int>(scratch.bins[digit++]);
   }
-  desk.digit = static_cast<uint32_t>(digit);
-  desk.inside = static_cast<int>(desk.bins[digit]);
-  desk.wanted = wanted - before;
+  scratch.digit = static_cast<uint32_t>(digit);
+  scratch.inside = static_cast<int>(scratch.bins[digit]);
+  scratch.wanted = wanted - before;
 }
 
 /// Moves the best `keep` of `size` keys in shared memory to the front, in any order; returns how
 /// many keys there are then. Radix selection: digit after digit of the last key that stays is
 /// found, until all that share them with it stay too. Usually that takes the four of the reward.
-static __device__ __attribute__((noinline)) int keep_best(Desk& desk, Key* keys, int size,
-                                                          int keep) {
+static __device__ __attribute__((noinline)) int keep_best(BlockScratch& scratch, Key* keys,
+                                                          int size, int keep) {
   __syncthreads();
   if (size <= keep) return size;
   Key known = {0, 0}, mask = {0, 0};
@@ -105,19 +105,19 @@ static __device__ __attribute__((noinline)) int keep_best(Desk& desk, Key* keys,
 #pragma unroll 1
   for (int digit = 15;; --digit) {
     const int shift = digit % 8 * 8;
-    if (thread() < 256) desk.bins[thread()] = 0;
+    if (thread() < 256) scratch.bins[thread()] = 0;
     __syncthreads();
 #pragma unroll 1
     for (int i = thread(); i < size; i += kBeamThreads) {
       const Key key = keys[i];
       if ((key.reward & mask.reward) == known.reward && (key.place & mask.place) == known.place) {
-        atomicAdd(&desk.bins[(digit < 8 ? key.place : key.reward) >> shift & 255], 1u);
+        atomicAdd(&scratch.bins[(digit < 8 ? key.place : key.reward) >> shift & 255], 1u);
       }
     }
     __syncthreads();
-    if (thread() < 32) find_digit(desk, wanted);
+    if (thread() < 32) find_digit(scratch, wanted);
     __syncthreads();
-    const uint64_t found = static_cast<uint64_t>(desk.digit) << shift;
+    const uint64_t found = static_cast<uint64_t>(scratch.digit) << shift;
     if (digit < 8) {
       known.place |= found;
       mask.place |= uint64_t{255} << shift;
@@ -125,10 +125,10 @@ static __device__ __attribute__((noinline)) int keep_best(Desk& desk, Key* keys,
       known.reward |= found;
       mask.reward |= uint64_t{255} << shift;
     }
-    wanted = desk.wanted;
-    if (desk.inside == wanted || digit == 0) break;
+    wanted = scratch.wanted;
+    if (scratch.inside == wanted || digit == 0) break;
   }
-  if (thread() == 0) desk.kept = 0;
+  if (thread() == 0) scratch.kept = 0;
   __syncthreads();
   for (int first = 0; first < size; first += kBeamThreads) {
     const int i = first + thread();
@@ -141,7 +141,7 @@ static __device__ __attribute__((noinline)) int keep_best(Desk& desk, Key* keys,
               (reward == known.reward && (key.place & mask.place) <= known.place);
     }
     __syncthreads();  // the keys of this round are read; to those of later ones nothing is written
-    if (stays) keys[atomicAdd(&desk.kept, 1)] = key;
+    if (stays) keys[atomicAdd(&scratch.kept, 1)] = key;
   }
   __syncthreads();
   return keep;

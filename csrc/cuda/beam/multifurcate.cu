@@ -3,7 +3,7 @@
 // order of a group is by reward, then row, then logit, then token id.
 //
 // A block scores its share of all candidates with a warp each, 16 bytes of the named row of the
-// head a lane and all of 4 KB at once. Whether a group is blind every block of it finds out by
+// head a lane and all of 4 KB at once. Whether a group is all unseen every block of it finds out by
 // itself: one seen candidate settles it, which is almost always among the first 512, and their
 // loads are under way together with the rows of the head.
 //
@@ -23,7 +23,7 @@ namespace {
 template <class HeadRows>
 struct Step {
   Beams beams;
-  Candidates candidates;
+  NucleusLists candidates;
   HeadRows head;
   Numbers bias, scores;
   const uint8_t* unseen;
@@ -44,13 +44,13 @@ struct Member {
 template <class HeadRows>
 struct Members {
   const Step<HeadRows>& a;
-  Desk& desk;
+  BlockScratch& scratch;
   const RowTable table;
 
   // Of the group the block is at.
   int begin = 0, end = 0;
   Member looked_at = {};
-  bool settled = false, blind = false;
+  bool settled = false, all_unseen = false;
 
   __device__ __forceinline__ int count(int row) const { return a.candidates.count[row]; }
 
@@ -76,7 +76,7 @@ struct Members {
     begin = group_begin;
     end = group_end;
     settled = a.unseen == nullptr;
-    blind = false;
+    all_unseen = false;
     if (!settled && begin + thread() < end) looked_at = member(begin + thread());
   }
 
@@ -93,7 +93,7 @@ struct Members {
       if (__syncthreads_or(counts && !looked_at.unseen)) return;
       any_unseen |= __syncthreads_or(counts && looked_at.unseen) != 0;
     }
-    blind = any_unseen;
+    all_unseen = any_unseen;
   }
 
   __device__ __forceinline__ void collect(int first, int n, Key* to) {
@@ -104,104 +104,101 @@ struct Members {
       inherits = a.scores.given() && is_end(m);
       // With more candidates than warps it pays to know first whose row need not be read.
       const bool needless = n > kBeamWarps && (m.unseen || inherits);
-      desk.row[thread()] = m.row;
-      desk.token[thread()] = needless ? ~m.token : m.token;
+      scratch.row[thread()] = m.row;
+      scratch.token[thread()] = needless ? ~m.token : m.token;
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = thread() / 32; i < n; i += kBeamWarps) {
-      const int token = desk.token[i];
+      const int token = scratch.token[i];
       if (token < 0) continue;
-      const float product = dot(a.head, desk.row[i], token);
-      if (thread() % 32 == 0) desk.product[i] = product;
+      const float product = dot(a.head, scratch.row[i], token);
+      if (thread() % 32 == 0) scratch.product[i] = product;
     }
     settle();
     __syncthreads();
     if (thread() < n) {
-      const int row = desk.row[thread()], found = desk.token[thread()];
+      const int row = scratch.row[thread()], found = scratch.token[thread()];
       const int token = found < 0 ? ~found : found;
-      float reward = desk.product[thread()];
+      float reward = scratch.product[thread()];
       if (a.bias.given()) reward += a.bias.at(token);
       if (m.unseen) reward = a.unseen_reward;
-      if (inherits || (blind && a.scores.given())) reward = a.scores.at(row);
+      if (inherits || (all_unseen && a.scores.given())) reward = a.scores.at(row);
       to[thread()] = make_key(reward, row, entry(m.logit, token), a.beams.fault);
     }
   }
 
-  __device__ __forceinline__ bool is_blind() const { return blind; }
+  __device__ __forceinline__ bool is_all_unseen() const { return all_unseen; }
 
   __device__ __forceinline__ int token(const Key& key) const { return token_of(key.place); }
 };
 
 template <class HeadRows>
 __global__ void __launch_bounds__(kBeamThreads, 1) multifurcate_kernel(const Step<HeadRows> a) {
-  auto& desk = shared<Desk>();
-  Members<HeadRows> source{a, desk, rows_of(desk, a.beams)};
-  select_beams(a.beams, source, desk);
+  auto& scratch = shared<BlockScratch>();
+  Members<HeadRows> source{a, scratch, rows_of(scratch, a.beams)};
+  select_beams(a.beams, source, scratch);
 }
 
 /// Where in the workspace, in bytes, what stands.
 struct Workspace {
   int64_t token, logit, beams, bytes;
 
-  Workspace(int64_t rows, int64_t vocab, int64_t num_groups, int64_t width, int64_t carried) {
+  Workspace(int64_t rows, int64_t vocab, int64_t num_groups, int64_t width, int64_t finished) {
     const int64_t list = (rows * vocab * 4 + 15) / 16 * 16;
     token = nucleus_workspace(rows, vocab) * 8;
     token = (token + 15) / 16 * 16;
     logit = token + list;
     beams = logit + list;
-    bytes = beams + BeamWorkspace(chip().processors, num_groups, width, carried).bytes;
+    bytes =
+        beams + BeamWorkspace(device_properties().processors, num_groups, width, finished).bytes;
   }
 };
 
 }  // namespace
 
 int64_t multifurcate_workspace(int64_t rows, int64_t vocab, int64_t num_groups, int64_t width,
-                               int64_t carried) {
-  return Workspace(rows, vocab, num_groups, width, carried).bytes;
+                               int64_t finished) {
+  return Workspace(rows, vocab, num_groups, width, finished).bytes;
 }
 
-void multifurcate(const View& logits, DType logits_dtype, const View& hidden, const View& weight,
-                  DType dtype, const View& bias, DType bias_dtype, const View& unseen,
-                  double unseen_reward, const View& groups, const View& widths,
-                  const Limits& limits, const View& scores, DType scores_dtype,
-                  const View& end_tokens, const View& carried_scores, DType carried_dtype,
-                  const View& carried_groups, const View& parent, const View& token,
-                  const View& reward, const View& counts, const View& blind, const View& workspace,
-                  const View& counters, int64_t rows, int64_t vocab, int64_t size,
-                  int64_t num_groups, int64_t width, int64_t num_end_tokens, int64_t carried,
-                  const View& fault, Stream stream) {
-  const Workspace places(rows, vocab, num_groups, width, carried);
-  char* at = workspace.as<char>();
-  const Candidates candidates{reinterpret_cast<int32_t*>(at + places.token),
-                              reinterpret_cast<float*>(at + places.logit), counts.as<int32_t>()};
-  find_nuclei(logits, limits, groups, num_groups, candidates, View{}, workspace, counters, rows,
-              vocab, logits_dtype, fault, stream);
-  if (num_groups == 0) return;
-  const int64_t blocks = chip().processors;
-  with_head_rows(hidden, weight, size, dtype, [&](auto head) {
-    Step<decltype(head)> a = {};
-    a.beams = beams(groups, widths, rows, num_groups, width, counters, parent, token, reward,
-                    DType::kFloat32, fault);
-    a.beams.blind = blind.as<bool>();
-    a.beams.carried = static_cast<int>(carried);
-    a.beams.carried_groups = carried_groups.as<int32_t>();
-    a.beams.carried_scores = numbers(carried_scores, carried_dtype);
-    BeamWorkspace(blocks, num_groups, width, carried).lay_out(at + places.beams, a.beams);
+void multifurcate(const View& logits, const RewardHead& head, const Groups& groups,
+                  const Limits& limits, const Inherited& inherited, const Finished& finished,
+                  const Beam& beam, const View& counts, const View& all_unseen,
+                  const Scratch& scratch, const Launch& on) {
+  const int64_t rows = logits.shape[0], vocab = logits.shape[1],
+                num_finished = finished.scores.shape[0];
+  const Workspace places(rows, vocab, groups.number, groups.width, num_finished);
+  char* at = scratch.workspace.as<char>();
+  const NucleusLists candidates{reinterpret_cast<int32_t*>(at + places.token),
+                                reinterpret_cast<float*>(at + places.logit), counts.as<int32_t>()};
+  find_nuclei(logits, limits, groups, candidates, View{}, scratch, on);
+  if (groups.number == 0) return;
+  const int64_t blocks = device_properties().processors;
+  with_head_rows(head.hidden, head.weight, [&](auto head_rows) {
+    Step<decltype(head_rows)> a = {};
+    a.beams = beams(groups, beam, scratch, on);
+    a.beams.all_unseen = all_unseen.as<bool>();
+    a.beams.finished = static_cast<int>(num_finished);
+    a.beams.finished_groups = finished.groups.as<int32_t>();
+    a.beams.finished_scores = numbers(finished.scores);
+    BeamWorkspace(blocks, groups.number, groups.width, num_finished)
+        .lay_out(at + places.beams, a.beams);
     a.candidates = candidates;
-    a.head = head;
-    a.bias = numbers(bias, bias_dtype);
-    a.scores = numbers(scores, scores_dtype);
-    a.unseen = unseen.as<uint8_t>();
-    a.unseen_stride = unseen.stride[0];
+    a.head = head_rows;
+    a.bias = numbers(head.bias);
+    a.scores = numbers(inherited.scores);
+    a.unseen = head.unseen.as<uint8_t>();
+    a.unseen_stride = head.unseen.stride[0];
     a.vocab = vocab;
-    a.unseen_reward = static_cast<float>(unseen_reward);
-    a.end_tokens = end_tokens.as<int32_t>();
-    a.stride_end_row = end_tokens.stride[0];
-    a.stride_end = end_tokens.stride[1];
-    a.num_end_tokens = static_cast<int>(num_end_tokens);
-    launch<multifurcate_kernel<decltype(head)>>(dim3(static_cast<unsigned>(blocks)), kBeamThreads,
-                                                beam_shared(rows, width), stream, a);
+    a.unseen_reward = static_cast<float>(head.unseen_reward);
+    a.end_tokens = inherited.end_tokens.as<int32_t>();
+    a.stride_end_row = inherited.end_tokens.stride[0];
+    a.stride_end = inherited.end_tokens.stride[1];
+    a.num_end_tokens = static_cast<int>(inherited.end_tokens.shape[1]);
+    launch<multifurcate_kernel<decltype(head_rows)>>(dim3(static_cast<unsigned>(blocks)),
+                                                     kBeamThreads, beam_shared(rows, groups.width),
+                                                     on.stream, a);
   });
 }
 

@@ -70,19 +70,17 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 }  // namespace
 
-void multifurcation_head(const View& hidden, const View& weight, const View& bias, DType bias_dtype,
-                         const View& unseen, double unseen_reward, const View& tokens,
-                         const View& offsets, const View& rewards, int64_t rows, int64_t vocab,
-                         int64_t size, int64_t candidates, DType dtype, const View& fault,
-                         Stream stream) {
-  const int64_t warps = 8 * chip().processors * kWarps;  // at most
-  const int64_t range = (candidates + warps - 1) / warps;
-  const unsigned blocks = candidates == 0 ? 0 : blocks_for(candidates, range * kWarps);
-  with_head_rows(hidden, weight, size, dtype, [&](auto head) {
-    launch<head_kernel<decltype(head)>>(
-        dim3(blocks), kThreads, 0, stream, head, numbers(bias, bias_dtype), unseen.as<uint8_t>(),
-        unseen.stride[0], unseen_reward, tokens.as<int32_t>(), offsets.as<int32_t>(),
-        rewards.as<float>(), rows, vocab, candidates, range, fault.as<int32_t>());
+void multifurcation_head(const RewardHead& head, const Candidates& candidates, const View& rewards,
+                         const Launch& on) {
+  const int64_t warps = 8 * device_properties().processors * kWarps;  // at most
+  const int64_t count = candidates.tokens.shape[0], range = (count + warps - 1) / warps;
+  const unsigned blocks = count == 0 ? 0 : blocks_for(count, range * kWarps);
+  with_head_rows(head.hidden, head.weight, [&](auto rows) {
+    launch<head_kernel<decltype(rows)>>(
+        dim3(blocks), kThreads, 0, on.stream, rows, numbers(head.bias), head.unseen.as<uint8_t>(),
+        head.unseen.stride[0], head.unseen_reward, candidates.tokens.as<int32_t>(),
+        candidates.offsets.as<int32_t>(), rewards.as<float>(), head.hidden.shape[0],
+        head.weight.shape[0], count, range, on.fault.as<int32_t>());
   });
 }
 

@@ -39,7 +39,7 @@ struct GivenRewards {
                             given.beams.fault);
   }
 
-  __device__ __forceinline__ bool is_blind() const { return false; }
+  __device__ __forceinline__ bool is_all_unseen() const { return false; }
 
   __device__ __forceinline__ int token(const Key& key) const {
     return given.tokens[key.place >> 32];
@@ -47,41 +47,40 @@ struct GivenRewards {
 };
 
 __global__ void __launch_bounds__(kBeamThreads, 1) select_kernel(const Given a) {
-  auto& desk = shared<Desk>();
-  GivenRewards source{a, rows_of(desk, a.beams)};
-  select_beams(a.beams, source, desk);
+  auto& scratch = shared<BlockScratch>();
+  GivenRewards source{a, rows_of(scratch, a.beams)};
+  select_beams(a.beams, source, scratch);
 }
 
 int64_t blocks_of(int64_t candidates) {
-  return std::clamp<int64_t>((candidates + kOfBlock - 1) / kOfBlock, 1, chip().processors);
+  return std::clamp<int64_t>((candidates + kOfBlock - 1) / kOfBlock, 1,
+                             device_properties().processors);
 }
 
 }  // namespace
 
 bool beam_fits(int64_t rows, int64_t width) {
-  return beam_shared(rows, width) <= chip().block_bytes;
+  return beam_shared(rows, width) <= device_properties().block_bytes;
 }
 
 int64_t select_beam_workspace(int64_t candidates, int64_t num_groups, int64_t width) {
   return BeamWorkspace(blocks_of(candidates), num_groups, width, 0).bytes;
 }
 
-void select_beam(const View& rewards, const View& tokens, const View& offsets, const View& groups,
-                 const View& widths, const View& parent, const View& token, const View& reward,
-                 const View& workspace, const View& counters, int64_t rows, int64_t candidates,
-                 int64_t num_groups, int64_t width, DType dtype, const View& fault, Stream stream) {
-  if (num_groups == 0) return;
-  const int64_t blocks = blocks_of(candidates);
+void select_beam(const View& rewards, const Candidates& candidates, const Groups& groups,
+                 const Beam& beam, const Scratch& scratch, const Launch& on) {
+  if (groups.number == 0) return;
+  const int64_t count = rewards.shape[0], blocks = blocks_of(count);
   Given a = {};
-  a.beams =
-      beams(groups, widths, rows, num_groups, width, counters, parent, token, reward, dtype, fault);
-  BeamWorkspace(blocks, num_groups, width, 0).lay_out(workspace.as<char>(), a.beams);
-  a.rewards = numbers(rewards, dtype);
-  a.tokens = tokens.as<int32_t>();
-  a.offsets = offsets.as<int32_t>();
-  a.candidates = static_cast<int>(candidates);
-  launch<select_kernel>(dim3(static_cast<unsigned>(blocks)), kBeamThreads, beam_shared(rows, width),
-                        stream, a);
+  a.beams = beams(groups, beam, scratch, on);
+  BeamWorkspace(blocks, groups.number, groups.width, 0)
+      .lay_out(scratch.workspace.as<char>(), a.beams);
+  a.rewards = numbers(rewards);
+  a.tokens = candidates.tokens.as<int32_t>();
+  a.offsets = candidates.offsets.as<int32_t>();
+  a.candidates = static_cast<int>(count);
+  launch<select_kernel>(dim3(static_cast<unsigned>(blocks)), kBeamThreads,
+                        beam_shared(groups.of_row.shape[0], groups.width), on.stream, a);
 }
 
 }  // namespace saffron::cuda

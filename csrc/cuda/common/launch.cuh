@@ -74,7 +74,7 @@ bool admits(int threads) {
 }
 
 /// What the cutting of work depends on.
-struct Chip {
+struct DeviceProperties {
   int64_t processors;    // multiprocessors
   int64_t shared_bytes;  // shared memory of each
   int64_t block_bytes;   // of which a block may have so much
@@ -82,8 +82,8 @@ struct Chip {
 };
 
 /// The current device; asked once.
-inline const Chip& chip() {
-  static Chip known[kMostDevices];
+inline const DeviceProperties& device_properties() {
+  static DeviceProperties known[kMostDevices];
   static std::once_flag asked[kMostDevices];
   int device = 0;
   check(cudaGetDevice(&device), "device");

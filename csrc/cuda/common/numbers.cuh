@@ -31,8 +31,6 @@ struct Numbers {
   }
 };
 
-inline Numbers numbers(const View& vector, DType dtype) {
-  return {vector.data, vector.stride[0], dtype};
-}
+inline Numbers numbers(const View& vector) { return {vector.data, vector.stride[0], vector.dtype}; }
 
 }  // namespace saffron::cuda

@@ -58,16 +58,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void advance_tree(const View& slot, const View& begin, const View& end, const View& parents,
-                  const View& new_slots, const View& count, const View& out_slot,
-                  const View& out_begin, const View& out_end, int64_t tokens, int64_t fresh,
-                  int64_t queries, const View& fault, Stream stream) {
-  const int64_t size = count.given() ? tokens : tokens + fresh;
-  launch<advance_kernel>(dim3(blocks_for(std::max<int64_t>(size, 1), kThreads)), kThreads, 0,
-                         stream, slot.as<int32_t>(), begin.as<int32_t>(), end.as<int32_t>(),
-                         parents.as<int32_t>(), new_slots.as<int32_t>(), count.as<int32_t>(),
-                         out_slot.as<int32_t>(), out_begin.as<int32_t>(), out_end.as<int32_t>(),
-                         tokens, fresh, queries, fault.as<int32_t>());
+void advance_tree(const TriePlan& plan, const View& parents, const View& new_slots, int64_t queries,
+                  const TriePlan& result, const Launch& on) {
+  const int64_t tokens = plan.slot.shape[0], fresh = parents.shape[0];
+  launch<advance_kernel>(dim3(blocks_for(std::max<int64_t>(result.slot.shape[0], 1), kThreads)),
+                         kThreads, 0, on.stream, plan.slot.as<int32_t>(), plan.begin.as<int32_t>(),
+                         plan.end.as<int32_t>(), parents.as<int32_t>(), new_slots.as<int32_t>(),
+                         plan.count.as<int32_t>(), result.slot.as<int32_t>(),
+                         result.begin.as<int32_t>(), result.end.as<int32_t>(), tokens, fresh,
+                         queries, on.fault.as<int32_t>());
 }
 
 }  // namespace saffron::cuda

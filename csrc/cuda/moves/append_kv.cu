@@ -39,7 +39,7 @@ struct Arguments {
   Rows<const From> k, v;
   Rows<To> k_cache, v_cache;
   Turn cos, sin;
-  DType turn;
+  DType rotary;
   const int32_t* slots;
   int64_t slots_stride;
   const float *k_scale, *v_scale;
@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Arguments<From, 
     const int head = i / units, unit = i % units;
     if (unit < pairs) {
       const int dim = unit * kN;
-      const auto cos_l = a.cos.template at<kN>(a.turn, token, dim);
-      const auto cos_r = a.cos.template at<kN>(a.turn, token, half + dim);
-      const auto sin_l = a.sin.template at<kN>(a.turn, token, dim);
-      const auto sin_r = a.sin.template at<kN>(a.turn, token, half + dim);
+      const auto cos_l = a.cos.template at<kN>(a.rotary, token, dim);
+      const auto cos_r = a.cos.template at<kN>(a.rotary, token, half + dim);
+      const auto sin_l = a.sin.template at<kN>(a.rotary, token, dim);
+      const auto sin_r = a.sin.template at<kN>(a.rotary, token, half + dim);
       auto left = converted<float>(loaded<From, kN>(a.k.at(token, head, dim)));
       auto right = converted<float>(loaded<From, kN>(a.k.at(token, head, half + dim)));
 #pragma unroll
@@ -116,18 +116,18 @@ void with_type(DType dtype, Run run) {
 
 }  // namespace
 
-void append_kv(const View& k, const View& v, const View& slots, const View& k_cache,
-               const View& v_cache, const View& cos, const View& sin, const View& k_scale,
-               const View& v_scale, int64_t tokens, int64_t kv_heads, int64_t head_dim,
-               int64_t v_dim, int64_t rotated, int64_t num_slots, DType dtype, DType stored,
-               DType turn, const View& fault, Stream stream) {
+void append_kv(const View& k, const View& v, const View& slots, const KVCaches& caches,
+               const Rotary& rotary, const Launch& on) {
+  const int64_t head_dim = k.shape[2], v_dim = v.shape[2], rotated = rotary.cos.shape[1];
+  const DType dtype = k.dtype, stored = caches.k.dtype, turned_in = rotary.cos.dtype;
   const int64_t wide = 16 / item_size(dtype);
-  const View turns[2] = {{cos.data, {cos.stride[0], 0, cos.stride[1]}},
-                         {sin.data, {sin.stride[0], 0, sin.stride[1]}}};
+  const View &k_cache = caches.k, &v_cache = caches.v, &cos = rotary.cos, &sin = rotary.sin;
+  const View angles[2] = {{cos.data, {cos.stride[0], 0, cos.stride[1]}},
+                          {sin.data, {sin.stride[0], 0, sin.stride[1]}}};
   const bool vectors =
       in_units(wide, dtype, head_dim, {&k}) && in_units(wide, dtype, v_dim, {&v}) &&
       in_units(wide, stored, head_dim, {&k_cache}) && in_units(wide, stored, v_dim, {&v_cache}) &&
-      (rotated == 0 || in_units(wide, turn, rotated / 2, {&turns[0], &turns[1]}));
+      (rotated == 0 || in_units(wide, turned_in, rotated / 2, {&angles[0], &angles[1]}));
   const auto run = [&](auto from, auto to, auto size) {
     using From = decltype(from);
     using To = decltype(to);
@@ -138,19 +138,19 @@ void append_kv(const View& k, const View& v, const View& slots, const View& k_ca
     a.v_cache = rows<To>(v_cache, stored);
     a.cos = {cos.data, cos.stride[0], cos.stride[1]};
     a.sin = {sin.data, sin.stride[0], sin.stride[1]};
-    a.turn = turn;
+    a.rotary = turned_in;
     a.slots = slots.as<int32_t>();
     a.slots_stride = slots.stride[0];
-    a.k_scale = k_scale.as<float>();
-    a.v_scale = v_scale.as<float>();
-    a.kv_heads = static_cast<int>(kv_heads);
+    a.k_scale = caches.k_scale.as<float>();
+    a.v_scale = caches.v_scale.as<float>();
+    a.kv_heads = static_cast<int>(k.shape[1]);
     a.head_dim = static_cast<int>(head_dim);
     a.v_dim = static_cast<int>(v_dim);
     a.rotated = static_cast<int>(rotated);
-    a.num_slots = num_slots;
-    a.fault = fault.as<int32_t>();
-    launch<append_kernel<From, To, decltype(size)::value>>(dim3(static_cast<unsigned>(tokens)),
-                                                           kThreads, 0, stream, a);
+    a.num_slots = k_cache.shape[0];
+    a.fault = on.fault.as<int32_t>();
+    launch<append_kernel<From, To, decltype(size)::value>>(dim3(static_cast<unsigned>(k.shape[0])),
+                                                           kThreads, 0, on.stream, a);
   };
   with_type(dtype, [&](auto from) {
     using From = decltype(from);

@@ -39,20 +39,23 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void gather_kv(const View& k_cache, const View& v_cache, const View& slots, const View& k,
-               const View& v, int64_t sequences, int64_t length, int64_t kv_heads, int64_t head_dim,
-               int64_t v_dim, int64_t num_slots, DType dtype, const View& fault, Stream stream) {
+void gather_kv(const KVCaches& caches, const View& slots, const View& k, const View& v,
+               const Launch& on) {
+  const int64_t num_slots = caches.k.shape[0], kv_heads = caches.k.shape[1];
+  const int64_t head_dim = caches.k.shape[2], v_dim = caches.v.shape[2];
+  const int64_t sequences = slots.shape[0], length = slots.shape[1];
+  const DType dtype = caches.k.dtype;
   // Outputs are fresh and contiguous: what the caches allow, they do.
-  with_unit(dtype, std::gcd(head_dim, v_dim), {&k_cache, &v_cache}, [&](auto unit, int64_t) {
+  with_unit(dtype, std::gcd(head_dim, v_dim), {&caches.k, &caches.v}, [&](auto unit, int64_t) {
     using Unit = decltype(unit);
     const auto units = [&](int64_t size) {
       return static_cast<int>(size * item_size(dtype) / static_cast<int64_t>(sizeof(Unit)));
     };
     launch<gather_kernel<Unit>>(
-        dim3(static_cast<unsigned>(sequences * length)), kThreads, 0, stream,
-        rows<const Unit>(k_cache, dtype), rows<const Unit>(v_cache, dtype), slots.as<int32_t>(),
+        dim3(static_cast<unsigned>(sequences * length)), kThreads, 0, on.stream,
+        rows<const Unit>(caches.k, dtype), rows<const Unit>(caches.v, dtype), slots.as<int32_t>(),
         slots.stride[0], slots.stride[1], k.as<Unit>(), v.as<Unit>(), length, kv_heads,
-        units(head_dim), units(v_dim), num_slots, fault.as<int32_t>());
+        units(head_dim), units(v_dim), num_slots, on.fault.as<int32_t>());
   });
 }
 

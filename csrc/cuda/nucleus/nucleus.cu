@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 2) nucleus_kernel(Arguments a) {
 }
 
 struct Sorting {
-  Candidates found;
+  NucleusLists found;
   const float2* stats;
   Entry* sorted;  // [rows, vocab], every chunk of a row by itself; unused for rows of one chunk
   const int32_t* offsets;
@@ -136,73 +136,73 @@ void find(Arguments a, int64_t rows, Stream stream) {
   launch<nucleus_kernel<T>>(grid, kThreads, sizeof(Shared), stream, a);
 }
 
+NucleusLists lists(const Nuclei& nuclei) {
+  return {nuclei.tokens.as<int32_t>(), nuclei.logits.as<float>(), nuclei.counts.as<int32_t>()};
+}
+
 }  // namespace
 
 int64_t nucleus_workspace(int64_t rows, int64_t vocab) {
   return rows * (parts<float>(vocab) * kPartWords + vocab);
 }
 
-void find_nuclei(const View& logits, const Limits& limits, const View& groups, int64_t num_groups,
-                 const Candidates& found, const View& stats, const View& workspace,
-                 const View& counters, int64_t rows, int64_t vocab, DType dtype, const View& fault,
-                 Stream stream) {
-  const Workspace all = divided(workspace, rows, vocab);
+void find_nuclei(const View& logits, const Limits& limits, const Groups& groups,
+                 const NucleusLists& found, const View& stats, const Scratch& scratch,
+                 const Launch& on) {
+  const int64_t rows = logits.shape[0], vocab = logits.shape[1];
+  const Workspace all = divided(scratch.workspace, rows, vocab);
   Arguments a = {};
   a.stride_row = logits.stride[0];
   a.stride_token = logits.stride[1];
   a.top_p = limits.top_p;
   a.top_ps = limits.top_ps.data;
   a.stride_top_p = limits.top_ps.stride[0];
-  a.wide = limits.wide;
+  a.wide = limits.top_ps.dtype == DType::kFloat64;
   a.banned = limits.banned.as<int32_t>();
   a.stride_banned_row = limits.banned.stride[0];
   a.stride_banned = limits.banned.stride[1];
-  a.num_banned = static_cast<int>(limits.num_banned);
-  a.stride_groups = groups.stride[0];
-  a.num_groups = static_cast<int>(num_groups);
+  a.num_banned = static_cast<int>(limits.banned.shape[1]);
+  a.stride_groups = groups.of_row.stride[0];
+  a.num_groups = static_cast<int>(groups.number);
   a.vocab = static_cast<int>(vocab);
   a.mass_unit = mass_unit(vocab);
-  a.counter = counters.as<uint32_t>();
-  a.fault = fault.as<int32_t>();
+  a.counter = scratch.counters.as<uint32_t>();
+  a.fault = on.fault.as<int32_t>();
   a.logits = logits.data;
-  a.groups = groups.as<int32_t>();
+  a.groups = groups.of_row.as<int32_t>();
   a.part = all.part;
   a.bins = all.bins;
   a.listed = all.listed;
   a.found = found;
   a.stats = stats.as<float2>();
-  if (dtype == DType::kFloat32) {
-    find<float>(a, rows, stream);
-  } else if (dtype == DType::kBFloat16) {
-    find<BFloat16>(a, rows, stream);
+  if (logits.dtype == DType::kFloat32) {
+    find<float>(a, rows, on.stream);
+  } else if (logits.dtype == DType::kBFloat16) {
+    find<BFloat16>(a, rows, on.stream);
   } else {
-    find<Float16>(a, rows, stream);
+    find<Float16>(a, rows, on.stream);
   }
 }
 
-void nucleus(const View& logits, const Limits& limits, const View& tokens, const View& values,
-             const View& counts, const View& stats, const View& workspace, const View& counters,
-             int64_t rows, int64_t vocab, DType dtype, const View& fault, Stream stream) {
-  const Candidates found{tokens.as<int32_t>(), values.as<float>(), counts.as<int32_t>()};
-  find_nuclei(logits, limits, View{}, 0, found, stats, workspace, counters, rows, vocab, dtype,
-              fault, stream);
+void nucleus(const View& logits, const Limits& limits, const Nuclei& found, const Scratch& scratch,
+             const Launch& on) {
+  find_nuclei(logits, limits, Groups{}, lists(found), found.stats, scratch, on);
 }
 
-void sort_nuclei(const View& tokens, const View& values, const View& counts, const View& stats,
-                 const View& workspace, const View& offsets, const View& out_tokens,
-                 const View& out_probabilities, int64_t rows, int64_t vocab, int64_t most,
-                 Stream stream) {
+void sort_nuclei(const Nuclei& found, const Candidates& sorted, const View& probabilities,
+                 int64_t most, const Scratch& scratch, const Launch& on) {
+  const int64_t rows = found.tokens.shape[0], vocab = found.tokens.shape[1];
   Sorting a = {};
-  a.found = {tokens.as<int32_t>(), values.as<float>(), counts.as<int32_t>()};
-  a.stats = stats.as<float2>();
-  a.sorted = divided(workspace, rows, vocab).listed;
-  a.offsets = offsets.as<int32_t>();
-  a.token = out_tokens.as<int32_t>();
-  a.probability = out_probabilities.as<float>();
+  a.found = lists(found);
+  a.stats = found.stats.as<float2>();
+  a.sorted = divided(scratch.workspace, rows, vocab).listed;
+  a.offsets = sorted.offsets.as<int32_t>();
+  a.token = sorted.tokens.as<int32_t>();
+  a.probability = probabilities.as<float>();
   a.vocab = static_cast<int>(vocab);
   const dim3 grid(blocks_for(most, kChunk), static_cast<unsigned>(rows));
-  launch<sort_nuclei_kernel>(grid, kThreads, sizeof(Chunk), stream, a);
-  if (grid.x > 1) launch<join_nuclei_kernel>(grid, kThreads, 0, stream, a);
+  launch<sort_nuclei_kernel>(grid, kThreads, sizeof(Chunk), on.stream, a);
+  if (grid.x > 1) launch<join_nuclei_kernel>(grid, kThreads, 0, on.stream, a);
 }
 
 }  // namespace saffron::cuda

@@ -75,7 +75,7 @@ struct Arguments {
   Bins* bins;         // [rows, parts]
   Entry* listed;      // [rows, vocab]; part i of a row lists from its first token on
   uint32_t* counter;  // [rows]
-  Candidates found;
+  NucleusLists found;
   float2* stats;  // [rows] largest logit, sum of e^(logit - largest); or null
   int32_t* fault;
 };

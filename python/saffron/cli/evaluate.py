@@ -123,7 +123,7 @@ def _print(groups: Sequence[Group]) -> None:
 
     judges = list(dict.fromkeys(name for one in groups for name in one.records[0]["harmful"]))
     header = ("data", "attack", "method", "prompts", *judges, "answered", "compute", "ms")
-    table = Table(*header, title="Attack success [95 %], and cost a prompt")
+    table = Table(*header, title="Attack success [95 %], and cost per prompt")
     for one in groups:
         known = one.records[0]["harmful"]
         table.add_row(

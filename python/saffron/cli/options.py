@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from saffron.errors import ConfigError, SaffronError, shown
-from saffron.search.config import PRESETS, EosScore, PathScore, PolicyScore, Ranking, SearchConfig, check_lengths
+from saffron.search.config import PRESETS, EosScore, PathScore, PolicyScore, Ranking, SearchConfig
+from saffron.search.decoding import check_lengths
 from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import check_text
 

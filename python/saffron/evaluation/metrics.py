@@ -59,7 +59,7 @@ class Group:
 
     @cached_property
     def flops(self) -> float:
-        """FLOPs a prompt, of both models."""
+        """FLOPs per prompt, of both models."""
         return float(np.mean([r["cost"]["policy_flops"] + r["cost"]["reward_flops"] for r in self.records]))
 
     def cost(self, name: str) -> float:

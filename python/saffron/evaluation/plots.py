@@ -87,7 +87,7 @@ def scaling(
         axis.fill_between(flops, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if undefended is not None:
         axis.axhline(undefended.harmful(judge).mean(), color="0.4", linewidth=1, linestyle=":", label="No defence")
-    axis.set(xscale="log", xlabel="GFLOP a prompt", ylabel="attack success rate", title=heading, ylim=(-0.02, 1.02))
+    axis.set(xscale="log", xlabel="GFLOP per prompt", ylabel="attack success rate", title=heading, ylim=(-0.02, 1.02))
     axis.grid(alpha=0.3)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")

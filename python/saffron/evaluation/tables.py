@@ -137,7 +137,7 @@ def overview(groups: Sequence[Group], judge: str) -> Table:
         )
         for one in groups
     ]
-    header = ("method", "prompts", f"attack success [95 %], {judge}", *others, "compute a prompt")
+    header = ("method", "prompts", f"attack success [95 %], {judge}", *others, "compute per prompt")
     return Table("Every run", (*header, "policy calls", "reward calls"), tuple(rows))
 
 
@@ -157,7 +157,7 @@ def matched(curves: Sequence[Curve], reference: Group, judge: str) -> Table:
     name = f"{title(reference.method)}, {_budget(reference.method)}"
     return Table(
         f"Table 1. Attack success at the compute of {name}: {compute(reference.flops)}",
-        ("method", "compute a prompt", "attack success [95 %]", "against " + name),
+        ("method", "compute per prompt", "attack success [95 %]", "against " + name),
         tuple(row for _, row in rows),
         "Between two budgets of a method by the logarithm of their compute; a method that was not run at so much "
         "stands at its most expensive run. Intervals and paired differences: bootstrap over prompts.",
@@ -202,7 +202,7 @@ def efficiency(groups: Sequence[Group], judge: str, limit: float | None = None) 
         return None
     return Table(
         "Table 2. Scaling efficiency, log(limit / compute) / attack success",
-        ("method", "exploration", "other options", "compute a prompt", "attack success [95 %]", "limit", "ScalEff"),
+        ("method", "exploration", "other options", "compute per prompt", "attack success [95 %]", "limit", "ScalEff"),
         tuple(rows),
     )
 
@@ -249,6 +249,6 @@ def utility(groups: Iterable[Group]) -> Table:
     return Table(
         "Answers",
         ("method", "prompts", "answered [95 %]", "open with a refusal", "most frequent opening", "distinct-1",
-         "distinct-2", "distinct-3", "log-probability a token", "tokens"),
+         "distinct-2", "distinct-3", "log-probability per token", "tokens"),
         tuple(rows),
     )  # fmt: skip

@@ -38,19 +38,6 @@ mask_recorder: ContextVar[Callable[[MaskFunction, dict[str, Any]], Tensor | None
 )
 
 
-class Caches(Protocol):
-    """What attention reads and writes: the caches of a `KVTrie`, or buffers of the same form."""
-
-    @property
-    def k(self) -> Tensor: ...
-    @property
-    def v(self) -> Tensor: ...
-    @property
-    def k_scale(self) -> Tensor | None: ...
-    @property
-    def v_scale(self) -> Tensor | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of the attention function by a layer of a model.
@@ -155,7 +142,7 @@ class TrieStep:
         plans: per window, the plan of its layers.
     """
 
-    kv: Caches
+    kv: KVTrie
     plan: TreeStep
     static: bool = False
     windows: tuple[int | None, ...] | None = None

@@ -12,7 +12,7 @@ CHUNK = 64  # positions whose logits are held at once
 
 
 @dataclass(frozen=True, slots=True)
-class TokenChance:
+class TokenLikelihood:
     """A token, its log-probability after those before it, and the most probable tokens there."""
 
     token: int
@@ -21,7 +21,7 @@ class TokenChance:
 
 
 @torch.inference_mode()
-def likelihoods(policy: Policy, tokens: list[int], first: int, top: int) -> list[TokenChance]:
+def likelihoods(policy: Policy, tokens: list[int], first: int, top: int) -> list[TokenLikelihood]:
     """`tokens[first:]` under the policy.
 
     Args:
@@ -40,7 +40,7 @@ def likelihoods(policy: Policy, tokens: list[int], first: int, top: int) -> list
                 alike = [] if best is None else list(
                     zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
                 )  # fmt: skip
-                found.append(TokenChance(tokens[place], float(log_probabilities[row, tokens[place]]), alike))
+                found.append(TokenLikelihood(tokens[place], float(log_probabilities[row, tokens[place]]), alike))
     finally:
         for leaves in held:
             policy.forget(leaves)

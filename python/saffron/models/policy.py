@@ -52,12 +52,9 @@ class Policy(TextModel):
     @property
     def eos_token_id(self) -> tuple[int, ...]:
         """The token ids that end a response (`eos_token_id` of the generation configuration)."""
-        config, generation = self.model.config.get_text_config(), self.model.generation_config
-        ids = getattr(generation, "eos_token_id", None)
-        if ids is None:
-            ids = getattr(config, "eos_token_id", None)
-        if ids is None and self.tokenizer is not None:
-            ids = self.tokenizer.eos_token_id
+        sources = self.model.generation_config, self.model.config.get_text_config(), self.tokenizer
+        named = (getattr(source, "eos_token_id", None) for source in sources)
+        ids = next((found for found in named if found is not None), None)
         if ids is None:
             raise ConfigError("policy: its configuration names no eos_token_id, so no response could end")
         if ids in ([], ()):
@@ -87,12 +84,10 @@ class Policy(TextModel):
         """
         conversation = Conversation.of(prompt)
         if isinstance(prefill, str):
-            conversation = with_prefill(conversation, prefill)
-            ids: list[int] = self.encoder.text(conversation.prefill) if conversation.prefill else []
+            conversation, prefill = with_prefill(conversation, prefill), []
         elif conversation.prefill and len(prefill):
             raise ConfigError("prefill: got token ids, and the conversation ends with an assistant message already")
-        else:
-            ids = list(prefill) or (self.encoder.text(conversation.prefill) if conversation.prefill else [])
+        ids = list(prefill) or (self.encoder.text(conversation.prefill) if conversation.prefill else [])
         options = {**self.chat_template_kwargs, **check_template_options(chat_template_kwargs)}
         found = self.encoder.chat(conversation.messages(), self._template(), **options) + ids
         self._check_thought(found)

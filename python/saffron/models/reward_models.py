@@ -54,8 +54,8 @@ class HiddenModel(TextModel):
     def logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return linear(super().logits(sequences), self.head_weight, self.head_bias)
 
-    def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
-        result = self.model.base_model(input_ids=input_ids, **{**step.arguments(), "position_ids": position_ids})
+    def output(self, input_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
+        result = self.model.base_model(input_ids=input_ids, **step.arguments())
         return result.last_hidden_state[0, keep]
 
 

@@ -71,8 +71,8 @@ class TextReward:
         if hasattr(model, "predict_proba"):
 
             def score(_: Sequence[Conversation], responses: Sequence[str]) -> Tensor:
-                chance = torch.as_tensor(model.predict_proba(list(responses)), dtype=torch.float64)[:, index]
-                return chance.clamp(1e-12, 1 - 1e-12).logit()
+                probability = torch.as_tensor(model.predict_proba(list(responses)), dtype=torch.float64)[:, index]
+                return probability.clamp(1e-12, 1 - 1e-12).logit()
 
         elif hasattr(model, "decision_function") and len(classes) == 2:
 
@@ -255,9 +255,9 @@ def _classifier(place: str, dtype: torch.dtype | None, device: torch.device | st
         logits = model(**inputs).logits.double()
         if index is None:
             return logits[:, 0]
-        chance = logits.log_softmax(-1)
-        others = torch.cat([chance[:, :index], chance[:, index + 1 :]], 1).logsumexp(1)
-        return (others - chance[:, index]) if label.startswith("!") else (chance[:, index] - others)
+        found = logits.log_softmax(-1)
+        others = torch.cat([found[:, :index], found[:, index + 1 :]], 1).logsumexp(1)
+        return (others - found[:, index]) if label.startswith("!") else (found[:, index] - others)
 
     # A classifier reads a response whole: about 32 tokens, two FLOPs a weight each.
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))

@@ -377,16 +377,13 @@ class TrieModel:
         """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
         step = attention.TrieStep(self.kv if kv is None else kv, plan, windows=self.geometry.windows)
         with attention.evaluating(self.model):
-            output = self._output(tokens[None], plan.positions[None], step, keep.to(self.device))
+            output = self.output(tokens[None], step, keep.to(self.device))
         step.finish()
         return output
 
-    def _output(self, input_ids: Tensor, position_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
-        """Next-token logits `[keep, vocab]`; reward models return hidden states instead."""
-        result = self.model(
-            input_ids=input_ids, logits_to_keep=keep, **{**step.arguments(), "position_ids": position_ids}
-        )
-        return result.logits[0]
+    def output(self, input_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
+        """One forward pass: next-token logits `[keep, vocab]`; reward models return hidden states instead."""
+        return self.model(input_ids=input_ids, logits_to_keep=keep, **step.arguments()).logits[0]
 
 
 def _cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:

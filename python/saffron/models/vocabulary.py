@@ -81,17 +81,9 @@ def head_for(policy: Policy, mrm: MultifurcationRewardModel, trained_bias: bool)
             )
         return Head(weight, bias, mrm.unseen)
     tokenizer = policy.require_tokenizer()
-    state = (
-        *map(_state, (weight, mrm.head_bias, mrm.bias, mrm.unseen)),
-        *(
-            trained_bias,
-            policy.eos_token_id,
-            policy.vocab_size,
-            len(tokenizer),
-            mrm.tokenizer,
-            len(mrm.tokenizer or ()),
-        ),
-    )
+    tensors = map(_state, (weight, mrm.head_bias, mrm.bias, mrm.unseen))
+    sizes = policy.vocab_size, len(tokenizer), len(mrm.tokenizer or ())
+    state = *tensors, trained_bias, policy.eos_token_id, mrm.tokenizer, *sizes
     known = _heads.setdefault(mrm, WeakKeyDictionary())
     if tokenizer not in known or known[tokenizer][0] != state:
         known[tokenizer] = state, _mapped_head(policy, mrm, weight, bias)

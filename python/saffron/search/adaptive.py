@@ -19,7 +19,7 @@ from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.config import SearchConfig, check_top_p, check_whole
 from saffron.search.engine import Engine
 from saffron.search.handle import Handle
-from saffron.search.method import Progress, entropy
+from saffron.search.method import Progress, seed_of
 from saffron.search.result import Cost, SearchResult
 from saffron.search.saffron import SaffronSearch
 
@@ -249,5 +249,5 @@ class AdaptiveSearch:
         if self.learn:
             return [self.adaptive.begin(risk) for risk in risks]
         requests = [self.base.request(conversation) for conversation in conversations]
-        draws = [np.random.default_rng(entropy(self.seed, request)) for request in requests]
+        draws = [np.random.default_rng(seed_of(self.seed, request)) for request in requests]
         return [self.adaptive.begin(risk, rng, count=False) for risk, rng in zip(risks, draws, strict=True)]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_number, check_whole
+from saffron.search.config import check_number, check_whole
+from saffron.search.decoding import DrawingConfig
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
-from saffron.search.rewards import Owned, RewardModel, RewardScorer
+from saffron.search.rewards import RewardModel, RewardScorer, SearchPrefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class ARGS(Decoder[ARGSConfig]):
             if not live:
                 break
             proposals = proposer.propose([(g, answers[g].tokens) for g in live])
-            children: list[Owned] = []
+            children: list[SearchPrefix] = []
             for g, proposal in zip(live, proposals, strict=True):
                 children += [(g, (*answers[g].tokens, token)) for token in proposal.tokens]
             rewards = batch.score(children)

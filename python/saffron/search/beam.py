@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_whole
+from saffron.search.config import check_whole
+from saffron.search.decoding import DrawingConfig
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.proposals import Nuclei, sample
-from saffron.search.rewards import Owned, RewardModel, RewardScorer
+from saffron.search.rewards import RewardModel, RewardScorer, SearchPrefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class BeamSearch(Decoder[BeamConfig]):
             yield min(done + config.step_tokens, config.max_new_tokens), config.max_new_tokens
         return [max(mine, key=lambda beam: (beam.score, batch.ended(beam.tokens))) for mine in beams]
 
-    def _children(self, batch: SearchBatch, live: list[Owned]) -> Steps[list[Owned]]:
+    def _children(self, batch: SearchBatch, live: list[SearchPrefix]) -> Steps[list[SearchPrefix]]:
         """All continuations of the live beams; the policy's cache then holds what leads to them."""
         config = self.config
         logits = batch.logits(live)

@@ -9,7 +9,8 @@ import torch
 
 from saffron.errors import ConfigError
 from saffron.models.policy import Policy
-from saffron.search.config import DrawingConfig, check_number, check_reward, check_whole
+from saffron.search.config import check_number, check_reward, check_whole
+from saffron.search.decoding import DrawingConfig
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Nuclei

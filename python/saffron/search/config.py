@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -95,11 +96,8 @@ class SearchConfig:
         check_reward("unseen_reward", self.unseen_reward)
         if self.reward_cap is not None:
             check_reward("reward_cap", self.reward_cap)
-        for name, most in (("min_p", "at most 1"), ("discount", "below 1")):
-            value = getattr(self, name)
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-            if not fits or (name == "discount" and value == 1):
-                raise ConfigError(f"{name}: got {shown(value)}, expected a number of at least 0 and {most}")
+        _expect("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number of at least 0 and at most 1")
+        _expect("discount", self.discount, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
         if not isinstance(self.lm_head_bias, bool):
             raise ConfigError(f"lm_head_bias: got {shown(self.lm_head_bias)}, expected True or False")
 
@@ -133,43 +131,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodingConfig:
-    """What every method but Saffron search can be told; its values are those of Saffron search.
-
-    Attributes:
-        max_new_tokens: longest response, without the prefill.
-        min_new_tokens: tokens before the response may end; from max_new_tokens on, it never ends by itself.
-        temperature: divides the policy's logits before it proposes tokens, above 0.
-        top_p: nucleus mass that it proposes tokens from, above 0 and at most 1.
-    """
-
-    max_new_tokens: int = 32
-    min_new_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 0.8
-
-    def __post_init__(self) -> None:
-        check_whole(self, max_new_tokens=1, min_new_tokens=0)
-        check_number(self, temperature=True)
-        check_top_p(self.top_p)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawingConfig(DecodingConfig):
-    """What methods can be told that draw tokens at random.
-
-    Attributes:
-        seed: of all that is drawn. What is drawn for a prompt depends on this, the prompt and its prefill alone.
-    """
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        DecodingConfig.__post_init__(self)
-        check_whole(self, seed=0)
-
-
 def check_whole(config: object, **lowest: int) -> None:
     """Raises `ConfigError` unless each named attribute is a whole number of at least the value given."""
     for name, least in lowest.items():
@@ -180,18 +141,6 @@ def check_whole(config: object, **lowest: int) -> None:
             raise ConfigError(f"{name}: got {shown(value)}, expected a whole number of at most {MOST}")
 
 
-def check_lengths(config: SearchConfig | DecodingConfig) -> None:
-    """Raises `ConfigError` where somebody asks for a longer answer than the longest.
-
-    The default of `min_new_tokens` asks for nothing: with a smaller `max_new_tokens`, answers are that long.
-    """
-    default = type(config)().min_new_tokens
-    if config.max_new_tokens < config.min_new_tokens != default:
-        raise ConfigError(
-            f"min_new_tokens: got {config.min_new_tokens}, expected at most max_new_tokens, {config.max_new_tokens}"
-        )
-
-
 def check_number(config: object, **positive: bool) -> None:
     """Raises `ConfigError` unless each named attribute is a finite number: above 0 where True, else at least 0.
 
@@ -199,22 +148,25 @@ def check_number(config: object, **positive: bool) -> None:
     """
     for name, above in positive.items():
         value = getattr(config, name)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-        if not fits or value < 0 or (above and value == 0):
-            raise ConfigError(
-                f"{name}: got {shown(value)}, expected a finite number {'above' if above else 'of at least'} 0"
-            )
-        if value != 0 and not SMALLEST_FACTOR <= value <= LARGEST_REWARD:
-            raise ConfigError(
-                f"{name}: got {shown(value)}, expected a number from {SMALLEST_FACTOR} to {LARGEST_REWARD}"
-            )
+        if above:
+            _expect(name, value, lambda x: 0 < x < math.inf, "a finite number above 0")
+        else:
+            _expect(name, value, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+        if value:
+            within = f"a number from {SMALLEST_FACTOR} to {LARGEST_REWARD}"
+            _expect(name, value, lambda x: SMALLEST_FACTOR <= x <= LARGEST_REWARD, within)
 
 
 def check_reward(name: str, reward: object) -> None:
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= LARGEST_REWARD:
-        raise ConfigError(f"{name}: got {shown(reward)}, expected a number from {-LARGEST_REWARD} to {LARGEST_REWARD}")
+    within = f"a number from {-LARGEST_REWARD} to {LARGEST_REWARD}"
+    _expect(name, reward, lambda x: abs(x) <= LARGEST_REWARD, within)
 
 
 def check_top_p(top_p: object) -> None:
-    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p: got {shown(top_p)}, expected a number above 0 and at most 1")
+    _expect("top_p", top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+
+
+def _expect(name: str, value: object, fits: Callable[[float], bool], allowed: str) -> None:
+    """Raises `ConfigError` unless the value is a number that fits, which NaN never does."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+        raise ConfigError(f"{name}: got {shown(value)}, expected {allowed}")

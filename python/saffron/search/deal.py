@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, check_number, check_whole
+from saffron.search.config import check_number, check_whole
+from saffron.search.decoding import DecodingConfig
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer
-from saffron.search.rewards import Owned, RewardModel, RewardScorer
+from saffron.search.rewards import RewardModel, RewardScorer, SearchPrefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ class DeAL(Decoder[DeALConfig]):
             live = [(g, node) for g, mine in enumerate(beams) for node in mine if batch.goes_on(node.tokens)]
             if not live:
                 break
-            children: list[tuple[Owned, float]] = []
+            children: list[tuple[SearchPrefix, float]] = []
             for (g, node), proposal in zip(live, proposer.propose([(g, n.tokens) for g, n in live]), strict=True):
                 for token, value in zip(proposal.tokens, proposal.log_probabilities, strict=True):
                     children.append(((g, (*node.tokens, token)), node.log_probability + value))
@@ -86,7 +87,7 @@ class DeAL(Decoder[DeALConfig]):
         return [Candidate(node.tokens, node.score) for node in best]
 
 
-def _forget(proposer: Proposer, depth: int, kept: set[Owned]) -> None:
+def _forget(proposer: Proposer, depth: int, kept: set[SearchPrefix]) -> None:
     """Drops from the caches all but what leads to the kept responses of `depth` tokens, or goes on from them."""
     parents = {(g, response[:-1]) for g, response in kept}
     proposer.retain(lambda g, r: (g, r[:depth]) in kept or (g, r) in parents)

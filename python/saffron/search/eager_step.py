@@ -162,8 +162,8 @@ class EagerStep:
             banned=self._banned(rows, device),
             scores=_float32([row.node.score for row in rows], device) if inherits else None,
             end_tokens=self._tokens([row.search.eos_token_id for row in rows], device) if inherits else None,
-            carried_scores=_float32([row.node.score for row in finished], device),
-            carried_groups=_int32([number[row.search] for row in finished], device),
+            finished_scores=_float32([row.node.score for row in finished], device),
+            finished_groups=_int32([number[row.search] for row in finished], device),
             widths=_int32(widths, device) if len(set(widths)) > 1 else None,
         )  # fmt: skip
         return parent, token, reward, reward, torch.zeros_like(reward), counts, all_unseen
@@ -217,9 +217,7 @@ class EagerStep:
         """Token ids: one list for all rows where they agree, else one for each, padded with -1."""
         if len(set(rows)) > 1:
             longest = max(map(len, rows))
-            return torch.tensor(
-                [sorted(row) + [-1] * (longest - len(row)) for row in rows], dtype=torch.int32, device=device
-            )
+            return _int32([sorted(row) + [-1] * (longest - len(row)) for row in rows], device)
         if rows[0] not in self._ends:
             self._ends[rows[0]] = _int32(sorted(rows[0]), device)
         return self._ends[rows[0]]
@@ -241,7 +239,7 @@ def _settings(search: Handle) -> tuple[object, ...]:
     return config.unseen_reward, config.lm_head_bias, config.eos_score, config.is_published
 
 
-def _int32(values: list[int], device: torch.device) -> Tensor:
+def _int32(values: Sequence[object], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 

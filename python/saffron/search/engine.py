@@ -18,7 +18,8 @@ from saffron.models.trie_model import TrieModel
 from saffron.search.admission import Admission, give_up
 from saffron.search.config import Request, SearchConfig
 from saffron.search.eager_step import EagerStep
-from saffron.search.handle import Handle, Job, Pending
+from saffron.search.handle import Handle, Pending
+from saffron.search.job import Job
 from saffron.search.method import Decoder
 from saffron.search.model_pair import ModelPair
 from saffron.search.readers import Row
@@ -118,10 +119,7 @@ class Engine:
         expect("config", settings, SearchConfig)
         handle = Handle(self, request, settings, ends, trace=trace, max_width=max_width, on_step=on_step)
         self._check(handle, index)
-        with self._changed:
-            self._open()
-            self._waiting.append(handle)
-            self._changed.notify_all()
+        self._enqueue(handle)
         return handle
 
     add = submit
@@ -138,17 +136,20 @@ class Engine:
                 raise ConfigError(f"method: got {type(method).__name__}, which needs caches that grow")
         method.check([request])
         job = Job(self, method, request)
-        with self._changed:
-            self._open()
-            self._waiting.append(job)
-            self._changed.notify_all()
+        self._enqueue(job)
         return job
 
-    def _open(self) -> None:
+    def _enqueue(self, pending: Pending) -> None:
+        with self._changed:
+            self._check_open()
+            if self.queue is not None and len(self._waiting) >= self.queue:
+                raise QueueFullError(f"queue: {self.queue} requests are waiting already")
+            self._waiting.append(pending)
+            self._changed.notify_all()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed")
-        if self.queue is not None and len(self._waiting) >= self.queue:
-            raise QueueFullError(f"queue: {self.queue} requests are waiting already")
 
     def cancel(self, handle: Pending) -> None:
         """See `Handle.cancel`."""
@@ -226,8 +227,7 @@ class Engine:
     def start(self) -> Engine:
         """Lets a thread of the engine take the steps."""
         with self._changed:
-            if self._closed:
-                raise EngineClosedError("the engine is closed")
+            self._check_open()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="saffron-engine", daemon=True)
                 self._thread.start()

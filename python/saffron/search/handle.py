@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saffron.errors import CancelledError, ConfigError, EngineError, SaffronError, reason
 from saffron.search.config import Request, SearchConfig
@@ -15,7 +15,6 @@ from saffron.search.tree import Node, Tree, common_prefix
 if TYPE_CHECKING:
     from saffron.models.policy import Policy
     from saffron.search.engine import Engine
-    from saffron.search.method import Decoder
 
 
 class Pending:
@@ -116,40 +115,6 @@ class Pending:
             self._changed.notify_all()
         if self._listener is not None:
             self._listener()
-
-
-class Job(Pending):
-    """A request to another method, which an engine runs between the steps of its searches.
-
-    Args:
-        method: how it is answered, step by step.
-    """
-
-    def __init__(self, engine: Engine, method: Decoder[Any], request: Request) -> None:
-        super().__init__(engine, request)
-        self._tokens = final = list[int]()
-        self._steps = method.run([request], lambda _, token: final.append(token))
-
-    @property
-    def tokens(self) -> list[int]:
-        return self._tokens if self._result is None else self._result.token_ids
-
-    def advance(self) -> None:
-        """Goes on to the next pause; for the engine."""
-        try:
-            if self.cancelled:
-                self._steps.close()
-                self.fail(None)
-            else:
-                next(self._steps)
-                self.notify()
-        except StopIteration as end:
-            (self._result,) = end.value
-            self.notify()
-        except BaseException as error:
-            self.fail(error)
-            if not isinstance(error, Exception):
-                raise
 
 
 class Handle(Pending):

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, check_number, check_whole
+from saffron.search.config import check_number, check_whole
+from saffron.search.decoding import DecodingConfig
 from saffron.search.method import Candidate, Decoder, SearchBatch, Steps
 from saffron.search.prefix_scorer import Tokens
 from saffron.search.proposals import Proposer

@@ -17,10 +17,11 @@ from saffron.errors import ConfigError
 from saffron.models.chat import Prompt, as_conversations
 from saffron.models.checks import expect, expect_list, kind, not_finite
 from saffron.models.policy import Policy
-from saffron.search.config import DecodingConfig, DrawingConfig, Request
+from saffron.search.config import Request
+from saffron.search.decoding import DecodingConfig, DrawingConfig
 from saffron.search.prefix_scorer import PrefixScorer, Tokens
 from saffron.search.result import Cost, SearchResult, Tally
-from saffron.search.rewards import Owned, Reward, RewardScorer
+from saffron.search.rewards import Reward, RewardScorer, SearchPrefix
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class SearchBatch:
         self.config, self.eos_token_id, self.on_token = config, eos_token_id, on_token
         self.size = len(requests)
         seed = config.seed if isinstance(config, DrawingConfig) else 0
-        self.seeds = [entropy(seed, request) for request in requests]
+        self.seeds = [seed_of(seed, request) for request in requests]
         self.draws = [np.random.default_rng(seed) for seed in self.seeds]
         self.policy = PrefixScorer(policy, {i: r.policy for i, r in enumerate(requests)}, policy.vocab_size)
         self.reward: Reward | None = None
@@ -95,7 +96,7 @@ class SearchBatch:
         """The `i`-th of any number of independent generators of a search."""
         return np.random.default_rng([*self.seeds[search], i])
 
-    def logits(self, responses: Sequence[Owned]) -> Tensor:
+    def logits(self, responses: Sequence[SearchPrefix]) -> Tensor:
         """The policy's next-token logits `[responses, vocab]`, as `proposable` makes them."""
         logits = self.policy.read([g for g, _ in responses], [r for _, r in responses])
         return self.proposable(logits.float(), [len(r) for _, r in responses])
@@ -113,7 +114,7 @@ class SearchBatch:
             logits[torch.tensor(early, device=logits.device)[:, None], self._ends] = -torch.inf
         return logits
 
-    def score(self, responses: Sequence[Owned]) -> list[float]:
+    def score(self, responses: Sequence[SearchPrefix]) -> list[float]:
         """Their rewards."""
         assert self.reward is not None, "this method was made without a reward model"
         return self.reward.score([g for g, _ in responses], [r for _, r in responses])
@@ -131,7 +132,7 @@ class SearchBatch:
         if self.reward is not None:
             self.reward.retain(wanted)
 
-    def retain_leaves(self, leaves: Iterable[Owned]) -> None:
+    def retain_leaves(self, leaves: Iterable[SearchPrefix]) -> None:
         """Keeps in the caches only what leads to these responses; the policy has not read their last tokens yet."""
         kept = {leaf for leaf in leaves if self.goes_on(leaf[1])}
         kept |= {(search, response[:-1]) for search, response in kept}
@@ -249,7 +250,7 @@ class Decoder(ABC, Generic[ConfigT]):
         return SearchResult(text, list(answer.tokens), answer.score, "eos" if ended else "length", cost)
 
 
-def entropy(seed: int, request: Request) -> list[int]:
+def seed_of(seed: int, request: Request) -> list[int]:
     """What the random numbers of a search come from: the seed, the prompt and the prefill, nothing else."""
     ids = np.array([seed, *request.policy], dtype="<i8")
     return np.frombuffer(hashlib.sha256(ids.tobytes()).digest(), dtype="<u4").tolist()

@@ -15,8 +15,9 @@ from saffron.search.args import ARGS, ARGSConfig
 from saffron.search.beam import BeamConfig, BeamSearch
 from saffron.search.best_of_n import BestOfN, BestOfNConfig
 from saffron.search.cards import CARDS, CARDSConfig
-from saffron.search.config import DecodingConfig, SearchConfig, check_lengths
+from saffron.search.config import SearchConfig
 from saffron.search.deal import DeAL, DeALConfig
+from saffron.search.decoding import DecodingConfig, check_lengths
 from saffron.search.mcts import MCTS, MCTSConfig
 from saffron.search.method import Method
 from saffron.search.rebase import Rebase, RebaseConfig

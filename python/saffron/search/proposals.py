@@ -16,7 +16,7 @@ from saffron_kernels import nucleus
 
 if TYPE_CHECKING:
     from saffron.search.method import SearchBatch, Steps
-    from saffron.search.rewards import Owned
+    from saffron.search.rewards import SearchPrefix
 
 
 class Nuclei:
@@ -64,14 +64,14 @@ class Nuclei:
 
 def sample(
     batch: SearchBatch,
-    responses: Sequence[Owned],
+    responses: Sequence[SearchPrefix],
     steps: int,
     generators: Sequence[np.random.Generator],
     *,
     report: bool = False,
     log_probabilities: list[float] | None = None,
     even: Sequence[bool] | None = None,
-) -> Steps[list[Owned]]:
+) -> Steps[list[SearchPrefix]]:
     """Every response goes on by up to `steps` tokens drawn from the nucleus, until it ends.
 
     Meanwhile the policy's cache holds these responses alone.
@@ -82,7 +82,7 @@ def sample(
         log_probabilities: one per response; that of what was drawn is added.
         even: responses whose tokens are drawn evenly from the nucleus; None: none.
     """
-    grown: list[Owned] = list(responses)
+    grown: list[SearchPrefix] = list(responses)
     live = [i for i, (_, response) in enumerate(grown) if batch.goes_on(response)]
     for step in range(steps):
         if not live:
@@ -129,9 +129,9 @@ class Proposer:
 
     def __init__(self, batch: SearchBatch, count: int) -> None:
         self.batch, self.count = batch, count
-        self._known: dict[Owned, Proposal] = {}
+        self._known: dict[SearchPrefix, Proposal] = {}
 
-    def propose(self, responses: Sequence[Owned]) -> list[Proposal]:
+    def propose(self, responses: Sequence[SearchPrefix]) -> list[Proposal]:
         """What may come after each response; those not asked before share one forward pass."""
         fresh = list(dict.fromkeys(response for response in responses if response not in self._known))
         if fresh:
@@ -143,7 +143,7 @@ class Proposer:
                 self._known[response] = Proposal(tokens, log_probabilities[i, tokens].tolist())
         return [self._known[response] for response in responses]
 
-    def look_ahead(self, responses: Sequence[Owned], steps: int) -> list[Owned]:
+    def look_ahead(self, responses: Sequence[SearchPrefix], steps: int) -> list[SearchPrefix]:
         """Every response goes on greedily by up to `steps` tokens, until it ends."""
         grown = list(responses)
         for _ in range(steps):

@@ -24,7 +24,7 @@ from saffron.search.result import Tally
 from saffron_kernels import multifurcation_head
 
 RewardModel = ProcessRewardModel | TextReward | MultifurcationRewardModel
-Owned = tuple[int, Tokens]  # a response of the search with that number
+SearchPrefix = tuple[int, Tokens]  # a response of the search with that number
 
 
 class Reward(Protocol):
@@ -93,8 +93,8 @@ class ProcessReward(_Responses):
     ) -> None:
         super().__init__(policy, prm, contexts, eos_token_id, head_rows=2)
         self._prm, self._suffix = prm, prm.suffix_tokens()
-        self._sequence: dict[Owned, Owned] = {}  # response in the policy's tokens: in the reward model's
-        self._known: dict[Owned, float] = {}  # by the latter
+        self._sequence: dict[SearchPrefix, SearchPrefix] = {}  # response in the policy's tokens: in the reward model's
+        self._known: dict[SearchPrefix, float] = {}  # by the latter
 
     def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
         said = [(g, self._said(r)) for g, r in zip(owners, responses, strict=True)]
@@ -125,7 +125,7 @@ class TextProcessReward:
         self._policy, self._prm, self._eos_token_id = policy, prm, eos_token_id
         self._conversations = [prm.conversation(context) for context in contexts]
         self.tallies = {search: Tally() for search in range(len(contexts))}
-        self._text: dict[Owned, str] = {}
+        self._text: dict[SearchPrefix, str] = {}
         self._known: dict[tuple[int, str], float] = {}
 
     def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
@@ -165,9 +165,11 @@ class MultifurcationReward(_Responses):
     ) -> None:
         super().__init__(policy, mrm, contexts, eos_token_id, head_rows=0)
         self._head, self._unseen_reward = head, unseen_reward
-        self._prefix: dict[Owned, Owned] = {}  # response in the policy's tokens: what is before its last, in the MRM's
-        self._hidden: dict[Owned, Tensor] = {}  # by the latter
-        self._known: dict[Owned, float] = {}  # by the former
+        self._prefix: dict[
+            SearchPrefix, SearchPrefix
+        ] = {}  # response in the policy's tokens: what is before its last, in the MRM's
+        self._hidden: dict[SearchPrefix, Tensor] = {}  # by the latter
+        self._known: dict[SearchPrefix, float] = {}  # by the former
 
     def score(self, owners: Sequence[int], responses: Sequence[Tokens]) -> list[float]:
         said = [(g, self._said(r)) for g, r in zip(owners, responses, strict=True)]
@@ -190,7 +192,7 @@ class MultifurcationReward(_Responses):
         self._hidden = {key: hidden for key, hidden in self._hidden.items() if key in kept}
         self._reading.retain(lambda g, sequence: (g, sequence) in kept)
 
-    def _states(self, responses: Sequence[Owned]) -> Tensor:
+    def _states(self, responses: Sequence[SearchPrefix]) -> Tensor:
         """Hidden states `[responses, hidden]` before each last token; siblings share one."""
         for g, response in responses:
             self._prefix[g, response] = g, self._read(response[:-1])

@@ -219,14 +219,14 @@ def select(
     score = binned + rules.of_path * mean + rules.of_token * of_token
 
     # Finished nodes are further rows with one candidate each.
-    carried = torch.arange(len(finished.scores), device=tokens.device) + len(beams.groups)
-    minus = tokens.new_full(carried.shape, -1)
-    parent = torch.cat([rows, carried])
+    ended = torch.arange(len(finished.scores), device=tokens.device) + len(beams.groups)
+    minus = tokens.new_full(ended.shape, -1)
+    parent = torch.cat([rows, ended])
     index, chosen = best(
         torch.cat([groups, finished.groups.long()]), torch.cat([score, finished.scores]),
         torch.cat([mean, finished.mean_log_probabilities]), parent, widths, width,
     )  # fmt: skip
-    nothing = len(beams.groups) + len(carried)
+    nothing = len(beams.groups) + len(ended)
 
     def at(values: Tensor, of_finished: Tensor, empty: float) -> Tensor:
         return torch.where(chosen, torch.cat([values, of_finished])[index], empty)
@@ -235,7 +235,7 @@ def select(
     return Selection(
         torch.where(chosen, parent[index], nothing).int(), at(tokens, minus, -1),
         at(score, finished.scores, -torch.inf), at(reward, finished.scores, -torch.inf),
-        at(log_probability, zero.expand(len(carried)), 0), at(mean, finished.mean_log_probabilities, 0),
+        at(log_probability, zero.expand(len(ended)), 0), at(mean, finished.mean_log_probabilities, 0),
         all_unseen[:-1],
     )  # fmt: skip
 

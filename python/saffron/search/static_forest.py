@@ -116,7 +116,7 @@ class _Side:
         """The model's output for all rows, used or not; `length` is the longest that a text can get."""
         keep = torch.arange(len(tokens), device=tokens.device)
         plan = TreeStep(self.positions, self.write_slots, *self.plan(), length=length, count=self.count)
-        return self.model._output(tokens[None], self.positions[None], TrieStep(self.cache, plan, True), keep)
+        return self.model.output(tokens[None], TrieStep(self.cache, plan, True), keep)
 
 
 class StaticForest:
@@ -307,7 +307,7 @@ class StaticForest:
             groups, self.groups, config.width, self._top_p.index_select(0, groups), banned=banned,
             scores=self._scores[:rows] if inherits else None,
             end_tokens=ends if inherits else None,
-            carried_scores=self._scores[rows:-1], carried_groups=self._groups[rows:-1], widths=widths,
+            finished_scores=self._scores[rows:-1], finished_groups=self._groups[rows:-1], widths=widths,
         )  # fmt: skip
 
     def _ordered(

@@ -42,18 +42,17 @@ MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
-    """The body of a request, checked by itself: no model has been asked yet.
+class Wanted:
+    """What both kinds of completions are asked for, checked by itself: no model has been asked yet.
 
     Attributes:
         model: None: the defended one. own: the object `saffron`.
         max_tokens: None: what the server gives.
-        echo: begin the answer with the prefill.
-        options: of the chat template.
+        echo: begin the answer with what it continues: a chat's prefill, or the prompt.
+        logprobs: alternatives per token; None: no log-probabilities.
     """
 
     model: str | None
-    conversation: Conversation
     own: Mapping[str, Any]
     max_tokens: int | None
     n: int
@@ -63,7 +62,38 @@ class ChatRequest:
     echo: bool
     trace: Trace
     logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest(Wanted):
+    """The body of a request; `options` are those of the chat template."""
+
+    conversation: Conversation
     options: Mapping[str, Any]
+
+
+def read_wanted(fields: Fields, settings: Settings) -> dict[str, Any]:
+    """What stands alike in both bodies: all of `Wanted` but the numbers of tokens and of log-probabilities."""
+    stream, options = fields.flag("stream"), fields.object("stream_options")
+    if options and not stream:
+        raise bad("stream_options", "needs stream: true")
+    for name, value in options.items():
+        if name not in STREAM_OPTIONS or not isinstance(value, bool):
+            raise bad("stream_options", "expected include_usage: true or false", "unknown_parameter")
+    own = fields.object("saffron")
+    trace = own.get("trace")
+    if trace is not None and not isinstance(trace, bool) and trace != "page":
+        raise bad("saffron.trace", f'got {shown(trace)}, expected true, false or "page"')
+    return {
+        "model": fields.text("model") if "model" in fields else None,
+        "own": own,
+        "n": fields.whole("n", 1, 1, settings.max_width),
+        "stop": fields.stop(),
+        "stream": stream,
+        "include_usage": bool(options.get("include_usage")),
+        "echo": fields.flag("echo"),
+        "trace": trace or False,
+    }
 
 
 def read_chat(body: Mapping[str, Any], settings: Settings) -> ChatRequest:
@@ -73,46 +103,16 @@ def read_chat(body: Mapping[str, Any], settings: Settings) -> ChatRequest:
         raise bad("modalities", "only text is served", "unsupported_parameter")
     fields.without_effect()
     conversation = conversation_of(fields, settings)
-    n = fields.whole("n", 1, 1, settings.max_width)
     top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
     if top and not fields.flag("logprobs"):
         raise bad("top_logprobs", "needs logprobs: true")
-    stream, usage = read_stream(fields)
-    own, trace = read_own(fields)
     return ChatRequest(
-        model=fields.text("model") if "model" in fields else None,
+        **read_wanted(fields, settings),
         conversation=conversation,
-        own=own,
         max_tokens=_max_tokens(fields, settings),
-        n=n,
-        stop=fields.stop(),
-        stream=stream,
-        include_usage=usage,
-        echo=fields.flag("echo"),
-        trace=trace,
         logprobs=top if fields.flag("logprobs") else None,
         options=check_template_options(fields.object("chat_template_kwargs")),
     )
-
-
-def read_stream(fields: Fields) -> tuple[bool, bool]:
-    """Whether to stream, and whether to send the usage at the end."""
-    stream, options = fields.flag("stream"), fields.object("stream_options")
-    if options and not stream:
-        raise bad("stream_options", "needs stream: true")
-    for name, value in options.items():
-        if name not in STREAM_OPTIONS or not isinstance(value, bool):
-            raise bad("stream_options", "expected include_usage: true or false", "unknown_parameter")
-    return stream, bool(options.get("include_usage"))
-
-
-def read_own(fields: Fields) -> tuple[dict[str, Any], Trace]:
-    """The object `saffron`, and whether it asks for the trace."""
-    own = fields.object("saffron")
-    trace = own.get("trace")
-    if trace is not None and not isinstance(trace, bool) and trace != "page":
-        raise bad("saffron.trace", f'got {shown(trace)}, expected true, false or "page"')
-    return own, trace or False
 
 
 def _max_tokens(fields: Fields, settings: Settings) -> int | None:

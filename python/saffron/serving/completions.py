@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse, Response
 
 from saffron import __version__
 from saffron.errors import shown
-from saffron.models.likelihood import TokenChance, likelihoods
+from saffron.models.likelihood import TokenLikelihood, likelihoods
 from saffron.models.policy import OPENING
 from saffron.search import config as search_config
 from saffron.search.result import Cost
 from saffron.serving.ask import Ask, Variant, choose
 from saffron.serving.body import Fields, check_text, read_json
-from saffron.serving.chat import REFUSED, WITHOUT_EFFECT, Trace, read_own, read_stream
+from saffron.serving.chat import MOST_LOGPROBS, REFUSED, WITHOUT_EFFECT, Wanted, read_wanted
 from saffron.serving.errors import bad
 from saffron.serving.events import EventStream, watched
 from saffron.serving.likelihood import token_text
@@ -33,31 +33,20 @@ READ = frozenset((
     "model", "prompt", "max_tokens", "stop", "n", "stream", "stream_options", "saffron", "echo", "logprobs", "suffix",
     "add_special_tokens",
 ))  # fmt: skip
-MOST_PROMPTS, MOST_LOGPROBS = 64, 20
+MOST_PROMPTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionRequest:
-    """The body of a request, checked by itself.
+class CompletionRequest(Wanted):
+    """The body of a request.
 
     Attributes:
         prompts: texts, or token ids.
         special: texts stand behind the begin token, where the tokenizer adds one.
-        logprobs: alternatives per token; None: no log-probabilities. Others as for `ChatRequest`.
     """
 
-    model: str | None
     prompts: list[str | list[int]]
-    own: Mapping[str, Any]
-    max_tokens: int | None
-    n: int
-    stop: tuple[str, ...]
-    stream: bool
-    include_usage: bool
-    echo: bool
     special: bool
-    trace: Trace
-    logprobs: int | None
 
 
 def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRequest:
@@ -67,26 +56,16 @@ def read_completion(body: Mapping[str, Any], settings: Settings) -> CompletionRe
     if fields.get("suffix") not in (None, ""):
         raise bad("suffix", "only the end of a prompt is completed", "unsupported_parameter")
     prompts = read_prompts(fields.get("prompt"), min(MOST_PROMPTS, settings.queue))
-    echo = fields.flag("echo")
-    stream, usage = read_stream(fields)
-    if stream and len(prompts) > 1:
+    wanted = read_wanted(fields, settings)
+    if wanted["stream"] and len(prompts) > 1:
         raise bad("stream", "serves one prompt")
-    own, trace = read_own(fields)
+    logprobs, least = fields.get("logprobs"), 0 if wanted["echo"] else 1
     return CompletionRequest(
-        model=fields.text("model") if "model" in fields else None,
+        **wanted,
         prompts=prompts,
-        own=own,
-        max_tokens=fields.whole("max_tokens", min(16, settings.max_tokens), 0 if echo else 1, settings.max_tokens),
-        n=fields.whole("n", 1, 1, settings.max_width),
-        stop=fields.stop(),
-        stream=stream,
-        include_usage=usage,
-        echo=echo,
+        max_tokens=fields.whole("max_tokens", min(16, settings.max_tokens), least, settings.max_tokens),
         special=fields.flag("add_special_tokens", True),
-        trace=trace,
-        logprobs=fields.whole("logprobs", 0, 0, MOST_LOGPROBS)
-        if "logprobs" in fields and fields.get("logprobs") is not False
-        else None,
+        logprobs=None if logprobs is None or logprobs is False else fields.whole("logprobs", 0, 0, MOST_LOGPROBS),
     )
 
 
@@ -231,7 +210,7 @@ def _logprobs(service: Service, prompt: list[int], tokens: list[int], echo: bool
     """`choices[i].logprobs` of a completion. Nothing stands before a prompt's first token: null."""
     policy = service.policy
     first = 1 if echo else len(prompt)
-    found: list[TokenChance | None] = list(likelihoods(policy, prompt + tokens, first, top))
+    found: list[TokenLikelihood | None] = list(likelihoods(policy, prompt + tokens, first, top))
     shown_tokens = (prompt if echo else []) + tokens
     found = [None, *found] if echo else found
     texts = [token_text(policy, token) for token in shown_tokens]
@@ -247,7 +226,7 @@ def _logprobs(service: Service, prompt: list[int], tokens: list[int], echo: bool
     }
 
 
-def _top(service: Service, one: TokenChance) -> dict[str, float]:
+def _top(service: Service, one: TokenLikelihood) -> dict[str, float]:
     """The most probable tokens by their text; of equal texts the more probable counts."""
     found: dict[str, float] = {}
     for token, value in one.top:

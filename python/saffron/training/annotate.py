@@ -29,7 +29,7 @@ from saffron.storage.folders import expect_same, locked, write_atomically, write
 from saffron.storage.paths import check_output_folder
 from saffron.storage.text import read_json
 from saffron.training.conversations import Conversation, fingerprint
-from saffron.training.layout import LayOut, Layout, Prefixes
+from saffron.training.layout import ConversationLayout, Layout, Prefixes
 from saffron.training.shards import FORMAT, MANIFEST, decisive, encode_shard, identity, shard_file
 from saffron.workers import Workers
 
@@ -41,7 +41,7 @@ class AnnotateConfig:
     """What decides the rewards, to the last bit.
 
     Attributes:
-        max_tokens, prefixes: see `LayOut`. A reward of text judges responses only.
+        max_tokens, prefixes: see `ConversationLayout`. A reward of text judges responses only.
         batch: conversations of one forward pass.
         shard_size: conversations of one file.
         dtype, device: of the PRM, None: as `TrieModel.from_pretrained` chooses.
@@ -98,13 +98,13 @@ class Annotator:
     def __init__(self, prm: RewardSource, config: AnnotateConfig, encoder: ConversationEncoder | None = None) -> None:
         self.prm, self.config = prm, config
         if isinstance(prm, ProcessRewardModel):
-            self.lay_out = LayOut(prm, config.max_tokens, config.prefixes)
+            self.lay_out = ConversationLayout(prm, config.max_tokens, config.prefixes)
         elif encoder is None:
             raise ConfigError("tokenizer: got none; a reward of text needs the checkpoint whose tokenizer the MRM has")
         elif config.prefixes != "response":
             raise ConfigError(f"prefixes: got {config.prefixes!r}, expected 'response' for a reward of text")
         else:
-            self.lay_out = LayOut(encoder, config.max_tokens, config.prefixes)
+            self.lay_out = ConversationLayout(encoder, config.max_tokens, config.prefixes)
 
     @classmethod
     def load(cls, prm: str, config: AnnotateConfig, tokenizer: str | None = None) -> Annotator:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saffron.errors import ConfigError
-from saffron.training.shards import Rewarded
+from saffron.training.shards import AnnotatedConversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in ("ids", "next_tokens", "rewards", "counted")))
 
 
-def collate(rows: Sequence[Rewarded]) -> Batch:
+def collate(rows: Sequence[AnnotatedConversation]) -> Batch:
     longest = max((len(row.input_ids) for row in rows), default=1)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     rewards = torch.full((len(rows), longest), torch.nan)
@@ -42,17 +42,17 @@ def collate(rows: Sequence[Rewarded]) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], rewards[:, 1:].nan_to_num(), counted)
 
 
-def supervised(rows: Sequence[Rewarded]) -> list[Rewarded]:
+def supervised(rows: Sequence[AnnotatedConversation]) -> list[AnnotatedConversation]:
     """The conversations that have a reward to learn from."""
     return [row for row in rows if count(row)]
 
 
-def count(row: Rewarded) -> int:
+def count(row: AnnotatedConversation) -> int:
     """Rewards that the loss takes from a conversation: a first token follows nothing."""
     return int((~np.isnan(row.rewards[1:])).sum())
 
 
-def unseen_mask(rows: Sequence[Rewarded], vocabulary: int) -> Tensor:
+def unseen_mask(rows: Sequence[AnnotatedConversation], vocabulary: int) -> Tensor:
     """True for tokens that no reward of the corpus is for, bool `[vocabulary]`: nothing was learned about them."""
     mask = torch.ones(vocabulary, dtype=torch.bool)
     for row in rows:
@@ -60,7 +60,9 @@ def unseen_mask(rows: Sequence[Rewarded], vocabulary: int) -> Tensor:
     return mask
 
 
-def split(rows: Sequence[Rewarded], share: float, seed: int) -> tuple[list[Rewarded], list[Rewarded]]:
+def split(
+    rows: Sequence[AnnotatedConversation], share: float, seed: int
+) -> tuple[list[AnnotatedConversation], list[AnnotatedConversation]]:
     """(what to train on, what to hold out): a share of the conversations, at least one unless it is 0."""
     number = max(1, round(share * len(rows))) if share else 0
     if number >= len(rows):

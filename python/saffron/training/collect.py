@@ -19,7 +19,8 @@ from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.models.bundled import FOLDER
 from saffron.models.policy import Policy, end_tokens
 from saffron.models.provenance import fingerprint
-from saffron.search.config import DrawingConfig, Request, check_whole
+from saffron.search.config import Request, check_whole
+from saffron.search.decoding import DrawingConfig
 from saffron.search.method import SearchBatch
 from saffron.search.proposals import sample
 from saffron.storage.folders import check_vacant, locked, write_atomically

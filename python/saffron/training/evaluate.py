@@ -15,7 +15,7 @@ from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.vocabulary import head_for, same_tokens
 from saffron.training.agreement import Agreement, by_depth
 from saffron.training.layout import AGENT, USER
-from saffron.training.shards import Rewarded
+from saffron.training.shards import AnnotatedConversation
 from saffron_kernels import nucleus
 
 Turns = Literal["responses", "all"]
@@ -97,7 +97,7 @@ class Evaluation:
 
 def predict(
     mrm: MultifurcationRewardModel,
-    rows: Sequence[Rewarded],
+    rows: Sequence[AnnotatedConversation],
     turns: Turns = "responses",
     progress: Callable[[int], None] = lambda conversations: None,
 ) -> Predictions:
@@ -126,7 +126,7 @@ def predict(
     return Predictions(*(np.concatenate([getattr(part, name) for part in found]) for name in names))
 
 
-def _predict(mrm: MultifurcationRewardModel, row: Rewarded, wanted: Sequence[int]) -> Predictions:
+def _predict(mrm: MultifurcationRewardModel, row: AnnotatedConversation, wanted: Sequence[int]) -> Predictions:
     """Of the tokens `wanted`, none of them the first."""
     ids = row.input_ids.tolist()
     mrm.check_tokens("annotated conversation", ids)
@@ -148,7 +148,7 @@ def _predict(mrm: MultifurcationRewardModel, row: Rewarded, wanted: Sequence[int
 def nucleus_on_unseen(
     policy: Policy,
     mrm: MultifurcationRewardModel,
-    rows: Sequence[Rewarded],
+    rows: Sequence[AnnotatedConversation],
     top_p: float = 0.8,
     progress: Callable[[int], None] = lambda conversations: None,
 ) -> NucleusOnUnseen:
@@ -192,7 +192,7 @@ def nucleus_on_unseen(
     )
 
 
-def _first_exchange(row: Rewarded) -> tuple[list[int], list[int]]:
+def _first_exchange(row: AnnotatedConversation) -> tuple[list[int], list[int]]:
     """Token ids of the first user's turn and of the answer."""
     begins = np.flatnonzero(np.diff(row.roles, prepend=-1))
     runs = np.split(row.input_ids, begins[1:])

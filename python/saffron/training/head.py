@@ -36,7 +36,7 @@ from saffron.storage.paths import check_checkpoint
 from saffron.storage.text import read_json
 from saffron.training.agreement import Agreement
 from saffron.training.batches import collate, split, supervised, unseen_mask
-from saffron.training.shards import RewardData, Rewarded
+from saffron.training.shards import AnnotatedConversation, RewardData
 
 STATES, SUMMARY = "states.safetensors", "summary.json"
 
@@ -232,7 +232,7 @@ def _start(head: RewardHead, trained: Part, heldout: Part) -> float:
 
 def _states(
     trunk: MultifurcationRewardModel,
-    rows: Sequence[Rewarded],
+    rows: Sequence[AnnotatedConversation],
     config: HeadConfig,
     file: Path,
     progress: Callable[[int, int, str], None],

@@ -55,7 +55,7 @@ class Layout:
         return found
 
 
-class LayOut:
+class ConversationLayout:
     """Lays conversations out for a PRM and an MRM with its tokenizer.
 
     Args:

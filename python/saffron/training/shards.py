@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(slots=True)
-class Rewarded:
+class AnnotatedConversation:
     """One conversation with its rewards.
 
     Attributes:
@@ -39,7 +39,7 @@ class RewardData:
     """A whole annotated corpus."""
 
     manifest: dict[str, Any]
-    rows: list[Rewarded] = field(repr=False)
+    rows: list[AnnotatedConversation] = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -108,7 +108,7 @@ def read_rewards(folder: str | Path) -> RewardData:
             f"{folder}: {len(missing)} of {len(files)} shards are missing ({missing[0]} first); "
             "the same `saffron annotate` again makes them"
         )
-    rows: list[Rewarded] = []
+    rows: list[AnnotatedConversation] = []
     for file in files:
         rows += _read_shard(file, identity(manifest), len(rows))
     if len(rows) != manifest["corpus"]["conversations"]:
@@ -131,7 +131,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_shard(file: Path, identity: str, first: int) -> list[Rewarded]:
+def _read_shard(file: Path, identity: str, first: int) -> list[AnnotatedConversation]:
     """Rows of the shard of that annotation whose first conversation has that number."""
     pyarrow = _pyarrow()
     with outside(f"{file}: cannot be read", CheckpointError):
@@ -146,7 +146,7 @@ def _read_shard(file: Path, identity: str, first: int) -> list[Rewarded]:
             column = table.column(name).combine_chunks()
             flat = column.flatten().to_numpy(zero_copy_only=False).astype(dtype)  # a null becomes NaN
             columns.append(np.split(flat, np.cumsum(column.value_lengths().to_numpy())[:-1]))
-        rows = [Rewarded(*row) for row in zip(*columns, strict=True)]
+        rows = [AnnotatedConversation(*row) for row in zip(*columns, strict=True)]
         if any(not len(row.input_ids) == len(row.roles) == len(row.rewards) for row in rows):
             raise CheckpointError(f"{file}: a conversation's columns differ in length")
         return rows

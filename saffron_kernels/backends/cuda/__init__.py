@@ -6,7 +6,8 @@ The compiled module `saffron_kernels._cuda` is built where nvcc is found. On CPU
 thread for thread by the CPU, where the environment variable `SAFFRON_CUDA_HOST` names a module built for that, as tests
 do.
 
-`native.py` loads the module and hands tensors to it. Bad content of tensors: see `saffron_kernels.backends.faults`.
+There is a file per op. `native.py` loads the module and hands tensors to it, in the groups of `arguments.py`. Bad
+content of tensors: see `saffron_kernels.backends.faults`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from __future__ import annotations
 import torch
 
 from saffron_kernels.backends.cuda import native
-from saffron_kernels.backends.cuda.multifurcate import multifurcate, multifurcation_head, select_beam
+from saffron_kernels.backends.cuda.advance_tree import advance_tree
+from saffron_kernels.backends.cuda.append_kv import append_kv
+from saffron_kernels.backends.cuda.gather_kv import gather_kv
+from saffron_kernels.backends.cuda.merge_attention import merge_attention
+from saffron_kernels.backends.cuda.multifurcate import multifurcate
+from saffron_kernels.backends.cuda.multifurcation_head import multifurcation_head
 from saffron_kernels.backends.cuda.nucleus import nucleus
-from saffron_kernels.backends.cuda.rows import advance_tree, append_kv, gather_kv, merge_attention
+from saffron_kernels.backends.cuda.select_beam import select_beam
 from saffron_kernels.backends.cuda.tree_attention import DTYPES as _ATTENTION_DTYPES
 from saffron_kernels.backends.cuda.tree_attention import tree_attention
 from saffron_kernels.backends.faults import raise_faults

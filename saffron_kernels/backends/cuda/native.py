@@ -11,13 +11,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from saffron_kernels.backends import faults
 from saffron_kernels.checks import FP8
-
-View = tuple[int, tuple[int, ...]]
 
 # Of storage, as csrc/cuda/ops.h numbers them: what is computed with, and what K and V are stored in besides.
 COMPUTED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODE = {**COMPUTED, FP8: 3}
+_CODES = {**CODE, torch.float64: 4}  # of parameters
+_OTHER = 5
 
 _LEAST_CAPABILITY = (8, 0)
 _MODULE = "saffron_kernels._cuda"
@@ -50,9 +51,18 @@ def module(tensor: Tensor) -> ModuleType:
     return _compiled() if tensor.is_cuda else _executed_by_cpu(os.environ[_HOST])
 
 
-def view(tensor: Tensor | None) -> View | None:
-    """Address and strides; None stays None."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
+def launch(op: str, like: Tensor, *arguments: object) -> None:
+    """Runs a launcher for the device of `like`, on the stream that PyTorch uses there now."""
+    on = faults.word(like.device), stream(like)
+    with torch.cuda.device_of(like):
+        getattr(module(like), op)(*map(_argument, (*arguments, on)))
+
+
+def _argument(value: object) -> object:
+    """A tensor as address, strides, dtype and shape; a group of arguments as the tuple of them; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.stride(), _CODES.get(value.dtype, _OTHER), tuple(value.shape)
+    return tuple(map(_argument, value)) if isinstance(value, tuple) else value
 
 
 def of_each_row(ids: Tensor | None, rows: int) -> Tensor | None:

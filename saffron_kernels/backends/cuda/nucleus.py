@@ -8,18 +8,14 @@ from torch import Tensor
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.contents import check_top_ps
 from saffron_kernels.backends.cuda import native
+from saffron_kernels.backends.cuda.arguments import Candidates, Limits, Nuclei, Scratch
 from saffron_kernels.backends.cuda.counters import counters
-from saffron_kernels.backends.cuda.native import CODE, of_each_row, view
 from saffron_kernels.checks import expect
 
 
-def limits(top_p: float | Tensor, banned: Tensor | None, rows: int) -> tuple[object, ...]:
-    """`Limits` of csrc/cuda/ops.h."""
-    each = top_p if isinstance(top_p, Tensor) else None
-    wide = each is not None and each.dtype == torch.float64
-    banned = of_each_row(banned, rows)
-    number = top_p if isinstance(top_p, float | int) else 0.0
-    return number, view(each), wide, view(banned), 0 if banned is None else banned.shape[1]
+def limits(top_p: float | Tensor, banned: Tensor | None, rows: int) -> Limits:
+    banned = native.of_each_row(banned, rows)
+    return Limits(0.0, top_p, banned) if isinstance(top_p, Tensor) else Limits(top_p, None, banned)
 
 
 def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,25 +32,19 @@ def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tup
     tokens, values, counts = new(rows, vocab), new(rows, vocab, dtype=torch.float32), new(rows)
     stats = new(rows, 2, dtype=torch.float32)
     workspace = new(launchers.nucleus_workspace(rows, vocab), dtype=torch.int64)
-    members = *map(view, (tokens, values, counts, stats)), view(workspace)
-    stream = native.stream(logits)
-    with torch.cuda.device_of(logits):
-        launchers.nucleus(
-            view(logits), limits(top_p, banned, rows), *members,
-            view(counters(logits)), rows, vocab, CODE[logits.dtype], view(faults.word(logits.device)), stream,
-        )  # fmt: skip
-        sizes = counts.tolist()  # the one synchronisation: how large the result is
-        if 0 in sizes:
-            faults.clear(logits.device)
-            if isinstance(top_p, Tensor):
-                check_top_ps(top_p)
-            raise ValueError(
-                f"logits: row {sizes.index(0)} has no finite maximum; every row needs finite logits (no NaN, no +inf) "
-                "and one token that is neither -inf nor banned"
-            )
-        offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        found, probability = new(sum(sizes)), new(sum(sizes), dtype=torch.float32)
-        launchers.sort_nuclei(
-            *members, view(offsets), view(found), view(probability), rows, vocab, max(sizes, default=0), stream
+    nuclei, scratch = Nuclei(tokens, values, counts, stats), Scratch(workspace, counters(logits))
+    native.launch("nucleus", logits, logits, limits(top_p, banned, rows), nuclei, scratch)
+    sizes = counts.tolist()  # the one synchronisation: how large the result is
+    if 0 in sizes:
+        faults.clear(logits.device)
+        if isinstance(top_p, Tensor):
+            check_top_ps(top_p)
+        raise ValueError(
+            f"logits: row {sizes.index(0)} has no finite maximum; every row needs finite logits (no NaN, no +inf) "
+            "and one token that is neither -inf nor banned"
         )
+    offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    found, probability = new(sum(sizes)), new(sum(sizes), dtype=torch.float32)
+    largest = max(sizes, default=0)
+    native.launch("sort_nuclei", logits, nuclei, Candidates(found, offsets), probability, largest, scratch)
     return found, probability, offsets

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.cuda import native
+from saffron_kernels.backends.cuda.arguments import Attended, KVCaches, Scoring, Scratch, TriePlan
 from saffron_kernels.backends.cuda.counters import counters
-from saffron_kernels.backends.cuda.native import CODE, view
 from saffron_kernels.checks import FP8, expect
 
 DTYPES = (torch.bfloat16, torch.float16, FP8)  # fp32 has no exact product on tensor cores
@@ -47,15 +47,13 @@ def tree_attention(
     out = torch.empty(queries, heads, sizes[1], dtype=q.dtype, device=q.device)
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        stored = CODE[k_cache.dtype]
+        stored = native.CODE[k_cache.dtype]
         needed = launchers.tree_attention_workspace(queries, heads, kv_heads, max(sizes), tokens, stored)
-        workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
-        launchers.tree_attention(
-            *map(view, (q, k_cache, v_cache, slot, begin, end, count, k_scale, v_scale, sinks)),
-            scale, softcap is not None, softcap or 0.0,
-            *map(view, (out, lse, workspace, counters(q))), queries, heads, kv_heads, *sizes, tokens, slots,
-            CODE[q.dtype], stored, view(faults.word(q.device)), native.stream(q),
-        )  # fmt: skip
+    workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
+    native.launch(
+        "tree_attention", q, q, KVCaches(k_cache, v_cache, k_scale, v_scale), TriePlan(slot, begin, end, count),
+        Scoring(scale, softcap or 0.0, sinks), Attended(out, lse), Scratch(workspace, counters(q)),
+    )  # fmt: skip
     return (out if out.shape[2] == v_dim else out[..., :v_dim].contiguous()), lse
 
 

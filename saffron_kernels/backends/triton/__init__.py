@@ -1,8 +1,8 @@
 """Every op in Triton: on CUDA GPUs of compute capability 8.0 and up; on the CPU interpreted (`TRITON_INTERPRET=1`).
 
 One file an op, with its kernels; `ordering.py` sorts, `numerics.py` and `launch.py` are shared, `bits.py` names what is
-recorded about bad content of tensors (`saffron_kernels.backends.faults`), `aot.py` compiles every kernel without a GPU
-and reports what it uses.
+recorded about bad content of tensors (`saffron_kernels.backends.faults`). `tests/support/triton_report.py` compiles
+every kernel without a GPU and reports what it uses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from saffron_kernels.backends.faults import raise_faults
 from saffron_kernels.backends.triton.advance_tree import advance_tree as _advance_tree
 from saffron_kernels.backends.triton.append_kv import append_kv as _append_kv
 from saffron_kernels.backends.triton.gather_kv import gather_kv as _gather_kv
-from saffron_kernels.backends.triton.launch import INTERPRETED, chip
+from saffron_kernels.backends.triton.launch import INTERPRETED, device_properties
 from saffron_kernels.backends.triton.merge_attention import merge_attention as _merge_attention
 from saffron_kernels.backends.triton.multifurcate import multifurcate as _multifurcate
 from saffron_kernels.backends.triton.multifurcation_head import multifurcation_head as _multifurcation_head
@@ -61,7 +61,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it needs a CUDA device"
     if INTERPRETED:
         return None
-    arch = chip(device).arch
+    arch = device_properties(device).arch
     return None if arch >= _LEAST_ARCH else f"it needs compute capability 8.0, this device has {arch / 10}"
 
 

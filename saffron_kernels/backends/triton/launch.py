@@ -15,10 +15,10 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 _Compile = Callable[..., None]
-_compile_only: ContextVar[tuple[_Compile, Chip] | None] = ContextVar("triton_compile_only", default=None)
+_compile_only: ContextVar[tuple[_Compile, DeviceProperties] | None] = ContextVar("triton_compile_only", default=None)
 
 
-class Chip(NamedTuple):
+class DeviceProperties(NamedTuple):
     """What configurations and grids depend on.
 
     Attributes:
@@ -31,7 +31,7 @@ class Chip(NamedTuple):
 
 
 # The interpreter runs one program after the other: few of them, yet enough that work is split.
-_INTERPRETER = Chip(arch=90, processors=2)
+_INTERPRETER = DeviceProperties(arch=90, processors=2)
 
 
 # Kernels are not specialised on sizes that change from call to call (`do_not_specialize`): a search would compile them
@@ -48,24 +48,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: object, **meta: object) ->
         kernel[grid](*args, **meta)
 
 
-def chip(device: torch.device) -> Chip:
+def device_properties(device: torch.device) -> DeviceProperties:
     """The chip whose configurations serve `device`."""
     compile_only = _compile_only.get()
     if compile_only is not None:
         return compile_only[1]
-    return _cuda_chip(device) if device.type == "cuda" else _INTERPRETER
+    return _cuda_properties(device) if device.type == "cuda" else _INTERPRETER
 
 
 @functools.cache
-def _cuda_chip(device: torch.device) -> Chip:
+def _cuda_properties(device: torch.device) -> DeviceProperties:
     properties = torch.cuda.get_device_properties(device)
-    return Chip(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    return DeviceProperties(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
 @contextmanager
-def compile_only(compile_kernel: _Compile, for_chip: Chip) -> Iterator[None]:
-    """Within the block launches call `compile_kernel(kernel, grid, *args, **meta)`, as if on `for_chip`."""
-    token = _compile_only.set((compile_kernel, for_chip))
+def compile_only(compile_kernel: _Compile, for_device: DeviceProperties) -> Iterator[None]:
+    """Within the block launches call `compile_kernel(kernel, grid, *args, **meta)`, as if on `for_device`."""
+    token = _compile_only.set((compile_kernel, for_device))
     try:
         yield
     finally:

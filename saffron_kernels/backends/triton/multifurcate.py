@@ -45,28 +45,28 @@ def _is_all_unseen(flags_ptr, groups_ptr, group, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "num_groups", "carried", "num_end_tokens", "end_stride", "stride", "capacity", "width"]
+    do_not_specialize=["rows", "num_groups", "finished", "num_end_tokens", "end_stride", "stride", "capacity", "width"]
 )
 def _settle_kernel(
     rewards_ptr, tokens_ptr, stop_ptr, flags_ptr, groups_ptr, all_unseen_ptr, scores_ptr, end_tokens_ptr,
-    carried_scores_ptr, carried_groups_ptr, best_rewards_ptr, best_tokens_ptr, all_groups_ptr,
-    rows, num_groups, carried, num_end_tokens, end_stride, stride, capacity, width, BLOCK: tl.constexpr,
+    finished_scores_ptr, finished_groups_ptr, best_rewards_ptr, best_tokens_ptr, all_groups_ptr,
+    rows, num_groups, finished, num_end_tokens, end_stride, stride, capacity, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What follows from all rewards: which groups are all unseen, who inherits, and the carried nodes as further rows.
+    """What follows from all rewards: which groups are all unseen, who inherits, and the finished nodes as further rows.
 
-    Program `x` serves group `x`, row `x`, and, beyond the rows, a carried node.
+    Program `x` serves group `x`, row `x`, and, beyond the rows, a finished node.
     """
     x = tl.program_id(0)
     if tl.program_id(1) == 0:
         if x < num_groups:
             tl.store(all_unseen_ptr + x, _is_all_unseen(flags_ptr, groups_ptr, x, rows, BLOCK).to(tl.int8))
-        if carried_scores_ptr is not None:
+        if finished_scores_ptr is not None:
             if x < rows:
                 tl.store(all_groups_ptr + x, tl.load(groups_ptr + x))
-            elif x < rows + carried:
-                tl.store(all_groups_ptr + x, tl.load(carried_groups_ptr + x - rows))
+            elif x < rows + finished:
+                tl.store(all_groups_ptr + x, tl.load(finished_groups_ptr + x - rows))
                 tl.store(stop_ptr + x, 1)
-                score = tl.load(carried_scores_ptr + x - rows).to(tl.float32)
+                score = tl.load(finished_scores_ptr + x - rows).to(tl.float32)
                 tl.store(best_rewards_ptr + x.to(tl.int64) * width, score)
                 tl.store(best_tokens_ptr + x.to(tl.int64) * width, -1)
     if scores_ptr is not None:  # noqa: SIM102 (decided at compile time)
@@ -98,44 +98,44 @@ def multifurcate(
     banned: Tensor | None,
     scores: Tensor | None,
     end_tokens: Tensor | None,
-    carried_scores: Tensor | None,
-    carried_groups: Tensor | None,
+    finished_scores: Tensor | None,
+    finished_groups: Tensor | None,
     widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.dtype == torch.float64:
         raise TypeError(f"hidden: got {hidden.dtype}, expected 32 bits at most: this backend computes in fp32")
     faults.check_index("groups", groups, num_groups + 1)
-    faults.check_index("carried_groups", carried_groups, num_groups + 1)
+    faults.check_index("finished_groups", finished_groups, num_groups + 1)
     rows, vocab = logits.shape
     groups, end_tokens = groups.contiguous(), _contiguous(end_tokens)
     faults.check_index("widths", widths, width + 1, lowest=1)
-    carried = 0 if carried_scores is None else carried_scores.shape[0]
+    finished = 0 if finished_scores is None else finished_scores.shape[0]
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=logits.device)
 
     flags, all_unseen = new(rows), new(num_groups, dtype=torch.bool)
-    best_rewards, best_tokens = new(rows + carried, width, dtype=torch.float32), new(rows + carried, width)
-    members = find_members(logits, top_p, banned, groups=groups, num_groups=num_groups, more_rows=carried, flags=flags)
+    best_rewards, best_tokens = new(rows + finished, width, dtype=torch.float32), new(rows + finished, width)
+    members = find_members(logits, top_p, banned, groups=groups, num_groups=num_groups, more_rows=finished, flags=flags)
     lists = members.lists()
     # The same two buffers, once their content has been used, hold the tokens in order and then their rewards.
     tokens, rewards = members.values.view(torch.int32), members.tokens.view(torch.float32)
     composites = sort_blocks(members.values, lists)
     emit_in_order(composites, lists, members.tokens, members.values, None, tokens, None, out_stride=vocab)
     score(hidden, weight, bias, unseen, unseen_reward, tokens, lists, rewards, end_tokens, flags)
-    all_groups = new(rows + carried) if carried else groups
+    all_groups = new(rows + finished) if finished else groups
     all_lists = Lists(None, members.counts, stride=0, capacity=vocab)
     launch(
         _settle_kernel,
-        (max(rows + carried, num_groups), 1 if scores is None else programs_per_row(rows, vocab, logits.device)),
+        (max(rows + finished, num_groups), 1 if scores is None else programs_per_row(rows, vocab, logits.device)),
         rewards, tokens, members.counts, flags, groups, all_unseen.view(torch.int8), _contiguous(scores), end_tokens,
-        _contiguous(carried_scores) if carried else None, _contiguous(carried_groups) if carried else None,
-        best_rewards, best_tokens, all_groups, rows, num_groups, carried, *end_sizes(end_tokens),
+        _contiguous(finished_scores) if finished else None, _contiguous(finished_groups) if finished else None,
+        best_rewards, best_tokens, all_groups, rows, num_groups, finished, *end_sizes(end_tokens),
         lists.stride, lists.capacity, width, BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
     best_of_rows(rewards, tokens, lists, best_rewards, best_tokens)
     parent, token, reward = choose(best_rewards, best_tokens, all_lists, all_groups, num_groups, widths)
-    faults.settle(logits)
+    faults.raise_if_eager(logits)
     return parent, token, reward, members.counts[:rows], all_unseen
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.triton import bits
-from saffron_kernels.backends.triton.launch import cdiv, chip, launch, next_power_of_2
+from saffron_kernels.backends.triton.launch import cdiv, device_properties, launch, next_power_of_2
 from saffron_kernels.backends.triton.numerics import is_one_of
 from saffron_kernels.backends.triton.ordering import Lists, list_bounds
 
@@ -70,7 +70,7 @@ def _head_kernel(
 
 def programs_per_row(rows: int, capacity: int, device: torch.device) -> int:
     """Programs that share the candidates of a row, whose number only the device knows: enough to fill the chip."""
-    return max(1, min(cdiv(capacity, CANDIDATES), cdiv(4 * chip(device).processors, max(1, rows))))
+    return max(1, min(cdiv(capacity, CANDIDATES), cdiv(4 * device_properties(device).processors, max(1, rows))))
 
 
 def end_sizes(end_tokens: Tensor | None) -> tuple[int, int]:

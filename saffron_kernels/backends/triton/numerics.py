@@ -37,7 +37,7 @@ def exp(x):
     """e^x in fp32 to about one unit in the last place.
 
     `tl.exp` rounds x * log2(e) first, which costs |x| * 2^-24 of relative accuracy: too coarse for probabilities
-    that are compared with those of other backends. Here the rounding error of the product is carried along.
+    that are compared with those of other backends. Here the rounding error of the product is propagated.
     """
     high = x * _LOG2E
     low = tl.fma(x, _LOG2E, -high) + x * _LOG2E_REST

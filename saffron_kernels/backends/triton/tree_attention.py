@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saffron_kernels.backends import faults
 from saffron_kernels.backends.triton import bits
-from saffron_kernels.backends.triton.launch import Chip, cdiv, chip, launch, next_power_of_2
+from saffron_kernels.backends.triton.launch import DeviceProperties, cdiv, device_properties, launch, next_power_of_2
 from saffron_kernels.backends.triton.numerics import dot, narrow, tanh
 
 _LOG2E = 1.4426950408889634
@@ -37,7 +37,8 @@ class Config(NamedTuple):
 def config(head_dim: int, rows: int, element_size: int, arch: int) -> Config:
     """The configuration for `rows` (queries x group) of one KV head.
 
-    Chosen so that nothing spills and a program's shared memory fits the architecture (`aot.py` verifies both).
+    Chosen so that nothing spills and a program's shared memory fits the architecture: `tests/support/triton_report.py`
+    verifies both.
     """
     dim = max(64, next_power_of_2(head_dim))
     if element_size > 2:  # fp32 products run on the ordinary cores: small tiles
@@ -289,7 +290,7 @@ def _join_kernel(
     tl.store(lse_ptr + row, tl.where(empty | (mass == 0), float("-inf"), lse))
 
 
-def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: Chip) -> tuple[int, int]:
+def num_splits(tokens: int, row_tiles: int, kv_heads: int, block_n: int, on: DeviceProperties) -> tuple[int, int]:
     """Splits of the tokens, and tokens in each (a multiple of `block_n`): enough programs to fill the chip."""
     wanted = cdiv(_PROGRAMS_PER_PROCESSOR * on.processors, row_tiles * kv_heads)
     tiles = max(1, cdiv(tokens, block_n))
@@ -321,7 +322,7 @@ def tree_attention(
     if not queries:
         return out, lse
     rows = queries * heads // kv_heads
-    on = chip(q.device)
+    on = device_properties(q.device)
     block_m, block_n, num_warps, num_stages = config(max(head_dim, v_dim), rows, q.element_size(), on.arch)
     row_tiles = cdiv(rows, block_m)
     splits, tokens_per_split = num_splits(tokens, row_tiles, kv_heads, block_n, on)

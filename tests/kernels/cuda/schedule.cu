@@ -71,7 +71,7 @@ extern "C" __attribute__((visibility("default"))) int schedule(int queries, int 
   std::vector<int3> found(kMostChunks);
   a.looked_through = found.data();
   try {
-    const Cut cut = cut_work<C>(a, chip());
+    const Cut cut = cut_work<C>(a, device_properties());
     if (a.looked_through != nullptr) {
       launch<look_kernel>(dim3(static_cast<unsigned>(cut.chunks)), 32, 0, 0, a, found.data());
     }

@@ -127,7 +127,7 @@ Bytes run(Inputs& in, int threads) {
 
   std::vector<int32_t> parent(kGroups * kWidth), token(parent.size()), counts(kQueries);
   std::vector<float> reward(parent.size());
-  std::vector<char> blind(kGroups);
+  std::vector<char> all_unseen(kGroups);
   const Search search{tensor(in.groups, DType::kInt32, {kQueries}),
                       top_p,
                       banned,
@@ -140,7 +140,7 @@ Bytes run(Inputs& in, int threads) {
                   tensor(token, DType::kInt32, {kGroups * kWidth}),
                   tensor(reward, DType::kFloat32, {kGroups * kWidth})};
   multifurcate(logits, head, search, beam, tensor(counts, DType::kInt32, {kQueries}),
-               tensor(blind, DType::kBool, {kGroups}), threads);
+               tensor(all_unseen, DType::kBool, {kGroups}), threads);
   keep(result, parent);
   keep(result, token);
   keep(result, reward);

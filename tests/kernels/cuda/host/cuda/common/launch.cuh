@@ -21,7 +21,7 @@ void call(void (*kernel)(Parameters...), Arguments... arguments) {
   kernel(static_cast<Parameters>(arguments)...);
 }
 
-struct Chip {
+struct DeviceProperties {
   int64_t processors, shared_bytes, block_bytes;
   int capability;
 };
@@ -40,7 +40,7 @@ inline int shared_of(int capability) {
 
 /// Few processors, yet enough that work is split; SAFFRON_CUDA_HOST_PROCESSORS asks for more. It is
 /// of capability 8.0 unless SAFFRON_CUDA_HOST_CAPABILITY says otherwise (90).
-inline Chip chip() {
+inline DeviceProperties device_properties() {
   const int capability = number_asked("SAFFRON_CUDA_HOST_CAPABILITY", 80);
   const int kib = shared_of(capability);
   return {number_asked("SAFFRON_CUDA_HOST_PROCESSORS", 6), kib * 1024, (kib - 1) * 1024,
@@ -49,7 +49,7 @@ inline Chip chip() {
 
 template <auto kKernel, class... Arguments>
 void launch(dim3 grid, int threads, size_t shared_bytes, Stream, Arguments... arguments) {
-  if (shared_bytes > static_cast<size_t>(chip().block_bytes)) {
+  if (shared_bytes > static_cast<size_t>(device_properties().block_bytes)) {
     throw std::runtime_error("shared memory: more than a block may have");
   }
   host::run(__PRETTY_FUNCTION__, grid, static_cast<unsigned>(threads), shared_bytes,

@@ -3,7 +3,7 @@
 The launchers of the ops run on CPU tensors of real sizes, but each launch only compiles: so what is compiled is what a
 GPU would run, specialised as Triton specialises it. Registers and local memory are read from the machine code.
 
-    python -m saffron_kernels.backends.triton.aot --markdown docs/triton-kernels.md
+    python tests/support/triton_report.py --markdown docs/triton-kernels.md
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from saffron_kernels.backends import triton as ops
-from saffron_kernels.backends.triton.launch import INTERPRETED, Chip, compile_only
+from saffron_kernels.backends.triton.launch import INTERPRETED, DeviceProperties, compile_only
 from saffron_kernels.backends.triton.nucleus import find_members
 from saffron_kernels.backends.triton.ordering import emit_in_order, sort_blocks
 
 # Multiprocessors of an A100, H200 and B200; bytes of shared memory that one program can have.
-CHIPS = {80: Chip(80, 108), 90: Chip(90, 132), 100: Chip(100, 148)}
+CHIPS = {80: DeviceProperties(80, 108), 90: DeviceProperties(90, 132), 100: DeviceProperties(100, 148)}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Four registers. Two kernels spill as few with Triton 3.6, none but `_mend_kernel` with 3.9.
 FEW_BYTES = 16
@@ -78,8 +78,8 @@ def _copies(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     rows, cache = torch.empty(64, 8, 128, dtype=dtype), torch.empty(1024, 8, 128, dtype=dtype)
     slots = torch.zeros(64, dtype=torch.int32)
     yield "append_kv", lambda: ops.append_kv(rows, rows, slots, cache, cache)
-    turn = torch.empty(64, 128, dtype=dtype)
-    yield "append_kv with RoPE", lambda: ops.append_kv(rows, rows, slots, cache, cache, turn, turn)
+    rotary = torch.empty(64, 128, dtype=dtype)
+    yield "append_kv with RoPE", lambda: ops.append_kv(rows, rows, slots, cache, cache, rotary, rotary)
     yield "gather_kv", lambda: ops.gather_kv(cache, cache, slots.view(2, 32))
     out, lse = torch.empty(64, 32, 128, dtype=dtype), torch.empty(64, 32)
     yield "merge_attention", lambda: ops.merge_attention(out, lse, out, lse)
@@ -217,7 +217,7 @@ def markdown(usages: list[Usage]) -> str:
     lines = [
         "# Triton kernels: what they use",
         "",
-        f"Written by `python -m saffron_kernels.backends.triton.aot --markdown FILE` with Triton {triton.__version__}, "
+        f"Written by `python tests/support/triton_report.py --markdown FILE` with Triton {triton.__version__}, "
         "without a GPU.",
         f"Each cell: registers of a thread / bytes of local memory of a thread (spills; at most {FEW_BYTES}) / "
         "shared memory of a program in KiB",
