@@ -26,6 +26,7 @@ from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
+from vllm.v1.request import Request as VllmRequest
 
 from saffron.errors import CapacityError, CheckpointError, ConfigError, EngineError, outside, reason
 from saffron.integrations.vllm import BACKEND
@@ -40,6 +41,7 @@ from saffron_kernels import KVTrie
 
 KEY = "saffron_rows"
 ROWS = "saffron.integrations.vllm.policy:LogitRows"
+REMEMBERED = 1024  # sequences of the last passes whose blocks' hashes are kept
 _NONE: Index = np.empty(0, dtype=np.int32)
 
 
@@ -94,6 +96,7 @@ class VllmPolicy(Policy):
         config = self.engine.vllm_config
         self._in_process = _check(config, self.engine)
         self._lock, self._numbers = threading.Lock(), itertools.count()
+        self._hashes: dict[tuple[int, ...], list[Any]] = {}
         self._params = SamplingParams(
             max_tokens=1, temperature=0, detokenize=False, logprobs=None if self._in_process else -1,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -200,7 +203,7 @@ class VllmPolicy(Policy):
             try:
                 with outside("VllmPolicy: vLLM stopped", EngineError):
                     for name, i in left.items():
-                        core.add_request(self._request(name, sequences[i], (rows, i)))
+                        self._submit(self._request(name, sequences[i], (rows, i)))
                     while left:
                         for output in core.get_output().outputs:
                             i = left.pop(output.request_id)
@@ -220,6 +223,22 @@ class VllmPolicy(Policy):
             request_id=name, prompt_token_ids=list(tokens), mm_features=None, sampling_params=params,
             pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
         )  # fmt: skip
+
+    def _submit(self, request: EngineCoreRequest) -> None:
+        """Blocks are found by hashes of all tokens up to their end. In this process a beam takes over those of the beam
+        that it continues, so that one is made for each new token."""
+        client = self.engine.engine_core
+        if not isinstance(client, InprocClient):
+            return client.add_request(request)
+        core, tokens = client.engine_core, tuple(request.prompt_token_ids or ())
+        beam = VllmRequest.from_engine_core_request(request, None)
+        beam.block_hashes = list(self._hashes.get(tokens[:-1], ()))
+        assert core.request_block_hasher is not None  # as prefixes are cached
+        beam.block_hashes += core.request_block_hasher(beam)
+        self._hashes[tokens] = beam.block_hashes
+        if len(self._hashes) > REMEMBERED:
+            del self._hashes[next(iter(self._hashes))]
+        core.add_request(beam)
 
     def _row(self, tokens: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> Tensor:
         """Logits by token id, of one position's tokens and logits in the order of the latter."""
