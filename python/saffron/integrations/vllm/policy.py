@@ -28,7 +28,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request as VllmRequest
 
-from saffron.errors import CapacityError, CheckpointError, ConfigError, EngineError, outside, reason
+from saffron.errors import CapacityError, CheckpointError, ConfigError, EngineError, SaffronError, outside, reason
 from saffron.integrations.vllm import BACKEND
 from saffron.integrations.vllm.processor import RequestProcessor, Wanted
 from saffron.models.chat import check_template_options
@@ -74,7 +74,7 @@ class VllmPolicy(Policy):
 
     Args:
         engine: an `LLM` or `LLMEngine`, made with `logits_processors=[ROWS]` or as above. While a search runs nobody
-            else may use it.
+            else may use it. In one process vLLM serves one engine: to end another one ends what they share.
         chat_template_kwargs, split_special_tokens: as for `Policy`.
 
     Attributes:
@@ -94,7 +94,7 @@ class VllmPolicy(Policy):
         expect("engine", engine, LLM, LLMEngine)
         self.engine = engine.llm_engine if isinstance(engine, LLM) else engine
         config = self.engine.vllm_config
-        self._in_process = _check(config, self.engine)
+        self._in_process = _check(config, isinstance(self.engine.engine_core, InprocClient))
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._hashes: dict[tuple[int, ...], list[Any]] = {}
         self._params = SamplingParams(
@@ -150,7 +150,10 @@ class VllmPolicy(Policy):
             config = EngineArgs(**_arguments(place, dtype, options)).create_engine_config()
             if config.parallel_config.world_size == 1:  # on CPUs vLLM chooses a process of its own
                 config.parallel_config.distributed_executor_backend = "uni"
+            _check(config, True)
             engine = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)
+        except SaffronError:
+            raise
         except Exception as error:  # of many types, from many places
             kind = CapacityError if "KV cache" in str(error) else CheckpointError
             raise kind(f"{path}: vLLM cannot run it ({reason(error)})") from error
@@ -247,8 +250,11 @@ class VllmPolicy(Policy):
         return row.to(self.device)
 
 
-def _check(config: VllmConfig, engine: LLMEngine) -> bool:
+def _check(config: VllmConfig, core_is_here: bool) -> bool:
     """Whether the worker runs in this process, so that its rows can be had there.
+
+    Args:
+        core_is_here: the engine's core does.
 
     Raises:
         ConfigError: an engine that does not give logits, or not in time.
@@ -263,8 +269,8 @@ def _check(config: VllmConfig, engine: LLMEngine) -> bool:
     ):
         if there:
             raise ConfigError(f"engine: got one with {what}, which does not serve a policy")
-    alone = isinstance(engine.engine_core, InprocClient) and config.parallel_config.distributed_executor_backend == "uni"
-    if alone and any(one in (ROWS, LogitRows) for one in model.logits_processors or ()):
+    here = core_is_here and config.parallel_config.distributed_executor_backend == "uni"
+    if here and any(one in (ROWS, LogitRows) for one in model.logits_processors or ()):
         return True
     if model.logprobs_mode != "raw_logits" or model.max_logprobs != -1:
         raise ConfigError(
@@ -288,7 +294,11 @@ def _arguments(path: str, dtype: torch.dtype | None, options: Mapping[str, Any])
     }
     if cpu:
         ours = AttentionBackendEnum.CPU_ATTN.get_path() == BACKEND
-        chosen |= {"block_size": 1 if ours else 32, "enforce_eager": True}  # vLLM's own wants multiples of 32
+        chosen |= {
+            "block_size": 1 if ours else 32,  # vLLM's own wants multiples of 32
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 4 << 30,  # VLLM_CPU_KVCACHE_SPACE replaces it
+        }
     if max(options.get("tensor_parallel_size", 1), options.get("pipeline_parallel_size", 1)) > 1:
         chosen |= {"logprobs_mode": "raw_logits", "max_logprobs": -1}
     else:
