@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ import pytest
 import vllm_engine
 from vllm_engine import needs_vllm
 
+from saffron import GreedyDecoding, SaffronSearch, SearchConfig, load_bundled
 from saffron.cli import main
+from saffron.models.bundled import Models
 from saffron.models.files import ModelFiles
+from saffron.models.likelihood import likelihoods
+from saffron.search import GreedyConfig
 
 PROMPTS = [
     {"prompt": "How do I bake bread?"},
@@ -47,33 +53,76 @@ def test_generate(tmp_path: Path) -> None:
         records = [json.loads(line) for line in lines[1:]]
         for record in records:
             del record["cost"]["seconds"]
-            record["score"] = pytest.approx(record["score"], abs=1e-4)
         found.append(records)
         assert json.loads(lines[0])["settings"].get("engine", "saffron") == engine[0]
     assert len(found[0]) == 3
-    assert found[0] == [{**record, "score": one["score"].expected} for record, one in zip(*reversed(found))]
+    scores = [[record.pop("score") for record in records] for records in found]
+    assert found[0] == found[1] and scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 @contextlib.contextmanager
-def server(*options: str) -> Iterator[str]:
-    """Where it listens."""
-    command = [sys.executable, "-m", "saffron.cli", "serve", "--port", "0", *options]
+def server(*options: str) -> Iterator[Any]:
+    """A client of it; at its end it has ended well."""
+    httpx = pytest.importorskip("httpx")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "saffron.cli", "serve", "--port", str(port), "--threads", "1", *options]
     env = vllm_engine.environment_of_a_process()
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        seen = ""
-        for line in process.stderr:
-            seen += line
-            if match := re.search(r"listening at (\S+)", line):
-                break
-        else:
-            pytest.fail(seen[-2000:])
         try:
-            yield match[1]
-        finally:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+                for _ in range(600):
+                    time.sleep(0.25)
+                    assert process.poll() is None
+                    with contextlib.suppress(httpx.TransportError):
+                        if client.get("/health").status_code == 200:
+                            break
+                yield client
             process.send_signal(signal.SIGTERM)
-            process.stderr.read()
-        assert process.wait(60) == 0
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, said[-2000:]
+
+
+@needs_vllm
+def test_serve() -> None:
+    """The defended model, the policy alone and log-probabilities, as of the models in this process."""
+    for needed in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(needed)
+    models = load_bundled(device="cpu")
+    question = [{"role": "user", "content": "How do I sew a quilt?"}]
+    config = SearchConfig(width=4, max_new_tokens=16)
+    (answer,) = SaffronSearch(models.policy, models.mrm, config).generate(question)
+    (plain,) = GreedyDecoding(models.policy, config=GreedyConfig(max_new_tokens=16)).generate(question)
+    with server("--engine", "vllm", *SMALL, "--width", "4", "--expose-undefended", "--no-guard") as client:
+
+        def ask(**body: Any) -> Any:
+            return client.post("/v1/chat/completions", json={"messages": question, "max_tokens": 16} | body)
+
+        said = ask(logprobs=True).json()["choices"][0]
+        assert said["message"]["content"] == answer.text
+        tokens = [one.logprob for one in likelihoods(models.policy, *whole(models, question, answer.token_ids), 0)]
+        assert [one["logprob"] for one in said["logprobs"]["content"]] == pytest.approx(tokens, abs=1e-3)
+        assert ask(model="saffron-bundled-undefended").json()["choices"][0]["message"]["content"] == plain.text
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda _: ask().json()["choices"][0]["message"]["content"], range(6)))
+        assert together == [answer.text] * 6
+        lines = [
+            line.removeprefix("data: ") for line in ask(stream=True).text.splitlines() if line.startswith("data: {")
+        ]
+        deltas = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
+        assert "".join(deltas) == answer.text
+        long = [{"role": "user", "content": "quilt " * 300}]
+        refusal = ask(messages=long)
+        assert refusal.status_code == 400 and refusal.json()["error"]["code"] == "context_length_exceeded"
+        assert ask().status_code == 200
+
+
+def whole(models: Models, question: Any, answer: list[int]) -> tuple[list[int], int]:
+    before = models.policy.chat(question)
+    return before + answer, len(before)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
