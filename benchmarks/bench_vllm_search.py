@@ -2,8 +2,9 @@
 
     SAFFRON_VLLM=1 OMP_NUM_THREADS=1 python benchmarks/bench_vllm_search.py MODEL --output results.csv
 
-The steps of both searches are taken in turns, so that what else runs on the machine hits both. The MRM is a small
-Llama with random weights over the policy's tokens. A run that chooses other tokens than our own loop is an error.
+The steps of both searches are taken in turns, so that what else runs on the machine hits both; medians of steps, and of
+their ratios. The MRM is a small Llama with random weights over the policy's tokens. A run that chooses other tokens
+than our own loop is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from saffron.models.attention import ATTENTION
 
 FIELDS = (
     "width", "prompt", "steps", "ours_ms", "vllm_ms", "ours_cpu_ms", "vllm_cpu_ms", "wall_ratio", "cpu_ratio",
-    "ours_prefill_ms", "vllm_prefill_ms", "same_tokens",
+    "same_tokens",
 )  # fmt: skip
 
 
@@ -73,10 +74,10 @@ def main() -> int:
             config = SearchConfig(width=width, max_new_tokens=options.steps, min_new_tokens=options.steps)
             searches = [SaffronSearch(policy, mrm, config, eos_token_id=[2]) for policy in (ours, theirs)]
             times, same = race(searches, Request(tuple(tokens), tuple(tokens[:32])))
-            first, steps = [one[0][0] for one in times], [one[1:] for one in times]
+            steps = [one[1:] for one in times]
             wall, cpu = ([statistics.median(step[i] for step in mine) for mine in steps] for i in (0, 1))
             ratios = [statistics.median(b[i] / a[i] for a, b in zip(*steps, strict=True)) for i in (0, 1)]
-            row = [width, prompt, options.steps - 1, *wall, *cpu, *ratios, *first]
+            row = [width, prompt, options.steps - 1, *wall, *cpu, *ratios]
             rows.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] + [str(same).lower()])
             print(*rows[-1], flush=True)
             options.output.parent.mkdir(parents=True, exist_ok=True)

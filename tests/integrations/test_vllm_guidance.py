@@ -47,7 +47,7 @@ def llm() -> Iterator[Any]:
         llm = LLM(
             str(FOLDER / "policy"), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=200,
             block_size=16, logits_processors=["saffron.integrations.vllm.guidance:MrmGuidance"],
-            max_num_batched_tokens=64,  # prompts are read in parts, beside requests that decode
+            max_num_batched_tokens=64,  # prompts are read in parts, next to requests that decode
         )  # fmt: skip
         yield llm
         llm.llm_engine.engine_core.shutdown()

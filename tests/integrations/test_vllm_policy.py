@@ -164,6 +164,7 @@ def test_an_engine_that_is_in_use_or_fails(policy: Any, models: Models, monkeypa
         {"max_num_seqs": 3, "max_num_batched_tokens": 16},  # a pass takes several steps of vLLM
         {"logits_processors": None, "logprobs_mode": "raw_logits", "max_logprobs": -1},  # as between processes
         {"prefix_caching_hash_algo": "sha256"},
+        {"tensor_parallel_size": 2},  # processes of their own
     ],
     ids=lambda options: next(iter(options)),
 )
