@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,17 @@ import torch
 import vllm_engine
 from vllm_engine import needs_vllm
 
-from saffron import BestOfN, Engine, GreedyDecoding, Request, SaffronSearch, SearchConfig, load_bundled
+from saffron import (
+    BestOfN,
+    Engine,
+    GreedyDecoding,
+    MultifurcationRewardModel,
+    Policy,
+    Request,
+    SaffronSearch,
+    SearchConfig,
+    load_bundled,
+)
 from saffron.errors import (
     CancelledError,
     CapacityError,
@@ -177,9 +188,24 @@ def test_other_engines(models: Models, attacked: Any, options: dict[str, Any]) -
     assert [one.token_ids for one in theirs] == [one.token_ids for one in ours]
 
 
-def test_the_mrm_may_have_another_tokenizer(tmp_path: Path) -> None:
-    from saffron import Policy
+@pytest.mark.parametrize("width", [1, 4, 16])
+def test_a_real_model(width: int) -> None:
+    """With an MRM of random weights over its tokens."""
+    folder = os.environ.get("SAFFRON_TEST_MODEL")
+    if not folder:
+        pytest.skip("SAFFRON_TEST_MODEL does not name the folder that reproduce.real_text.convert writes")
+    ours = Policy.from_pretrained(folder, device="cpu")
+    small = tiny.model(seed=1, vocab_size=ours.vocab_size, max_position_embeddings=1024)
+    mrm = MultifurcationRewardModel(small, ours.tokenizer)
+    config = SearchConfig(width=width, max_new_tokens=8, min_new_tokens=4)
+    prompts = ["How do I bake bread?", "What is the capital of France, and why?", "Write a rude letter to my aunt."]
+    expected = SaffronSearch(ours, mrm, config).generate(prompts, "Well,")
+    with vllm_engine.policy(Path(folder)) as policy:
+        found = SaffronSearch(policy, mrm, config).generate(prompts, "Well,")
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
 
+
+def test_the_mrm_may_have_another_tokenizer(tmp_path: Path) -> None:
     folder = tiny.save_checkpoint(tmp_path / "policy")
     other = tiny.trio(guard_tokenizer=tiny.tokenizer(280, ["completely different words make another vocabulary"] * 4))
     config = SearchConfig(width=4, max_new_tokens=10, min_new_tokens=2)
