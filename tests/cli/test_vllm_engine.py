@@ -73,7 +73,7 @@ def server(*options: str) -> Iterator[Any]:
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-                for _ in range(600):
+                for _ in range(2400):
                     time.sleep(0.25)
                     assert process.poll() is None
                     with contextlib.suppress(httpx.TransportError):
