@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from saffron.cli.options import (
     Commands,
+    add_engine_options,
     add_model_options,
     add_search_options,
     check_models,
     check_prompt,
+    engine,
     path,
     positive,
     search_config,
@@ -67,7 +69,9 @@ def add(commands: Commands) -> None:
     add("--stream", action="store_true", help="print text once it is final (with --prompt)")
     add("--batch", type=positive, default=8, metavar="N", help="prompts searched together")
     add("--capture", action="store_true", help="replay the steps as a CUDA graph (needs a GPU)")
-    add_model_options(generate.add_argument_group("models"), "policy", "mrm", "base")
+    group = generate.add_argument_group("models")
+    add_model_options(group, "policy", "mrm", "base")
+    add_engine_options(group)
     add_search_options(generate)
     generate.set_defaults(run=run)
 
@@ -79,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if options.stream and (options.trace or options.json or options.output):
         raise ConfigError("--stream: cannot be combined with --trace, --json or --output")
     work = _read_prompts(options)
+    engine(options)
     check_models(options)
     if options.trace:
         from saffron.search.result import TRACE
@@ -198,6 +203,7 @@ def _results(options: argparse.Namespace) -> Iterator[ResultFile | None]:
         "batch": options.batch,
         "device": find_device(options.device).type,
         "models": _models(options).fingerprint(guard=False),
+        **({} if options.engine == "saffron" else {"engine": options.engine}),
     }
     with open_results(options.output, SCHEMA, settings, inputs) as results:
         yield results
@@ -206,7 +212,7 @@ def _results(options: argparse.Namespace) -> Iterator[ResultFile | None]:
 def _models(options: argparse.Namespace) -> ModelFiles:
     from saffron.models.files import ModelFiles
 
-    return ModelFiles(options.policy, options.mrm, options.base, device=options.device)
+    return ModelFiles(options.policy, options.mrm, options.base, device=options.device, **engine(options))
 
 
 def _read_prompts(options: argparse.Namespace) -> list[Work]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from saffron.errors import ConfigError, SaffronError, shown
+from saffron.errors import ConfigError, MissingDependencyError, SaffronError, shown
 from saffron.search.config import PRESETS, EosScore, PathScore, PolicyScore, Ranking, SearchConfig
 from saffron.search.decoding import check_lengths
 from saffron.storage.paths import check_checkpoint
@@ -93,6 +96,46 @@ def add_model_options(parser: argparse.ArgumentParser | Any, *models: str) -> No
     for model in models:
         parser.add_argument(f"--{model}", type=name, metavar="CHECKPOINT", help=helps[model])
     parser.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
+
+
+def add_engine_options(parser: argparse.ArgumentParser | Any) -> None:
+    """What runs the policy; `engine` reads them."""
+    parser.add_argument("--engine", choices=["saffron", "vllm"], default="saffron", help="what runs the policy")
+    parser.add_argument(
+        "--vllm", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of vLLM's engine, such as tensor_parallel_size=2 (with --engine vllm)",
+    )  # fmt: skip
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected NAME=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:  # a word
+        return key, value
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """`engine` and `engine_options` of `ModelFiles`. Before vLLM is imported: it reads the environment then.
+
+    Raises:
+        ConfigError: options that the engine does not serve. MissingDependencyError: there is no vLLM.
+    """
+    if options.engine == "saffron":
+        if options.vllm:
+            raise ConfigError("--vllm: works with --engine vllm")
+        return {}
+    if getattr(options, "capture", False):
+        raise ConfigError("--capture: works with --engine saffron; vLLM has CUDA graphs of its own")
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError("vllm", "vllm")
+    for name, value in (
+        ("SAFFRON_VLLM", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"), ("VLLM_LOGGING_LEVEL", "ERROR")
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+    return {"engine": "vllm", "engine_options": tuple(options.vllm)}
 
 
 def check_models(options: argparse.Namespace) -> None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from saffron.cli.options import (
     Commands,
     above_zero,
+    add_engine_options,
     add_model_options,
     add_search_options,
     check_models,
+    engine,
     name,
     path,
     positive,
@@ -62,7 +64,9 @@ def add(commands: Commands) -> None:
     add("--timeout", type=above_zero, default=600.0, metavar="SECONDS", help="longest wait for an answer")
     add("--drain", type=above_zero, default=120.0, metavar="SECONDS", help="longest wait for answers at SIGTERM")
     add("--max-body", type=positive, default=1 << 20, metavar="BYTES", help="largest request")
-    add_model_options(serve.add_argument_group("models"), "policy", "mrm", "base", "prm")
+    group = serve.add_argument_group("models")
+    add_model_options(group, "policy", "mrm", "base", "prm")
+    add_engine_options(group)
     add_search_options(serve)
     serve.set_defaults(run=run, max_new_tokens=128)
 
@@ -79,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     for option in ("ssl_keyfile", "ssl_certfile"):
         if (file := getattr(options, option)) is not None:
             read_bytes(Path(file))
+    engine(options)
     check_models(options)
     return _serve(options, settings)
 
@@ -98,7 +103,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         torch.set_num_threads(options.threads)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("saffron.serving").setLevel("ERROR" if options.quiet else "INFO")
-    files = ModelFiles(options.policy, options.mrm, options.base, options.prm, options.device)
+    files = ModelFiles(options.policy, options.mrm, options.base, options.prm, options.device, **engine(options))
     app = create_app(lambda: load_models(files, options.guard), settings)
     with outside("--ssl-certfile, --ssl-keyfile: cannot be used"):
         config = uvicorn.Config(

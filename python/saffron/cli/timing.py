@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Clock:
     """Measures what runs inside it: forward passes of the policy and of the MRM; the rest is selection.
 
-    On a GPU, which works on its own, only the whole is measured.
+    On a GPU, which works on its own, and of an engine whose layers are its own, only the whole is measured.
 
     Args:
         policy, mrm: whose forward passes are timed.
@@ -21,7 +21,7 @@ class Clock:
 
     def __init__(self, policy: TrieModel, mrm: TrieModel) -> None:
         self.tokens, self.seconds = 0, {"policy": 0.0, "MRM": 0.0}
-        self._models = {"policy": policy, "MRM": mrm} if policy.device.type == mrm.device.type == "cpu" else {}
+        self._models = {"policy": policy, "MRM": mrm} if policy.model.device.type == mrm.device.type == "cpu" else {}
         self._hooks: list[Any] = []
         self._whole = 0.0
 

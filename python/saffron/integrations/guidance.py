@@ -1,4 +1,4 @@
-"""MRM guidance for the samplers of `transformers`: a logits processor that re-ranks the nucleus by reward."""
+"""MRM guidance for samplers: logits processors that re-rank the nucleus by reward. This one is for `transformers`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,109 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from saffron.errors import ConfigError
+from saffron.errors import ConfigError, shown
 from saffron.integrations.mrm_prompt import MRMPrompt, mrm_contexts
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search.config import SearchConfig
+from saffron.search.config import check_top_p
 from saffron_kernels import multifurcation_head, nucleus
 
 _NONE = np.empty(0, dtype=np.int32)
+Text = tuple[tuple[int, ...], list[int]]  # what the MRM reads before a response, and the response so far
 
 
-class RewardGuidance(LogitsProcessor):
+class Guide:
+    """The rule of `RewardGuidance`, for rows of responses.
+
+    Args:
+        mrm: the reward model.
+        eos_token_id: ids that end a response, one or several.
+    """
+
+    def __init__(self, mrm: MultifurcationRewardModel, eos_token_id: int | Sequence[int]) -> None:
+        self.mrm = mrm
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self.ends = torch.tensor(ends, dtype=torch.int32, device=mrm.device)
+        self._leaves = _NONE
+
+    @torch.no_grad()
+    def guided(self, texts: list[Text], scores: Tensor, beta: float | Tensor, top_p: float | Tensor) -> Tensor:
+        """Guided scores `[rows, vocab]`, fp32.
+
+        Args:
+            scores: `[rows, vocab]`, of the next token of each text.
+            beta, top_p: of all rows, or `[rows]`, the latter in fp64.
+        """
+        chosen = scores.float()
+        tokens, _, offsets = nucleus(chosen, top_p)
+        row = torch.repeat_interleave(torch.arange(len(texts), device=scores.device), offsets.diff())
+        rewards, kept = self._rewards(texts, *(t.to(self.mrm.device) for t in (tokens, offsets, row)))
+        kept = kept.to(scores.device)
+        at = row[kept], tokens[kept].long()
+        weight = beta[at[0]] if isinstance(beta, Tensor) else beta
+        result = torch.full_like(chosen, -torch.inf)
+        result[at] = chosen[at] + weight * rewards.to(scores.device)[kept]
+        return result
+
+    def close(self) -> None:
+        """Gives the MRM's cache back."""
+        leaves, self._leaves = self._leaves, _NONE
+        self.mrm.forget(leaves)
+
+    def __del__(self) -> None:
+        if getattr(self, "_leaves", _NONE).size:  # nothing is held where the constructor failed
+            self.close()
+
+    def _rewards(self, texts: list[Text], tokens: Tensor, offsets: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards `[candidates]`, fp32, of the nuclei of (context, response) rows, and which candidates stay."""
+        mrm = self.mrm
+        unseen = torch.zeros_like(tokens, dtype=torch.bool) if mrm.unseen is None else mrm.unseen[tokens]
+        end = torch.isin(tokens, self.ends)
+        informed = torch.zeros(len(texts), dtype=torch.bool, device=row.device)
+        informed[row[~unseen & ~end]] = True
+        inherits = row[end & informed[row]].unique().tolist()
+        said = [self._last_known(texts[r][1]) for r in inherits]
+        asked = [(r, known) for r, known in zip(inherits, said, strict=True) if known >= 0]
+
+        hidden = self._read([*texts, *((texts[r][0], texts[r][1][:known]) for r, known in asked)])
+        rewards = self._head(hidden[: len(texts)], tokens, offsets)
+        spoken = torch.tensor([texts[r][1][known] for r, known in asked], dtype=torch.int32, device=row.device)
+        inherited = rewards.new_zeros(len(texts))
+        if asked:
+            one_each = torch.arange(len(asked) + 1, dtype=torch.int32, device=row.device)
+            inherited[[r for r, _ in asked]] = self._head(hidden[len(texts) :], spoken, one_each)
+        rewards = torch.where(end, inherited[row], rewards)
+        return torch.where(informed[row], rewards, 0.0), end | ~unseen | ~informed[row]
+
+    def _last_known(self, response: list[int]) -> int:
+        """Where the last token stands that the MRM knows, -1 for nowhere."""
+        if self.mrm.unseen is None or not response:
+            return len(response) - 1
+        known = (~self.mrm.unseen[response]).nonzero()
+        return int(known[-1]) if len(known) else -1
+
+    def _read(self, texts: Sequence[Text]) -> Tensor:
+        """The MRM's hidden states `[texts, hidden]` at the end of (context, response) pairs."""
+        sequences = [[*context, *response] for context, response in texts]
+        self.mrm.check_length("input_ids", max(map(len, sequences)))
+        leaves, hidden = self.mrm.read(sequences)
+        self.close()  # after the reading, so that what old and new rows share was found
+        self._leaves = leaves
+        return hidden
+
+    def _head(self, hidden: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+        return multifurcation_head(
+            hidden, self.mrm.head_weight, self.mrm.full_bias(True), None, 0.0, tokens, offsets
+        ).float()
+
+
+def check_guidance(beta: object, top_p: object) -> None:
+    """Raises `ConfigError` for values that are not allowed."""
+    check_top_p(top_p)
+    if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 <= beta < float("inf"):
+        raise ConfigError(f"beta: got {shown(beta)}, expected a finite number of at least 0")
+
+
+class RewardGuidance(Guide, LogitsProcessor):
     """Tokens of the nucleus get `score + beta * reward`, all others -inf::
 
         guidance = RewardGuidance(mrm, inputs["input_ids"], eos_token_id=model.generation_config.eos_token_id, beta=2.0)
@@ -61,16 +154,11 @@ class RewardGuidance(LogitsProcessor):
         beta: float = 1.0,
         top_p: float = 0.8,
     ) -> None:
-        SearchConfig(top_p=top_p)  # checks it
-        if not 0 <= beta < float("inf"):
-            raise ConfigError(f"beta: got {beta!r}, expected a finite number of at least 0")
+        check_guidance(beta, top_p)
         if input_ids.dim() != 2:
             raise ConfigError(f"input_ids: got shape {list(input_ids.shape)}, expected [batch, length]")
-        self.mrm, self.beta, self.top_p = mrm, beta, top_p
-        self.length = input_ids.shape[1]
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        self.ends = torch.tensor(ends, dtype=torch.int32, device=mrm.device)
-        self._leaves = _NONE
+        super().__init__(mrm, eos_token_id)
+        self.beta, self.top_p, self.length = beta, top_p, input_ids.shape[1]
         rows = [tuple(row) for row in input_ids.tolist()]
         self._contexts: dict[tuple[int, ...], tuple[int, ...]] = {}
         for row, context in zip(rows, mrm_contexts(mrm, rows, mrm_prompt), strict=True):
@@ -91,67 +179,6 @@ class RewardGuidance(LogitsProcessor):
             if rows[i][0] not in self._contexts:
                 raise ConfigError(f"input_ids: row {i} continues none of the rows this guidance was made for")
         texts = [(self._contexts[rows[i][0]], rows[i][1]) for i in live]
-        chosen = scores[live].float()
-        tokens, _, offsets = nucleus(chosen, self.top_p)
-        row = torch.repeat_interleave(torch.arange(len(live), device=scores.device), offsets.diff())
-        rewards, kept = self._rewards(texts, *(t.to(self.mrm.device) for t in (tokens, offsets, row)))
-        kept = kept.to(scores.device)
-        at = row[kept], tokens[kept].long()
-        guided = torch.full_like(chosen, -torch.inf)
-        guided[at] = chosen[at] + self.beta * rewards.to(scores.device)[kept]
         result = scores.clone()
-        result[live] = guided.to(scores.dtype)
+        result[live] = self.guided(texts, scores[live], self.beta, self.top_p).to(scores.dtype)
         return result
-
-    def close(self) -> None:
-        """Gives the MRM's cache back."""
-        leaves, self._leaves = self._leaves, _NONE
-        self.mrm.forget(leaves)
-
-    def __del__(self) -> None:
-        if getattr(self, "_leaves", _NONE).size:  # nothing is held where the constructor failed
-            self.close()
-
-    def _rewards(
-        self, texts: list[tuple[tuple[int, ...], list[int]]], tokens: Tensor, offsets: Tensor, row: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rewards `[candidates]`, fp32, of the nuclei of (context, response) rows, and which candidates stay."""
-        mrm = self.mrm
-        unseen = torch.zeros_like(tokens, dtype=torch.bool) if mrm.unseen is None else mrm.unseen[tokens]
-        end = torch.isin(tokens, self.ends)
-        informed = torch.zeros(len(texts), dtype=torch.bool, device=row.device)
-        informed[row[~unseen & ~end]] = True
-        inherits = row[end & informed[row]].unique().tolist()
-        said = [self._last_known(texts[r][1]) for r in inherits]
-        asked = [(r, known) for r, known in zip(inherits, said, strict=True) if known >= 0]
-
-        hidden = self._read([*texts, *((texts[r][0], texts[r][1][:known]) for r, known in asked)])
-        rewards = self._head(hidden[: len(texts)], tokens, offsets)
-        spoken = torch.tensor([texts[r][1][known] for r, known in asked], dtype=torch.int32, device=row.device)
-        inherited = rewards.new_zeros(len(texts))
-        if asked:
-            one_each = torch.arange(len(asked) + 1, dtype=torch.int32, device=row.device)
-            inherited[[r for r, _ in asked]] = self._head(hidden[len(texts) :], spoken, one_each)
-        rewards = torch.where(end, inherited[row], rewards)
-        return torch.where(informed[row], rewards, 0.0), end | ~unseen | ~informed[row]
-
-    def _last_known(self, response: list[int]) -> int:
-        """Where the last token stands that the MRM knows, -1 for nowhere."""
-        if self.mrm.unseen is None or not response:
-            return len(response) - 1
-        known = (~self.mrm.unseen[response]).nonzero()
-        return int(known[-1]) if len(known) else -1
-
-    def _read(self, texts: Sequence[tuple[tuple[int, ...], list[int]]]) -> Tensor:
-        """The MRM's hidden states `[texts, hidden]` at the end of (context, response) pairs."""
-        sequences = [[*context, *response] for context, response in texts]
-        self.mrm.check_length("input_ids", max(map(len, sequences)))
-        leaves, hidden = self.mrm.read(sequences)
-        self.close()  # after the reading, so that what old and new rows share was found
-        self._leaves = leaves
-        return hidden
-
-    def _head(self, hidden: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-        return multifurcation_head(
-            hidden, self.mrm.head_weight, self.mrm.full_bias(True), None, 0.0, tokens, offsets
-        ).float()

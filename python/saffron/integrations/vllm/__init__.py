@@ -10,6 +10,15 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
+
+from saffron.lazy import attach
+
+if TYPE_CHECKING:
+    from saffron.integrations.vllm.guidance import MrmGuidance as MrmGuidance
+    from saffron.integrations.vllm.policy import VllmPolicy as VllmPolicy
+
+__getattr__, __dir__, __all__ = attach(__name__, {"MrmGuidance": "guidance", "VllmPolicy": "policy"})
 
 VERSIONS = ("0.32",)  # minor versions of vLLM that the tests ran with
 NAME = "SAFFRON"
@@ -46,6 +55,7 @@ def register() -> None:
             raise RuntimeError(reason)
         logging.getLogger(__name__).info("the attention backend %s is not offered: %s", NAME, reason)
         return
-    register_backend(NAME, BACKEND)
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND)
     if asked != "0" and current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
