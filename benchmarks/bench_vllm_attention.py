@@ -1,11 +1,12 @@
-"""A decode step's attention in vLLM, on a CPU: its own kernel against `block_plan` and `tree_attention`.
+"""A decode step's attention in vLLM, on a CPU: its own kernel against Saffron's backend.
 
 python benchmarks/bench_vllm_attention.py                     the whole table, into results/vllm/attention.csv
 python benchmarks/bench_vllm_attention.py --batch 1 32 --prompt 2048 --dtype fp32 --threads 2
 
 Every request has one query. What counts is a layer's time: its attention, and its share of the plan, of which each
 step of a model of 30 layers makes one. The layers have caches of their own, so many that they do not stay in the
-processor's cache unless those of 30 layers would. Both sides run in turn, and the ratio is of their medians.
+processor's cache unless those of 30 layers would. Both sides run in turn, and the ratio is of their medians: of
+processor time with one thread, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import csv
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the threads of vLLM's import count: --threads says how many
 
 import torch
-from timing import time_in_turn
+from timing import MAX_ROUNDS, Times
 from torch import Tensor
 
-from saffron_kernels import append_kv, block_plan, tree_attention
+from saffron_kernels import append_kv
 
 LAYERS = 30  # of the model that the plan's time is divided by
 BLOCK = 32  # tokens; the least that vLLM's kernel takes in its fastest layout
@@ -116,9 +119,6 @@ def vllm_side(case: Case, step: Step) -> tuple[Callable[[], Tensor], Callable[[T
     heads, kv_heads, size = HEADS[case.heads]
     isa = _get_attn_isa(step.q.dtype, BLOCK, size)
     out = torch.empty_like(step.q)
-    views = [
-        layer.view(case.blocks, kv_heads, 2 * BLOCK, size).chunk(2, dim=2) for layer in step.theirs.unbind()
-    ]
 
     def plan() -> Tensor:
         return vllm_ops.cpu_attn_get_scheduler_metadata(
@@ -128,8 +128,9 @@ def vllm_side(case: Case, step: Step) -> tuple[Callable[[], Tensor], Callable[[T
         )  # fmt: skip
 
     def attend(metadata: Tensor, layer: int) -> Tensor:
+        keys, values = step.theirs[layer].view(case.blocks, kv_heads, 2 * BLOCK, size).chunk(2, dim=2)
         vllm_ops.cpu_attention_with_kv_cache(
-            query=step.q, key_cache=views[layer][0], value_cache=views[layer][1], output=out,
+            query=step.q[: case.batch], key_cache=keys, value_cache=values, output=out[: case.batch],
             query_start_loc=step.starts, seq_lens=step.lengths, scale=size**-0.5, causal=True, alibi_slopes=None,
             sliding_window=-1, block_table=step.table, softcap=0, scheduler_metadata=metadata, s_aux=None,
         )  # fmt: skip
@@ -138,24 +139,22 @@ def vllm_side(case: Case, step: Step) -> tuple[Callable[[], Tensor], Callable[[T
     return plan, attend
 
 
-Plan = tuple[Tensor | None, Tensor, Tensor, Tensor]
+def saffron_side(case: Case, step: Step) -> tuple[Callable[[], Any], Callable[[Any, int], Tensor]]:
+    """The same in `saffron.integrations.vllm.backend`, whose layers have the caches `[block, kv head, token, K | V]`."""
+    from saffron.integrations.vllm.backend import SaffronAttention, plan_step
 
-
-def saffron_side(case: Case, step: Step) -> tuple[Callable[[], Plan], Callable[[Plan, int], Tensor]]:
-    """The same as `saffron.integrations.vllm.backend` calls them."""
-    size = HEADS[case.heads][2]
+    heads, kv_heads, size = HEADS[case.heads]
     out = torch.empty_like(step.q)
-    caches = [(layer[..., :size], layer[..., size:]) for layer in step.ours.unbind()]
+    caches = [
+        layer.view(case.blocks, BLOCK, kv_heads, 2 * size).transpose(1, 2) for layer in step.ours.unbind()
+    ]
+    layers = [SaffronAttention(heads, size, size**-0.5, kv_heads) for _ in caches]
 
-    def plan() -> Plan:
-        order, slot, begin, end, _ = block_plan(step.table, step.lengths, step.starts, BLOCK, case.batch)
-        return None if bool((order[1:] > order[:-1]).all()) else order, slot, begin, end
+    def plan() -> Any:
+        return plan_step(step.table, step.lengths, step.starts, BLOCK, case.batch, heads, step.q.dtype)
 
-    def attend(planned: Plan, layer: int) -> Tensor:
-        order, *tokens = planned
-        q = step.q if order is None else step.q.index_select(0, order)
-        found, _ = tree_attention(q, *caches[layer], *tokens, size**-0.5)
-        return out.copy_(found) if order is None else out.index_copy_(0, order.long(), found)
+    def attend(planned: Any, layer: int) -> Tensor:
+        return layers[layer].forward(None, step.q, step.q, step.q, caches[layer], planned, out)
 
     return plan, attend
 
@@ -177,7 +176,7 @@ def measure(case: Case, seconds: float, threads: int) -> dict[str, object]:
     sides = {"vllm": vllm_side(case, step), "saffron": saffron_side(case, step)}
     plans = {name: plan() for name, (plan, _) in sides.items()}
     for name, (_, attend) in sides.items():
-        found = attend(plans[name], 0)  # type: ignore[arg-type]
+        found = attend(plans[name], 0)
         for request in {0, case.batch // 2, case.batch - 1}:
             wanted = specification(case, step, request)
             error = float((found[request].double() - wanted).abs().max() / wanted.abs().max())
@@ -187,11 +186,12 @@ def measure(case: Case, seconds: float, threads: int) -> dict[str, object]:
 
     def all_layers(name: str) -> Callable[[], None]:
         attend = sides[name][1]
-        return lambda: [attend(plans[name], layer) for layer in range(layers)] and None  # type: ignore[arg-type]
+        return lambda: [attend(plans[name], layer) for layer in range(layers)] and None
 
     calls: dict[str, Callable[[], object]] = {name: all_layers(name) for name in sides}
     calls |= {f"{name} plan": plan for name, (plan, _) in sides.items()}
-    times = time_in_turn(calls, seconds)
+    # Processor time leaves out what others on the machine take; with several threads it would count waiting as work.
+    times = time_in_turn(calls, seconds, time.process_time if threads == 1 else time.perf_counter)
     layer = {name: 1e6 * (times[name].median / layers + times[f"{name} plan"].median / LAYERS) for name in sides}
     return {
         "heads": case.heads, "dtype": case.dtype, "batch": case.batch, "prompt": case.prompt, "shared": case.shared,
@@ -199,6 +199,22 @@ def measure(case: Case, seconds: float, threads: int) -> dict[str, object]:
         "saffron_us": round(layer["saffron"], 1), "plan_us": round(1e6 * times["saffron plan"].median, 1),
         "ratio": round(layer["saffron"] / layer["vllm"], 3),
     }  # fmt: skip
+
+
+def time_in_turn(calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]) -> dict[str, Times]:
+    """Times calls in turn, so that a disturbance of the machine falls on all of them; 3 rounds at least."""
+    rounds: list[list[float]] = []
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
+        taken = []
+        for call in calls.values():
+            start = clock()
+            call()
+            taken.append(clock() - start)
+        rounds.append(taken)
+    return {name: Times(sorted(column)) for name, column in zip(calls, zip(*rounds, strict=True), strict=True)}
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
