@@ -140,14 +140,12 @@ def vllm_side(case: Case, step: Step) -> tuple[Callable[[], Tensor], Callable[[T
 
 
 def saffron_side(case: Case, step: Step) -> tuple[Callable[[], Any], Callable[[Any, int], Tensor]]:
-    """The same in `saffron.integrations.vllm.backend`, whose layers have the caches `[block, kv head, token, K | V]`."""
+    """The same in `saffron.integrations.vllm.backend`; its caches are `[block, kv head, token, K | V]`."""
     from saffron.integrations.vllm.backend import SaffronAttention, plan_step
 
     heads, kv_heads, size = HEADS[case.heads]
     out = torch.empty_like(step.q)
-    caches = [
-        layer.view(case.blocks, BLOCK, kv_heads, 2 * size).transpose(1, 2) for layer in step.ours.unbind()
-    ]
+    caches = [layer.view(case.blocks, BLOCK, kv_heads, 2 * size).transpose(1, 2) for layer in step.ours.unbind()]
     layers = [SaffronAttention(heads, size, size**-0.5, kv_heads) for _ in caches]
 
     def plan() -> Any:
@@ -184,9 +182,9 @@ def measure(case: Case, seconds: float, threads: int) -> dict[str, object]:
                 raise AssertionError(f"{name}: {case}: off by {error:.2g} of the largest value")
     layers = len(step.ours)
 
-    def all_layers(name: str) -> Callable[[], None]:
+    def all_layers(name: str) -> Callable[[], object]:
         attend = sides[name][1]
-        return lambda: [attend(plans[name], layer) for layer in range(layers)] and None
+        return lambda: [attend(plans[name], layer) for layer in range(layers)]
 
     calls: dict[str, Callable[[], object]] = {name: all_layers(name) for name in sides}
     calls |= {f"{name} plan": plan for name, (plan, _) in sides.items()}
@@ -201,7 +199,9 @@ def measure(case: Case, seconds: float, threads: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def time_in_turn(calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]) -> dict[str, Times]:
+def time_in_turn(
+    calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, Times]:
     """Times calls in turn, so that a disturbance of the machine falls on all of them; 3 rounds at least."""
     rounds: list[list[float]] = []
     for call in calls.values():

@@ -14,8 +14,8 @@ struct Run {
   int32_t begin, end;
 };
 
-/// The runs that any query sees, cut to the queries there are. Throws if a token that is seen has no
-/// slot.
+/// The runs that any query sees, cut to the queries there are. Throws if a token that is seen has
+/// no slot.
 std::vector<Run> visible_runs(const IntView& slot, const IntView& begin, const IntView& end,
                               int64_t slots, int64_t queries);
 

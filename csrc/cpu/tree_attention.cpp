@@ -13,11 +13,11 @@ namespace {
 
 // What is added up in which order depends on these sizes and the arguments alone, never on the
 // number of threads: the same input gives the same bits however many there are.
-constexpr int64_t kBlockRows = 256;     // rows a task: their queries and outputs fit the L2 cache
-constexpr int64_t kTasks = 64;          // enough to keep as many threads busy,
-constexpr int64_t kLeastTokens = 1024;  // but not with fewer tokens than this
+constexpr int64_t kBlockRows = 256;       // rows a task: their queries and outputs fit the L2 cache
+constexpr int64_t kTasks = 64;            // enough to keep as many threads busy,
+constexpr int64_t kLeastTokens = 1024;    // but not with fewer tokens than this
 constexpr int64_t kStripBytes = 1 << 17;  // of K and V that are at work: they stay in the L2 cache
-constexpr int64_t kSmall = 1 << 20;     // multiplications below which starting threads costs more
+constexpr int64_t kSmall = 1 << 20;       // multiplications below which starting threads costs more
 constexpr int64_t kTokensAtOnce = 1 << 20;  // that the flattened blocks may hold, 12 bytes each
 
 struct Call {
@@ -39,8 +39,8 @@ struct Part {
   Block block;
   FlatBlock flat;
   Strips narrow;
-  std::vector<int64_t> ends;         // of the runs of tiles,
-  std::vector<int64_t> strip_ends;   // and of strips
+  std::vector<int64_t> ends;          // of the runs of tiles,
+  std::vector<int64_t> strip_ends;    // and of strips
   std::vector<StripRows> strip_rows;  // of each run of strips: its partial result
   int64_t base, floats;  // where the partial results of a head stand: first those of tiles
 
@@ -52,8 +52,8 @@ int64_t pieces(int64_t tokens, int64_t wanted) {
   return std::clamp<int64_t>(std::min(wanted, tokens / kLeastTokens), 1, kMaxPartials);
 }
 
-Part divide(const Call& call, const std::vector<Run>& runs, const int32_t* slot,
-            const Block& block, int64_t wanted) {
+Part divide(const Call& call, const std::vector<Run>& runs, const int32_t* slot, const Block& block,
+            int64_t wanted) {
   const DType dtype = call.q.dtype;
   const int64_t head_dim = call.head_dim(), v_dim = call.v_dim();
   Tokens wide;
@@ -63,8 +63,7 @@ Part divide(const Call& call, const std::vector<Run>& runs, const int32_t* slot,
   part.strip_ends = split_evenly(part.narrow, pieces(part.narrow.tokens, wanted));
   if (wide.size() > 0) {
     part.flat = flatten(wide, block, call.kernel.tile_tokens(dtype, head_dim, v_dim));
-    part.ends =
-        split_evenly(part.flat.tiles, block.lanes, pieces(part.flat.tokens.size(), wanted));
+    part.ends = split_evenly(part.flat.tiles, block.lanes, pieces(part.flat.tokens.size(), wanted));
   }
   part.floats =
       static_cast<int64_t>(part.ends.size()) * call.kernel.partial_size(block.rows(), v_dim);
@@ -188,12 +187,12 @@ void attend(const Call& call, std::vector<Part>& parts) {
     const Part& part = parts[static_cast<size_t>(job.part)];
     const bool tiles = job.run < static_cast<int64_t>(part.ends.size());
     task_size = std::max(
-        task_size, tiles ? call.kernel.attend_scratch(call.q.dtype, rows, job.heads,
-                                                      call.head_dim(), v_dim)
-                         : call.kernel.strip_scratch(job.heads, call.head_dim()));
+        task_size,
+        tiles ? call.kernel.attend_scratch(call.q.dtype, rows, job.heads, call.head_dim(), v_dim)
+              : call.kernel.strip_scratch(job.heads, call.head_dim()));
   }
-  auto* results = reinterpret_cast<float*>(
-      scratch(floats * int64_t{sizeof(float)} + call.threads * task_size));
+  auto* results =
+      reinterpret_cast<float*>(scratch(floats * int64_t{sizeof(float)} + call.threads * task_size));
   char* const task_scratch = reinterpret_cast<char*>(results + floats);
   const auto num_parts = static_cast<int64_t>(parts.size());
   std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[num_parts * kv_heads]());

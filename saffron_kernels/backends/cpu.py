@@ -97,7 +97,7 @@ def tree_attention(
 
 
 class PlannedAttention:
-    """`tree_attention` with one plan in call after call, as of the layers of a model: into `out`, without lse or checks.
+    """`tree_attention` with one plan in call after call, as of a model's layers: into `out`, without lse and checks.
 
     What does not change from layer to layer is prepared once: on short prompts that takes longer than the attention.
     The same numbers as the op's, for fp32 and bf16; the last dimension of every tensor is contiguous, `out` wholly.
@@ -110,9 +110,7 @@ class PlannedAttention:
         self._last = view(self._lse), torch.get_num_threads()
 
     def __call__(self, q: Tensor, k_cache: View, v_cache: View, scale: float, out: Tensor) -> None:
-        _native.tree_attention(
-            view(q), k_cache, v_cache, *self._plan_views, scale, None, None, view(out), *self._last
-        )
+        _native.tree_attention(view(q), k_cache, v_cache, *self._plan_views, scale, None, None, view(out), *self._last)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

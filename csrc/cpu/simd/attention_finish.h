@@ -50,17 +50,14 @@ struct ColumnParts {
   }
 
   /// Elements `d ..` of the column's rows.
-  SAFFRON_INLINE void outputs(int64_t d, int64_t wide, int64_t filled, int64_t v_dim,
+  SAFFRON_INLINE void outputs(int64_t d, int64_t wide, int64_t filled, int64_t v_dim, VecI seen,
                               Vec (&block)[kLanes]) const {
     for (Vec& row : block) row = Vec{};
     for (int64_t i = 0; i < num_tiles; ++i) {
       const float* out = tiles[i].out + d * kLanes;
-      // What a row holds that saw nothing may be NaN, or anything.
-      const VecI saw = tiles[i].maximum > splat(-__builtin_inff());
-      for (int64_t j = 0; j < wide; ++j) {
-        block[j] += saw ? load(out + j * kLanes) * tiles[i].weight : Vec{};
-      }
+      for (int64_t j = 0; j < wide; ++j) block[j] += load(out + j * kLanes) * tiles[i].weight;
     }
+    for (Vec& lanes : block) lanes = seen ? lanes : Vec{};
     if (num_tiles > 0) transpose<1>(block);
     for (int64_t i = 0; i < num_strips; ++i) {
       for (int64_t r = 0; r < filled; ++r) {
@@ -91,6 +88,7 @@ inline void finish(const FinishTask& task) {
       part.weight = (part.maximum == lowest) ? Vec{} : exp2(part.maximum - largest);
       sum += (part.maximum == lowest) ? Vec{} : part.sum * part.weight;
     });
+    const VecI seen = maximum > lowest;
     const Vec inverse = 1.f / sum;  // of 0 where all scores that are seen are -infinity: NaN
     parts.each([&](ColumnParts::Part& part) { part.weight *= inverse; });
 
@@ -105,7 +103,7 @@ inline void finish(const FinishTask& task) {
     for (int64_t d = 0; d < v_dim; d += kLanes) {
       Vec block[kLanes];
       const int64_t wide = v_dim - d < kLanes ? v_dim - d : kLanes;
-      parts.outputs(d, wide, filled, v_dim, block);
+      parts.outputs(d, wide, filled, v_dim, seen, block);
       for (int64_t r = 0; r < filled; ++r) {
         if (wide == kLanes) {
           store(to[r] + d, block[r]);

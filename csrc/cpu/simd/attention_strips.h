@@ -7,8 +7,8 @@
 
 namespace saffron::cpu::SAFFRON_ISA {
 
-/// A partial result of strips: outputs [row, v_dim], then maxima and sums [row]. A row whose maximum
-/// is -infinity saw nothing, and its outputs and its sum are undefined.
+/// A partial result of strips: outputs [row, v_dim], then maxima and sums [row]. A row whose
+/// maximum is -infinity saw nothing, and its outputs and its sum are undefined.
 struct StripPartial {
   float *out, *maximum, *sum;
   StripPartial(float* base, int64_t rows, int64_t v_dim)
@@ -81,7 +81,11 @@ SAFFRON_INLINE Vec sums_of(Vec (&x)[kLanes]) {
 /// How a strip of kRows rows is worked on: a vector of scores has those of several tokens.
 template <int kRows>
 struct StripShape {
-  static constexpr int kPadded = kRows <= 1 ? 1 : kRows <= 2 ? 2 : kRows <= 4 ? 4 : kRows <= 8 ? 8 : 16;
+  static constexpr int kPadded = kRows <= 1   ? 1
+                                 : kRows <= 2 ? 2
+                                 : kRows <= 4 ? 4
+                                 : kRows <= 8 ? 8
+                                              : 16;
   static constexpr int kTokens = kLanes / kPadded;  // of a vector of scores
   // Vectors at once: each multiplication waits for the one before it in its sum.
   static constexpr int kVectors = 12 / (kRows * kTokens) > 1 ? 12 / (kRows * kTokens) : 1;
@@ -243,31 +247,8 @@ class Strips {
     }
     if (task_.num_strips > 0) locate(0);
     for (int64_t i = 0; i < task_.num_strips; ++i) {
-      const Strip& strip = task_.strips[i];
       if (i + 1 < task_.num_strips) locate(i + 1);
-      switch (strip.rows) {
-#define SAFFRON_CASE(rows)                                     \
-  case rows:                                                   \
-    if constexpr (rows <= kLanes) work<rows <= kLanes ? rows : 1>(i); \
-    break;
-        SAFFRON_CASE(1)
-        SAFFRON_CASE(2)
-        SAFFRON_CASE(3)
-        SAFFRON_CASE(4)
-        SAFFRON_CASE(5)
-        SAFFRON_CASE(6)
-        SAFFRON_CASE(7)
-        SAFFRON_CASE(8)
-        SAFFRON_CASE(9)
-        SAFFRON_CASE(10)
-        SAFFRON_CASE(11)
-        SAFFRON_CASE(12)
-        SAFFRON_CASE(13)
-        SAFFRON_CASE(14)
-        SAFFRON_CASE(15)
-        SAFFRON_CASE(16)
-#undef SAFFRON_CASE
-      }
+      work_any<1>(i);
     }
     if constexpr (sizeof(T) == 2) put_in_order();
   }
@@ -287,6 +268,13 @@ class Strips {
     for (int64_t t = strip.count; t < strip.count + kStripSlack; ++t) {
       k_[i % 2][t] = k_[i % 2][strip.count - 1];
     }
+  }
+
+  /// With the number of rows as a constant.
+  template <int kRows>
+  void work_any(int64_t i) {
+    if (task_.strips[i].rows == kRows) return work<kRows>(i);
+    if constexpr (kRows < kLanes) work_any<kRows + 1>(i);
   }
 
   template <int kRows>
@@ -350,7 +338,8 @@ class Strips {
       if (partial.maximum[own] == -__builtin_inff()) {
         clear(partial.out + own * task_.v_dim, task_.v_dim);
       } else {
-        for (int lane = r; lane < kLanes; lane += kPadded) state.maximum[lane] = partial.maximum[own];
+        for (int lane = r; lane < kLanes; lane += kPadded)
+          state.maximum[lane] = partial.maximum[own];
         state.sum[r] = partial.sum[own];
       }
     }
@@ -384,7 +373,8 @@ class Strips {
   Scaling scaling_{};
   float *q_, *scores_;
   StripState* states_;
-  int64_t *k_[2], *v_[2];  // bytes from the head's first row, of the strips with even and odd numbers
+  int64_t *k_[2],
+      *v_[2];  // bytes from the head's first row, of the strips with even and odd numbers
 };
 
 inline int64_t strip_scratch(int64_t heads, int64_t head_dim) {

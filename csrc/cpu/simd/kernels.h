@@ -16,8 +16,8 @@ struct Tile {
   bool full;  // every row sees every token
 };
 
-/// One block of queries and some KV heads. The rows are the block's queries times the query heads of
-/// a KV head: row = query * group + head.
+/// One block of queries and some KV heads. The rows are the block's queries times the query heads
+/// of a KV head: row = query * group + head.
 struct HeadsTask {
   Tensor q;                              // [queries, heads, head_dim], head_dim contiguous
   const char *k, *v;                     // the first head's row of slot 0
@@ -69,10 +69,10 @@ struct FinishTask {
   int64_t num_partials;  // at most kMaxPartials
   const float* strip_partials;
   const StripRows* strips;
-  int64_t num_strips;    // at most kMaxPartials
-  Tensor out;            // [queries, heads, v_dim], contiguous
-  const float* sinks;    // [heads], or none
-  float* lse;            // [queries, heads], contiguous
+  int64_t num_strips;  // at most kMaxPartials
+  Tensor out;          // [queries, heads, v_dim], contiguous
+  const float* sinks;  // [heads], or none
+  float* lse;          // [queries, heads], contiguous
   int64_t first_query, queries, first_head, group;
 };
 
