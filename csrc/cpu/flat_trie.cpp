@@ -1,7 +1,6 @@
 #include "cpu/flat_trie.h"
 
 #include <algorithm>
-#include <string>
 
 namespace saffron::cpu {
 namespace {
@@ -115,26 +114,6 @@ class ColumnTree {
 
 }  // namespace
 
-Tokens visible_tokens(const IntView& slot, const IntView& begin, const IntView& end, int64_t slots,
-                      int64_t queries) {
-  Tokens tokens;
-  for (std::vector<int32_t>* column : {&tokens.slot, &tokens.begin, &tokens.end}) {
-    column->reserve(static_cast<size_t>(slot.size));
-  }
-  for (int64_t t = 0; t < slot.size; ++t) {
-    if (begin[t] >= end[t]) continue;
-    if (slot[t] < 0 || slot[t] >= slots) {
-      throw std::invalid_argument("slot: token " + std::to_string(t) + " has slot " +
-                                  std::to_string(slot[t]) + ", allowed are 0 to " +
-                                  std::to_string(slots - 1));
-    }
-    const auto first = static_cast<int32_t>(std::max(begin[t], 0));
-    const auto last = static_cast<int32_t>(std::min<int64_t>(end[t], queries));
-    if (first < last) tokens.push(slot[t], first, last);
-  }
-  return tokens;
-}
-
 FlatBlock flatten(const Tokens& visible, const Block& block, int64_t tile_tokens) {
   FlatBlock result;
   ColumnTree(visible, block, tile_tokens, result);
@@ -154,7 +133,6 @@ std::vector<int64_t> split_evenly(const std::vector<Tile>& tiles, int64_t lanes,
     const auto made = static_cast<int64_t>(ends.size());
     if (done * count >= total * (made + 1)) ends.push_back(static_cast<int64_t>(i) + 1);
   }
-  if (ends.empty()) ends.push_back(0);  // no tokens at all: one empty run
   return ends;
 }
 

@@ -22,7 +22,7 @@ from saffron_kernels.backends import reference_paged
 from saffron_kernels.backends.contents import check_index, checked_count
 from saffron_kernels.backends.reference import apart, rotate
 
-_View = tuple[int, int, Sequence[int], Sequence[int]]
+View = tuple[int, int, Sequence[int], Sequence[int]]
 _CODE = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.bool: 3, torch.float64: 4}
 
 
@@ -55,7 +55,7 @@ def append_kv(
     if cos is not None and sin is not None:
         k = rotate(k.float(), cos.float(), sin.float()).to(k.dtype)
     k, v, k_cache, v_cache = map(_bits, (k, v, k_cache, v_cache))
-    _native.append_kv(_view(k), _view(v), _view(slots), _view(k_cache), _view(v_cache), torch.get_num_threads())
+    _native.append_kv(view(k), view(v), view(slots), view(k_cache), view(v_cache), torch.get_num_threads())
 
 
 def tree_attention(
@@ -89,11 +89,28 @@ def tree_attention(
     out = q.new_empty(*q.shape[:2], v_cache.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     sinks = None if sinks is None else sinks.float().contiguous()
-    plan = _view(slot), _view(begin), _view(end)
-    inputs = _view(q), _view(k_cache), _view(v_cache)
-    outputs = _view(out), _view(lse), torch.get_num_threads()
+    plan = view(slot), view(begin), view(end)
+    inputs = view(q), view(k_cache), view(v_cache)
+    outputs = view(out), view(lse), torch.get_num_threads()
     _native.tree_attention(*inputs, *plan, scale, softcap, _optional(sinks), *outputs)
     return out, lse
+
+
+class PlannedAttention:
+    """`tree_attention` with one plan in call after call, as of a model's layers: into `out`, without lse and checks.
+
+    What does not change from layer to layer is prepared once: on short prompts that takes longer than the attention.
+    The same numbers as the op's, for fp32 and bf16; the last dimension of every tensor is contiguous, `out` wholly.
+    """
+
+    def __init__(self, slot: Tensor, begin: Tensor, end: Tensor, queries: int, heads: int) -> None:
+        self._plan = slot, begin, end  # kept alive: below there are only addresses
+        self._plan_views = view(slot), view(begin), view(end)
+        self._lse = torch.empty(queries, heads)
+        self._last = view(self._lse), torch.get_num_threads()
+
+    def __call__(self, q: Tensor, k_cache: View, v_cache: View, scale: float, out: Tensor) -> None:
+        _native.tree_attention(view(q), k_cache, v_cache, *self._plan_views, scale, None, None, view(out), *self._last)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +120,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     out_a, out_b = _rows(out_a), _rows(out_b)
     out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
     lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
-    pairs = _view(out_a), _view(lse_a), _view(out_b), _view(lse_b)
-    _native.merge_attention(*pairs, _view(out), _view(lse), torch.get_num_threads())
+    pairs = view(out_a), view(lse_a), view(out_b), view(lse_b)
+    _native.merge_attention(*pairs, view(out), view(lse), torch.get_num_threads())
     return out, lse
 
 
@@ -112,8 +129,8 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     (sequences, length), (_, kv_heads, head_dim) = slots.shape, k_cache.shape
     k = k_cache.new_empty(sequences, kv_heads, length, head_dim)
     v = v_cache.new_empty(sequences, kv_heads, length, v_cache.shape[2])
-    caches, gathered = map(_view, map(_bits, (k_cache, v_cache))), map(_view, map(_bits, (k, v)))
-    _native.gather_kv(*caches, _view(slots), *gathered, torch.get_num_threads())
+    caches, gathered = map(view, map(_bits, (k_cache, v_cache))), map(view, map(_bits, (k, v)))
+    _native.gather_kv(*caches, view(slots), *gathered, torch.get_num_threads())
     return k, v
 
 
@@ -123,7 +140,7 @@ def nucleus(logits: Tensor, top_p: float | Tensor, banned: Tensor | None) -> tup
     So membership differs from the reference's for tokens alone before which the mass lies that near to `top_p`.
     """
     logits, top_p = _rows(_computable(logits)), _of_each_row(top_p, logits.shape[0])
-    found = _native.nucleus(_view(logits), _view(top_p), _optional(banned), torch.get_num_threads())
+    found = _native.nucleus(view(logits), view(top_p), _optional(banned), torch.get_num_threads())
     tokens, probabilities, offsets = map(torch.from_numpy, found)
     return tokens, probabilities, offsets
 
@@ -146,8 +163,8 @@ def multifurcation_head(
         unseen = None if unseen is None else unseen[named]
     hidden, weight = _rows(hidden), _rows(weight)
     rewards = torch.empty(tokens.shape, dtype=torch.float32)
-    head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
-    _native.multifurcation_head(*head, _view(tokens), _view(offsets), _view(rewards), torch.get_num_threads())
+    head = view(hidden), view(weight), _optional(bias), _optional(unseen), unseen_reward
+    _native.multifurcation_head(*head, view(tokens), view(offsets), view(rewards), torch.get_num_threads())
     return rewards
 
 
@@ -162,8 +179,8 @@ def select_beam(
 ) -> tuple[Tensor, Tensor, Tensor]:
     beam = _new_beam(num_groups * width)
     comparable = _computable(rewards)  # held until the native function returns
-    candidates = _view(comparable), _view(tokens), _view(offsets)
-    _native.select_beam(*candidates, _view(groups), num_groups, width, _optional(widths), *map(_view, beam))
+    candidates = view(comparable), view(tokens), view(offsets)
+    _native.select_beam(*candidates, view(groups), num_groups, width, _optional(widths), *map(view, beam))
     return beam[0], beam[1], beam[2].to(rewards.dtype)
 
 
@@ -190,18 +207,18 @@ def multifurcate(
     beam = _new_beam(num_groups * width)
     counts = torch.empty(logits.shape[0], dtype=torch.int32)
     all_unseen = torch.empty(num_groups, dtype=torch.bool)
-    head = _view(hidden), _view(weight), _optional(bias), _optional(unseen), unseen_reward
+    head = view(hidden), view(weight), _optional(bias), _optional(unseen), unseen_reward
     search = (
-        _view(groups),
+        view(groups),
         num_groups,
         width,
         _optional(widths),
-        _view(top_p),
+        view(top_p),
         *map(_optional, (banned, scores, end_tokens)),
     )
     finished = _optional(finished_scores), _optional(finished_groups)
-    outputs = *map(_view, beam), _view(counts), _view(all_unseen)
-    _native.multifurcate(_view(logits), *head, *search, *finished, *outputs, torch.get_num_threads())
+    outputs = *map(view, beam), view(counts), view(all_unseen)
+    _native.multifurcate(view(logits), *head, *search, *finished, *outputs, torch.get_num_threads())
     return *beam, counts, all_unseen
 
 
@@ -218,9 +235,9 @@ def advance_tree(
     held = room if count is None else checked_count(count, room - fresh)
     size = room + fresh if count is None else room
     plan = slot.new_empty(size), slot.new_empty(size), slot.new_empty(size)
-    old = map(_view, (slot[:held], begin[:held], end[:held], parents, new_slots))
+    old = map(view, (slot[:held], begin[:held], end[:held], parents, new_slots))
     used = held + fresh
-    _native.advance_tree(*old, queries, *(_view(x[:used]) for x in plan))
+    _native.advance_tree(*old, queries, *(view(x[:used]) for x in plan))
     for x, dead in zip(plan, (-1, 0, 0), strict=True):
         x[used:] = dead
     return plan
@@ -232,7 +249,7 @@ def block_plan(
     if block_table.numel() and int(block_table.max()) >= 2**31 // block_size:  # padding, or slots above int32
         return reference_paged.block_plan(block_table, seq_lens, query_start, block_size, queries, size)
     block_table = _rows(block_table)  # held until the native function returns
-    inputs = _view(block_table), _view(seq_lens), _view(query_start), block_size, queries
+    inputs = view(block_table), view(seq_lens), view(query_start), block_size, queries
     order, *plan = map(torch.from_numpy, _native.block_plan(*inputs, -1 if size is None else size))
     count = seq_lens.new_tensor([len(plan[0])])
     room = 0 if size is None else size - len(plan[0])
@@ -242,7 +259,7 @@ def block_plan(
     return order, slot, begin, end, count
 
 
-def _view(tensor: Tensor) -> _View:
+def view(tensor: Tensor) -> View:
     return tensor.data_ptr(), _CODE[tensor.dtype], tensor.shape, tensor.stride()
 
 
@@ -255,8 +272,8 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.float16 else tensor
 
 
-def _optional(tensor: Tensor | None) -> _View | None:
-    return None if tensor is None else _view(tensor)
+def _optional(tensor: Tensor | None) -> View | None:
+    return None if tensor is None else view(tensor)
 
 
 def _of_each_row(top_p: float | Tensor, rows: int) -> Tensor:

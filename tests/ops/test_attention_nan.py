@@ -20,7 +20,7 @@ from saffron_kernels._native import cpu as native_cpu
 
 OP = "tree_attention"
 pytestmark = pytest.mark.usefixtures("poisoned")
-HEADS, KV_HEADS, HEAD_DIM, V_DIM = 4, 2, 16, 24
+HEADS, KV_HEADS = 4, 2
 OPERANDS = ["q", "k", "v", "scale", "softcap", "sinks"]
 
 FORESTS = {
@@ -30,10 +30,16 @@ FORESTS = {
 }
 
 
-def arguments(forest: Forest, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
-    k_cache, v_cache = caches(5, forest, KV_HEADS, HEAD_DIM, dtype, device, V_DIM)
+SIZES = {"small": (16, 24), "columns": (32, 64), "long": (32, 32)}  # of K and V; the last come in whole vectors
+
+
+def arguments(
+    forest: Forest, dtype: torch.dtype, device: torch.device, sizes: tuple[int, int] = (16, 24)
+) -> dict[str, object]:
+    head_dim, v_dim = sizes
+    k_cache, v_cache = caches(5, forest, KV_HEADS, head_dim, dtype, device, v_dim)
     plan = {"slot": forest.slot, "begin": forest.begin, "end": forest.end}
-    q = randn(6, forest.queries, HEADS, HEAD_DIM, dtype=dtype, device=device)
+    q = randn(6, forest.queries, HEADS, head_dim, dtype=dtype, device=device)
     sinks = randn(7, HEADS, dtype=dtype, device=device)
     return {"q": q, "k_cache": k_cache, "v_cache": v_cache, **plan, "scale": 0.3, "softcap": 3.0, "sinks": sinks}
 
@@ -42,8 +48,8 @@ def poison(
     operand: str, forest: Forest, given: dict, where: int, head: int, lane: int, value: float
 ) -> tuple[dict, Tensor, Tensor]:
     """The arguments with one number replaced, and which numbers of out and lse depend on it."""
-    queries = forest.queries
-    out, lse = torch.zeros(queries, HEADS, V_DIM, dtype=torch.bool), torch.zeros(queries, HEADS, dtype=torch.bool)
+    queries, head_dim, v_dim = forest.queries, given["q"].shape[2], given["v_cache"].shape[2]
+    out, lse = torch.zeros(queries, HEADS, v_dim, dtype=torch.bool), torch.zeros(queries, HEADS, dtype=torch.bool)
     sees = forest.mask().any(1).cpu()
     changed = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
     if operand in ("scale", "softcap"):
@@ -55,19 +61,19 @@ def poison(
         out[sees, head % HEADS] = True
     elif operand == "q":
         query = where % queries
-        changed["q"][query, head % HEADS, lane % HEAD_DIM] = value
+        changed["q"][query, head % HEADS, lane % head_dim] = value
         out[query, head % HEADS] = lse[query, head % HEADS] = bool(sees[query])
     else:
         seen = [slot for slots in forest.seen for slot in slots]
         slot, kv, group = seen[where % len(seen)], head % KV_HEADS, HEADS // KV_HEADS
         seers = torch.tensor([slot in slots for slots in forest.seen])
         if operand == "k":
-            changed["k_cache"][slot, kv, lane % HEAD_DIM] = value
+            changed["k_cache"][slot, kv, lane % head_dim] = value
             out[seers, kv * group : (kv + 1) * group] = True
             lse[seers, kv * group : (kv + 1) * group] = True
         else:
-            changed["v_cache"][slot, kv, lane % V_DIM] = value
-            out[seers, kv * group : (kv + 1) * group, lane % V_DIM] = True
+            changed["v_cache"][slot, kv, lane % v_dim] = value
+            out[seers, kv * group : (kv + 1) * group, lane % v_dim] = True
     return changed, out, lse
 
 
@@ -90,12 +96,12 @@ def test_nan_in_one_lane(case, operand, backend, limit, examples, device, dtype)
         pytest.skip("too large for this backend here")
     if limit != UNLIMITED and dtype == torch.bfloat16 and case != "columns":
         pytest.skip("interpreted: 16 bits are told from 32 where tiles are multiplied, in one case as in all")
-    given_arguments = arguments(forest, dtype, device)
+    given_arguments = arguments(forest, dtype, device, SIZES[case])
     clean = [x.cpu() for x in tree_attention(**given_arguments)]
     assert all(bool(x.isfinite().all()) for x in clean)
 
     @examples
-    @given(st.integers(0, 2**16), st.integers(0, HEADS - 1), st.integers(0, V_DIM - 1))
+    @given(st.integers(0, 2**16), st.integers(0, HEADS - 1), st.integers(0, SIZES[case][1] - 1))
     def run(where: int, head: int, lane: int) -> None:
         check(operand, forest, given_arguments, clean, where, head, lane)
 

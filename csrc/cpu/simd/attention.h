@@ -20,28 +20,33 @@ constexpr float kSlack = 8.f;
 constexpr float kLowestSeen = -__FLT_MAX__;
 
 /// Walks over the K and V rows of the next tile, those of all the task's heads at once: if there
-/// are several they lie side by side. Brings them into the second-level cache, line by line between
-/// the multiplications of this tile: a processor waits when it asks for many at once.
+/// are several they lie side by side, or K and V in turn. Brings them into the second-level cache,
+/// line by line between the multiplications of this tile: a processor waits when it asks for many
+/// at once.
 class Prefetch {
  public:
   Prefetch(const AttentionTask& task, const Tile& tile, int64_t item)
-      : task_(task),
-        slot_(task.slot + tile.first),
-        count_(tile.count),
-        k_lines_(ceil_div(task.q.shape[2] * item * task.heads, 64)),
-        v_lines_(ceil_div(task.v_dim * item * task.heads, 64)) {
-    start_row();
+      : task_(task), slot_(task.slot + tile.first), count_(tile.count) {
+    const int64_t k_size = task.q.shape[2] * item, v_size = task.v_dim * item;
+    const bool adjacent = task.k_head_stride == k_size && task.v_head_stride == v_size;
+    pieces_ = adjacent ? 1 : task.heads;
+    k_lines_ = ceil_div(k_size * (adjacent ? task.heads : 1), 64);
+    v_lines_ = ceil_div(v_size * (adjacent ? task.heads : 1), 64);
+    start_piece();
   }
 
-  SAFFRON_INLINE int64_t lines() const { return count_ * (k_lines_ + v_lines_); }
+  SAFFRON_INLINE int64_t lines() const { return count_ * pieces_ * (k_lines_ + v_lines_); }
   SAFFRON_INLINE bool active() const { return row_ < 2 * count_; }
   /// Harmless after the last line.
   SAFFRON_INLINE void next() {
     __builtin_prefetch(at_, 0, 2);
     at_ += step_;
     if (--left_ == 0) {
-      ++row_;
-      start_row();
+      if (++piece_ == pieces_) {
+        piece_ = 0;
+        ++row_;
+      }
+      start_piece();
     }
   }
   SAFFRON_INLINE void next(int64_t lines) {
@@ -49,7 +54,7 @@ class Prefetch {
   }
 
  private:
-  void start_row() {
+  void start_piece() {
     if (!active()) {
       step_ = 0;
       left_ = INT64_MAX;
@@ -57,13 +62,14 @@ class Prefetch {
     }
     const bool key = row_ < count_;
     const int64_t slot = slot_[key ? row_ : row_ - count_];
-    at_ = key ? task_.k + slot * task_.k_stride : task_.v + slot * task_.v_stride;
+    at_ = key ? task_.k + slot * task_.k_stride + piece_ * task_.k_head_stride
+              : task_.v + slot * task_.v_stride + piece_ * task_.v_head_stride;
     left_ = key ? k_lines_ : v_lines_;
   }
 
   const AttentionTask& task_;
   const int32_t* slot_;
-  int64_t count_, k_lines_, v_lines_, row_ = 0, left_ = 0, step_ = 64;
+  int64_t count_, pieces_, k_lines_, v_lines_, row_ = 0, piece_ = 0, left_ = 0, step_ = 64;
   const char* at_ = nullptr;
 };
 
@@ -307,68 +313,6 @@ inline void attend(const AttentionTask& task) {
     one.partial += head * task.partial_stride;
     if (is_spoilt(Partial(one.partial, columns, task.v_dim), columns, task.v_dim)) {
       attend_careful<Math, T>(one);
-    }
-  }
-}
-
-/// Joins partial results and writes them out as [query, head, v_dim].
-template <class T>
-inline void finish(const FinishTask& task) {
-  const int64_t v_dim = task.out.shape[2], rows = task.queries * task.group;
-  const int64_t heads = task.out.shape[1], columns = ceil_div(rows, kLanes);
-  const int64_t size = partial_size(rows, v_dim);
-  auto part = [&](int64_t i) {
-    return Partial(const_cast<float*>(task.partials) + i * size, columns, v_dim);
-  };
-  const Vec lowest = splat(-__builtin_inff());
-  for (int64_t row = 0; row < rows; row += kLanes) {
-    const int64_t filled = rows - row < kLanes ? rows - row : kLanes;
-    Vec maximum = lowest, sink = lowest, sum{};
-    for (int64_t i = 0; i < task.num_partials; ++i)
-      maximum = max(maximum, load(part(i).maximum + row));
-    const VecI seen = maximum > lowest;
-    for (int64_t r = 0; r < filled && task.sinks != nullptr; ++r) {
-      sink[r] = task.sinks[task.first_head + (row + r) % task.group] * kLog2E;
-    }
-    const Vec largest = task.sinks != nullptr ? max(sink, maximum) : maximum;  // NaN if the sink is
-    sum += (sink == lowest) ? Vec{} : exp2(sink - largest);
-    Vec weight[kMaxPartials];
-    for (int64_t i = 0; i < task.num_partials; ++i) {
-      const Vec own = load(part(i).maximum + row);
-      weight[i] = (own == lowest) ? Vec{} : exp2(own - largest);
-      sum += (own == lowest) ? Vec{} : load(part(i).sum + row) * weight[i];
-    }
-    const Vec inverse = 1.f / sum;  // of 0 where all scores that are seen are -infinity: NaN
-    for (int64_t i = 0; i < task.num_partials; ++i) weight[i] *= inverse;
-
-    T* to[kLanes];
-    for (int64_t r = 0; r < filled; ++r) {
-      const int64_t query = task.first_query + (row + r) / task.group;
-      const int64_t head = task.first_head + (row + r) % task.group;
-      to[r] = reinterpret_cast<T*>(task.out.data) + (query * heads + head) * v_dim;
-      task.lse[query * heads + head] =
-          largest[r] * 0.69314718055994531f + __builtin_logf(sum[r]);  // log 0 is -infinity
-    }
-    const int64_t column = row / kLanes * column_size(v_dim);
-    for (int64_t d = 0; d < v_dim; d += kLanes) {
-      Vec block[kLanes] = {};
-      const int64_t wide = v_dim - d < kLanes ? v_dim - d : kLanes;
-      for (int64_t i = 0; i < task.num_partials; ++i) {
-        if (bits(load(part(i).maximum + row) > lowest) == 0) continue;
-        const float* out = part(i).out + column + d * kLanes;
-        for (int64_t j = 0; j < wide; ++j) block[j] += load(out + j * kLanes) * weight[i];
-      }
-      for (int64_t j = 0; j < wide; ++j) block[j] = seen ? block[j] : Vec{};
-      transpose<1>(block);
-      for (int64_t r = 0; r < filled; ++r) {
-        if (wide == kLanes) {
-          store(to[r] + d, block[r]);
-        } else {
-          T row_part[kLanes];
-          store(row_part, block[r]);
-          for (int64_t j = 0; j < wide; ++j) to[r][d + j] = row_part[j];
-        }
-      }
     }
   }
 }

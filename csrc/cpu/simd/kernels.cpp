@@ -5,7 +5,9 @@
 #include <type_traits>
 
 #include "cpu/simd/attention.h"
+#include "cpu/simd/attention_finish.h"
 #include "cpu/simd/attention_float.h"
+#include "cpu/simd/attention_strips.h"
 #include "cpu/simd/rows.h"
 #ifdef __AMX_BF16__
 #include "cpu/simd/attention_amx.h"
@@ -59,6 +61,10 @@ void attend_any(const AttentionTask& task) {
   });
 }
 
+void attend_strips_any(const StripTask& task) {
+  task.q.dtype == DType::kBFloat16 ? Strips<uint16_t>(task).run() : Strips<float>(task).run();
+}
+
 void finish_any(const FinishTask& task) {
   task.out.dtype == DType::kBFloat16 ? finish<uint16_t>(task) : finish<float>(task);
 }
@@ -104,6 +110,10 @@ const Kernels table = {SAFFRON_NAME(SAFFRON_ISA),
                        &partial_size,
                        &attend_scratch,
                        &attend_any,
+                       &strip_rows,
+                       &strip_partial_size,
+                       &strip_scratch,
+                       &attend_strips_any,
                        &finish_any,
                        &blend_any,
                        &scan_any,

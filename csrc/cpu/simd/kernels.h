@@ -16,24 +16,48 @@ struct Tile {
   bool full;  // every row sees every token
 };
 
-/// One block of queries, some KV heads, one run of tiles. The rows are the block's queries times
-/// the query heads of a KV head: row = query * group + head.
-struct AttentionTask {
+/// One block of queries and some KV heads. The rows are the block's queries times the query heads
+/// of a KV head: row = query * group + head.
+struct HeadsTask {
   Tensor q;                              // [queries, heads, head_dim], head_dim contiguous
   const char *k, *v;                     // the first head's row of slot 0
   int64_t k_stride, v_stride;            // bytes from slot to slot,
   int64_t k_head_stride, v_head_stride;  // and from head to head
-  const int32_t *slot, *begin, *end;     // of the block's tokens; rows that see them
-  const Tile* tiles;
-  int64_t num_tiles;
   int64_t first_query, queries, group;
-  int64_t first_head, heads;  // of KV; several only if they lie side by side in a row of the cache
+  int64_t first_head, heads;  // of KV; several only if they lie inside the same row of the cache
   int64_t v_dim;              // size of a row of V; of K: q's
   float scale, softcap;
   bool capped;             // else softcap says nothing
-  float* partial;          // of the first head: Kernels::partial_size() floats, written
+  float* partial;          // of the first head, written: as many floats as the kernel says
   int64_t partial_stride;  // floats from head to head
-  char* scratch;           // Kernels::attend_scratch() bytes
+  char* scratch;           // as many bytes as the kernel says
+};
+
+/// Attention over one run of tiles.
+struct AttentionTask : HeadsTask {
+  const int32_t *slot, *begin, *end;  // of the block's tokens; rows that see them
+  const Tile* tiles;
+  int64_t num_tiles;
+};
+
+/// Tokens that rows `first_row .. first_row + rows - 1` of a block see, and no others.
+struct Strip {
+  const int32_t* slot;
+  int64_t count;  // at most kStripTokens
+  int64_t first_row, rows;
+};
+constexpr int64_t kStripTokens = 64;
+
+/// Attention over one run of strips, whose rows lie in `first_row .. first_row + rows - 1`.
+struct StripTask : HeadsTask {
+  const Strip* strips;
+  int64_t num_strips;
+  int64_t first_row, rows;
+};
+
+/// The rows of a partial result of strips, and where it stands.
+struct StripRows {
+  int64_t first, count, offset;
 };
 
 constexpr int64_t kMaxPartials = 64;
@@ -43,9 +67,12 @@ constexpr int kMaxHeadDim = 512;
 struct FinishTask {
   const float* partials;
   int64_t num_partials;  // at most kMaxPartials
-  Tensor out;            // [queries, heads, v_dim], contiguous
-  const float* sinks;    // [heads], or none
-  float* lse;            // [queries, heads], contiguous
+  const float* strip_partials;
+  const StripRows* strips;
+  int64_t num_strips;  // at most kMaxPartials
+  Tensor out;          // [queries, heads, v_dim], contiguous
+  const float* sinks;  // [heads], or none
+  float* lse;          // [queries, heads], contiguous
   int64_t first_query, queries, first_head, group;
 };
 
@@ -61,6 +88,11 @@ struct Kernels {
   int64_t (*partial_size)(int64_t rows, int64_t v_dim);
   int64_t (*attend_scratch)(DType, int64_t rows, int64_t heads, int64_t head_dim, int64_t v_dim);
   void (*attend)(const AttentionTask&);
+  /// Rows a strip may have; 0 if heads of these sizes have no strips.
+  int64_t (*strip_rows)(DType, int64_t head_dim, int64_t v_dim);
+  int64_t (*strip_partial_size)(int64_t rows, int64_t v_dim);
+  int64_t (*strip_scratch)(int64_t heads, int64_t head_dim);
+  void (*attend_strips)(const StripTask&);
   void (*finish)(const FinishTask&);
   /// to[i] = a[i] * weight_a + b[i] * weight_b, all of one dtype, contiguous.
   void (*blend)(const char* a, const char* b, float weight_a, float weight_b, DType, int64_t count,

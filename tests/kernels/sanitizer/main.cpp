@@ -58,7 +58,7 @@ struct Inputs {
     fill(scores, kQueries);
     top_p.assign(kQueries, 0.8);
     for (int64_t i = 0; i < kTokens; ++i) {
-      const bool shared = i < kTokens - 10 * kQueries;
+      const bool shared = i < kTokens - 100 * kQueries;
       slot.push_back(static_cast<int32_t>(kSlots - 1 - i));
       begin.push_back(static_cast<int32_t>(shared ? 0 : i % kQueries));
       end.push_back(static_cast<int32_t>(shared ? kQueries : i % kQueries + 1));

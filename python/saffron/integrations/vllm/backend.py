@@ -21,10 +21,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from saffron.integrations.vllm import NAME
 from saffron_kernels import append_kv, block_plan, tree_attention
+from saffron_kernels.backends import cpu, implementation
 
 
 class SaffronAttentionBackend(AttentionBackend):
@@ -72,6 +74,7 @@ class SaffronMetadata:
         num_actual_tokens: queries; rows behind them are padding.
         order: `[queries]` int32, the query at each place of the plan; None: they stand in vLLM's order.
         slot, begin, end: the plan, as for `tree_attention`.
+        prepared: the same plan for the layers, where the CPU backend serves it.
     """
 
     num_actual_tokens: int
@@ -79,6 +82,21 @@ class SaffronMetadata:
     slot: Tensor
     begin: Tensor
     end: Tensor
+    prepared: cpu.PlannedAttention | None = None
+
+
+def plan_step(
+    table: Tensor, lengths: Tensor, starts: Tensor, block_size: int, queries: int, heads: int, dtype: torch.dtype
+) -> SaffronMetadata:
+    """The plan of a step: the block table of its requests, their tokens and the first query of each."""
+    order, slot, begin, end, _ = block_plan(table, lengths, starts, block_size, queries)
+    if table.device.type != "cpu":  # nobody waits to look
+        return SaffronMetadata(queries, order, slot, begin, end)
+    same = torch.equal(order, torch.arange(queries, dtype=torch.int32))
+    metadata = SaffronMetadata(queries, None if same else order, slot, begin, end)
+    if dtype != torch.float16 and implementation("tree_attention", table.device, dtype) is cpu.tree_attention:
+        metadata.prepared = cpu.PlannedAttention(slot, begin, end, queries, heads)
+    return metadata
 
 
 class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
@@ -91,6 +109,10 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        model = vllm_config.model_config
+        layer_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        self.heads = layer_heads or model.get_num_attention_heads(vllm_config.parallel_config)
+        self.dtype = model.dtype
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -98,11 +120,10 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
         batch = common_attn_metadata
         if batch.causal is not True:
             raise NotImplementedError(f"{NAME}: attention that is not causal is not served")
-        table, starts = batch.block_table_tensor, batch.query_start_loc
-        queries = batch.num_actual_tokens
-        order, slot, begin, end, _ = block_plan(table, batch.seq_lens, starts, self.block_size, queries)
-        same = table.device.type == "cpu" and bool((order[1:] > order[:-1]).all())  # elsewhere nobody waits to look
-        return SaffronMetadata(queries, None if same else order, slot, begin, end)
+        return plan_step(
+            batch.block_table_tensor, batch.seq_lens, batch.query_start_loc, self.block_size, batch.num_actual_tokens,
+            self.heads, self.dtype,
+        )  # fmt: skip
 
 
 class SaffronAttention(AttentionImpl[SaffronMetadata]):
@@ -136,6 +157,7 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
                 raise NotImplementedError(f"{NAME}: {what} is not served; choose another attention backend")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self._seen: tuple[tuple[object, ...], tuple[cpu.View, cpu.View]] | None = None
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -162,15 +184,27 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
             return output.fill_(0)
         plan, queries = attn_metadata, attn_metadata.num_actual_tokens
         q = query[:queries].view(queries, self.num_heads, self.head_size)
+        place = output[:queries].view(queries, self.num_heads, self.head_size)
         if plan.order is not None:
             q = q.index_select(0, plan.order)
-        out, _ = tree_attention(q, *_rows(kv_cache), plan.slot, plan.begin, plan.end, self.scale)
-        place = output[:queries].view(queries, self.num_heads, self.head_size)
-        if plan.order is None:
-            place.copy_(out)
+        if plan.prepared is None:
+            out, _ = tree_attention(q, *_rows(kv_cache), plan.slot, plan.begin, plan.end, self.scale)
         else:
+            out = place if plan.order is None else torch.empty_like(q)
+            plan.prepared(q, *self._views(kv_cache), self.scale, out)
+        if plan.order is not None:
             place.index_copy_(0, plan.order.long(), out)
+        elif out is not place:
+            place.copy_(out)
         return output
+
+    def _views(self, kv_cache: Tensor) -> tuple[cpu.View, cpu.View]:
+        """K and V as the CPU backend takes them; the same in every step."""
+        where = kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride()
+        if self._seen is None or self._seen[0] != where:
+            keys, values = _rows(kv_cache)
+            self._seen = where, (cpu.view(keys), cpu.view(values))
+        return self._seen[1]
 
 
 def _rows(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
