@@ -28,7 +28,16 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request as VllmRequest
 
-from saffron.errors import CapacityError, CheckpointError, ConfigError, EngineError, SaffronError, outside, reason
+from saffron.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    SaffronError,
+    UnsupportedModelError,
+    outside,
+    reason,
+)
 from saffron.integrations.vllm import BACKEND
 from saffron.integrations.vllm.processor import RequestProcessor, Wanted
 from saffron.models.chat import check_template_options
@@ -308,7 +317,8 @@ def _arguments(path: str, dtype: torch.dtype | None, options: Mapping[str, Any])
 
 def _skeleton(config: VllmConfig) -> PreTrainedModel:
     """The model without weights: its configuration, and what its layers' sizes say."""
-    with quiet(), torch.device("meta"):
+    no_model = f"{config.model_config.model}: transformers cannot make its layers"
+    with quiet(), torch.device("meta"), outside(no_model, UnsupportedModelError):
         hf = copy.deepcopy(config.model_config.hf_config)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(hf, dtype=config.model_config.dtype)
     generation = config.model_config.try_get_generation_config()
