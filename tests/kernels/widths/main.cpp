@@ -1,5 +1,5 @@
 // `tree_attention` with vectors of 16 numbers, which not every machine that runs the tests has,
-// against the formula in fp64: for every number of rows that a strip can have, and beside tiles.
+// against the formula in fp64: for every number of rows that a strip can have, and next to tiles.
 // Prints what is wrong, and returns 0 if nothing is.
 
 #include <algorithm>
