@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -25,6 +26,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from saffron.integrations.vllm import NAME
 from saffron_kernels import append_kv, block_plan, tree_attention
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 
 class SaffronAttentionBackend(AttentionBackend):
@@ -72,6 +75,7 @@ class SaffronMetadata:
         num_actual_tokens: queries; rows behind them are padding.
         order: `[queries]` int32, the query at each place of the plan; None: they stand in vLLM's order.
         slot, begin, end: the plan, as for `tree_attention`.
+        slot_mapping: `[queries]`, where K and V of this step go; vLLM looks for it here.
     """
 
     num_actual_tokens: int
@@ -79,6 +83,7 @@ class SaffronMetadata:
     slot: Tensor
     begin: Tensor
     end: Tensor
+    slot_mapping: Tensor
 
 
 class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
@@ -91,6 +96,7 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        logger.info("%s: attention of %d layers, blocks of %d tokens", NAME, len(layer_names), self.block_size)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -102,7 +108,7 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
         queries = batch.num_actual_tokens
         order, slot, begin, end, _ = block_plan(table, batch.seq_lens, starts, self.block_size, queries)
         same = table.device.type == "cpu" and bool((order[1:] > order[:-1]).all())  # elsewhere nobody waits to look
-        return SaffronMetadata(queries, None if same else order, slot, begin, end)
+        return SaffronMetadata(queries, None if same else order, slot, begin, end, batch.slot_mapping)
 
 
 class SaffronAttention(AttentionImpl[SaffronMetadata]):
@@ -142,7 +148,7 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
     ) -> None:
         tokens = slot_mapping.shape[0]
         slots = slot_mapping.to(torch.int32).clamp_(min=-1)
-        append_kv(key[:tokens], value[:tokens], slots, *_rows(kv_cache))
+        append_kv(key[:tokens], value[:tokens], slots, *_rows(kv_cache, self.head_size))
 
     def forward(
         self,
@@ -164,8 +170,8 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
         q = query[:queries].view(queries, self.num_heads, self.head_size)
         if plan.order is not None:
             q = q.index_select(0, plan.order)
-        out, _ = tree_attention(q, *_rows(kv_cache), plan.slot, plan.begin, plan.end, self.scale)
-        place = output[:queries].view(queries, self.num_heads, self.head_size)
+        out, _ = tree_attention(q, *_rows(kv_cache, self.head_size), plan.slot, plan.begin, plan.end, self.scale)
+        place = output[:queries].view_as(out)
         if plan.order is None:
             place.copy_(out)
         else:
@@ -173,8 +179,8 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
         return output
 
 
-def _rows(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V `[blocks * block_size, kv_heads, head_size]` of `[blocks, kv_heads, block_size, 2 * head_size]`."""
+def _rows(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """K and V `[blocks * block_size, kv_heads, ...]` of `[blocks, kv_heads, block_size, head_size + V's head size]`."""
     blocks, kv_heads, block_size, both = kv_cache.shape
     rows = kv_cache.transpose(1, 2).view(blocks * block_size, kv_heads, both)
-    return rows[..., : both // 2], rows[..., both // 2 :]
+    return rows[..., :head_size], rows[..., head_size:]
