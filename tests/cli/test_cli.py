@@ -204,13 +204,14 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
     status, out, _ = run(capsys, "doctor", "--json")
     report = json.loads(out)
+    vllm = report.pop("vllm")
     assert status == 0 and report == saffron_kernels.describe()
     for choices in report["backends"]["cpu"].values():
         assert list(choices) == ops.NAMES
         for choice in choices.values():
             assert {choice["used"], *choice["not"]} == set(backends.MODULES) and all(choice["not"].values())
     status, out, _ = run(capsys, "doctor")
-    assert status == 0 and report["native"] in out and "reference" in out
+    assert status == 0 and report["native"] in out and "reference" in out and f"vLLM             {vllm}" in out
 
 
 def test_the_installed_command_starts_quickly_and_helps() -> None:

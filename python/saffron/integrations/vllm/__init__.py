@@ -8,6 +8,8 @@ no GPU kernel.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -35,6 +37,22 @@ def why_not(version: str) -> str | None:
     )
 
 
+def describe() -> str:
+    """One line: whether vLLM is installed, which version, and what is served there. vLLM is not imported."""
+    if importlib.util.find_spec("vllm") is None:
+        return "not installed"
+    names = importlib.metadata.packages_distributions().get("vllm", [])
+    if not names:
+        return "a module without a distribution: its version is unknown"
+    version = importlib.metadata.version(names[0])
+    reason = why_not(version)
+    if reason is not None:
+        return f"{version}, not served: {reason}"
+    asked = os.environ.get("SAFFRON_VLLM", "0")
+    use = "off, SAFFRON_VLLM=1 switches it on" if asked == "0" else f"on, SAFFRON_VLLM={asked}"
+    return f"{version}; attention of causal decoders on CPUs in fp32, bf16, fp16 ({use}); no GPU"
+
+
 def register() -> None:
     """Makes the attention backend known to vLLM. Called in each of its processes, more than once.
 
@@ -55,7 +73,10 @@ def register() -> None:
             raise RuntimeError(reason)
         logging.getLogger(__name__).info("the attention backend %s is not offered: %s", NAME, reason)
         return
-    if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, BACKEND)
+    register_backend(AttentionBackendEnum.__members__.get(NAME, NAME), BACKEND)  # a name can be added once
     if asked != "0" and current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+    elif asked != "0":
+        logging.getLogger(f"vllm.{__name__}").warning(
+            "SAFFRON_VLLM=%s changes nothing on %s: %s serves CPUs", asked, current_platform.device_type, NAME
+        )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -27,6 +28,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from saffron.integrations.vllm import NAME
 from saffron_kernels import append_kv, block_plan, tree_attention
 from saffron_kernels.backends import cpu, implementation
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 
 class SaffronAttentionBackend(AttentionBackend):
@@ -75,6 +78,7 @@ class SaffronMetadata:
         order: `[queries]` int32, the query at each place of the plan; None: they stand in vLLM's order.
         slot, begin, end: the plan, as for `tree_attention`.
         prepared: the same plan for the layers, where the CPU backend serves it.
+        slot_mapping: `[queries]`, where K and V of this step go; vLLM looks for it here.
     """
 
     num_actual_tokens: int
@@ -83,6 +87,7 @@ class SaffronMetadata:
     begin: Tensor
     end: Tensor
     prepared: cpu.PlannedAttention | None = None
+    slot_mapping: Tensor | None = None
 
 
 def plan_step(
@@ -113,6 +118,7 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
         layer_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self.heads = layer_heads or model.get_num_attention_heads(vllm_config.parallel_config)
         self.dtype = model.dtype
+        logger.info("%s: attention of %d layers, blocks of %d tokens", NAME, len(layer_names), self.block_size)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -120,10 +126,12 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
         batch = common_attn_metadata
         if batch.causal is not True:
             raise NotImplementedError(f"{NAME}: attention that is not causal is not served")
-        return plan_step(
+        metadata = plan_step(
             batch.block_table_tensor, batch.seq_lens, batch.query_start_loc, self.block_size, batch.num_actual_tokens,
             self.heads, self.dtype,
         )  # fmt: skip
+        metadata.slot_mapping = batch.slot_mapping
+        return metadata
 
 
 class SaffronAttention(AttentionImpl[SaffronMetadata]):
@@ -164,7 +172,7 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
     ) -> None:
         tokens = slot_mapping.shape[0]
         slots = slot_mapping.to(torch.int32).clamp_(min=-1)
-        append_kv(key[:tokens], value[:tokens], slots, *_rows(kv_cache))
+        append_kv(key[:tokens], value[:tokens], slots, *_rows(kv_cache, self.head_size))
 
     def forward(
         self,
@@ -184,13 +192,13 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
             return output.fill_(0)
         plan, queries = attn_metadata, attn_metadata.num_actual_tokens
         q = query[:queries].view(queries, self.num_heads, self.head_size)
-        place = output[:queries].view(queries, self.num_heads, self.head_size)
+        place = output[:queries].view(queries, self.num_heads, kv_cache.shape[-1] - self.head_size)
         if plan.order is not None:
             q = q.index_select(0, plan.order)
         if plan.prepared is None:
-            out, _ = tree_attention(q, *_rows(kv_cache), plan.slot, plan.begin, plan.end, self.scale)
+            out, _ = tree_attention(q, *_rows(kv_cache, self.head_size), plan.slot, plan.begin, plan.end, self.scale)
         else:
-            out = place if plan.order is None else torch.empty_like(q)
+            out = place if plan.order is None else torch.empty_like(place)
             plan.prepared(q, *self._views(kv_cache), self.scale, out)
         if plan.order is not None:
             place.index_copy_(0, plan.order.long(), out)
@@ -202,13 +210,13 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
         """K and V as the CPU backend takes them; the same in every step."""
         where = kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride()
         if self._seen is None or self._seen[0] != where:
-            keys, values = _rows(kv_cache)
+            keys, values = _rows(kv_cache, self.head_size)
             self._seen = where, (cpu.view(keys), cpu.view(values))
         return self._seen[1]
 
 
-def _rows(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V `[blocks * block_size, kv_heads, head_size]` of `[blocks, kv_heads, block_size, 2 * head_size]`."""
+def _rows(kv_cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """K and V `[blocks * block_size, kv_heads, ...]` of `[blocks, kv_heads, block_size, head_size + V's head size]`."""
     blocks, kv_heads, block_size, both = kv_cache.shape
     rows = kv_cache.transpose(1, 2).view(blocks * block_size, kv_heads, both)
-    return rows[..., : both // 2], rows[..., both // 2 :]
+    return rows[..., :head_size], rows[..., head_size:]
