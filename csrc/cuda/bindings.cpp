@@ -70,6 +70,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("capture_id", &capture_id);
   m.def("merge_attention", &merge_attention, Unlocked());
   m.def("advance_tree", &advance_tree, Unlocked());
+  m.def("block_plan_workspace", &block_plan_workspace);
+  m.def("sort_pages", &sort_pages, Unlocked());
+  m.def("block_plan", &block_plan, Unlocked());
   m.attr("MAX_VOCAB") = kMaxVocab;
   m.def("nucleus_workspace", &nucleus_workspace);
   m.def("nucleus", &nucleus, Unlocked());

@@ -50,6 +50,7 @@ enum Fault : int32_t {
   kBannedFault = 64,
   kWidthFault = 128,
   kTopPFault = 256,
+  kPagesFault = 512,
 };
 
 /// A tensor of at most four dimensions in device memory; strides count elements.
@@ -125,6 +126,24 @@ void advance_tree(const View& slot, const View& begin, const View& end, const Vi
                   const View& new_slots, const View& count, const View& out_slot,
                   const View& out_begin, const View& out_end, int64_t tokens, int64_t fresh,
                   int64_t queries, const View& fault, Stream stream);
+
+/// How many int64 of workspace a plan of a paged cache needs.
+int64_t block_plan_workspace(int64_t requests);
+
+/// The first half of block_plan, some launches: requests in their order, where the queries and the
+/// tokens of each begin, to `laid`, which is the workspace; and to count `[1]` how many tokens the
+/// plan has. table `[requests, columns]`, lens `[requests]`, start `[requests + 1]` of any layout.
+/// What is wrong with them, or more than `size` tokens, sets kPagesFault and makes count 0.
+void sort_pages(const View& table, const View& lens, const View& start, const View& laid,
+                const View& count, int64_t requests, int64_t columns, int64_t block_size,
+                int64_t queries, int64_t size, const View& fault, Stream stream);
+
+/// The second half, one launch: order `[queries]`; slot, begin, end `[size]`, contiguous. A token
+/// of a block that cannot be is left out, and sets kPagesFault.
+void block_plan(const View& table, const View& lens, const View& start, const View& laid,
+                const View& count, const View& order, const View& slot, const View& begin,
+                const View& end, int64_t requests, int64_t columns, int64_t block_size,
+                int64_t queries, int64_t size, const View& fault, Stream stream);
 
 /// Candidates of rows, in device memory: row `r` owns entries `r * vocab` to `r * vocab +
 /// count[r]`, in no particular order. By probability they stand in order of logit descending, then

@@ -16,7 +16,7 @@ import torch
 from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.multifurcate import multifurcate, multifurcation_head, select_beam
 from saffron_kernels.backends.cuda.nucleus import nucleus
-from saffron_kernels.backends.cuda.rows import advance_tree, append_kv, gather_kv, merge_attention
+from saffron_kernels.backends.cuda.rows import advance_tree, append_kv, block_plan, gather_kv, merge_attention
 from saffron_kernels.backends.cuda.tree_attention import DTYPES as _ATTENTION_DTYPES
 from saffron_kernels.backends.cuda.tree_attention import tree_attention
 from saffron_kernels.backends.faults import raise_faults
@@ -25,6 +25,7 @@ from saffron_kernels.checks import FP8
 __all__ = [
     "advance_tree",
     "append_kv",
+    "block_plan",
     "gather_kv",
     "merge_attention",
     "multifurcate",

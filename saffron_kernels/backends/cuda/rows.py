@@ -1,4 +1,4 @@
-"""The ops that move rows and indices: `append_kv`, `gather_kv`, `merge_attention`, `advance_tree`."""
+"""The ops that move rows and indices: `append_kv`, `gather_kv`, `merge_attention`, `advance_tree`, `block_plan`."""
 
 from __future__ import annotations
 
@@ -83,3 +83,22 @@ def advance_tree(
             *map(view, (*given, count, *plan)), *sizes, view(faults.word(slot.device)), native.stream(slot)
         )
     return plan
+
+
+def block_plan(
+    block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    faults.check_requests(block_table, seq_lens, query_start, block_size, queries)
+    launchers, (requests, columns) = native.module(block_table), block_table.shape
+    laid = seq_lens.new_empty(launchers.block_plan_workspace(requests), dtype=torch.int64)
+    count = seq_lens.new_empty(1)
+    given = [view(x) for x in (block_table, seq_lens, query_start, laid, count)]
+    sizes = requests, columns, block_size, queries
+    last = view(faults.word(block_table.device)), native.stream(block_table)
+    with torch.cuda.device_of(block_table):
+        launchers.sort_pages(*given, *sizes, (1 << 31) - 1 if size is None else size, *last)
+        faults.settle(count)
+        tokens = int(count) if size is None else size  # where no room is given: the one synchronisation
+        plan = [seq_lens.new_empty(n) for n in (queries, tokens, tokens, tokens)]
+        launchers.block_plan(*given, *map(view, plan), *sizes, tokens, *last)
+    return plan[0], plan[1], plan[2], plan[3], count

@@ -2,6 +2,10 @@
 
 vLLM's paged KV cache is used as it is: with the layout LBNHC the token at offset `o` of block `b` is row
 `b * block_size + o`, which is also what vLLM calls its slot.
+
+On CUDA devices the plan is made on the device, into buffers of a fixed size, and its length stays there: nothing waits
+for the device, and all steps can be replayed as CUDA graphs. None of that ever ran on a GPU: tests execute the kernels
+on the CPU, and what this file does around them runs on the CPU with such buffers.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from saffron.integrations.vllm import NAME
+from saffron.integrations.vllm.plan_buffers import PlanBuffers
 from saffron_kernels import append_kv, block_plan, tree_attention
 
 
@@ -56,8 +61,9 @@ class SaffronAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: object) -> bool:
-        """No GPU yet: `block_plan` has no kernel there."""
-        return False
+        """What the kernels are compiled for. They never ran on a GPU."""
+        major, minor = capability  # type: ignore[misc]
+        return (major, minor) >= (8, 0)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -72,6 +78,7 @@ class SaffronMetadata:
         num_actual_tokens: queries; rows behind them are padding.
         order: `[queries]` int32, the query at each place of the plan; None: they stand in vLLM's order.
         slot, begin, end: the plan, as for `tree_attention`.
+        count: `[1]`, how many tokens it has; None: all.
     """
 
     num_actual_tokens: int
@@ -79,18 +86,24 @@ class SaffronMetadata:
     slot: Tensor
     begin: Tensor
     end: Tensor
+    count: Tensor | None = None
 
 
 class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
     """Plans each step from the block table."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # the plan's size depends on the step
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    buffers: PlanBuffers | None = None
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size = kv_cache_spec.block_size
+        if device.type != "cpu":
+            blocks, limits = vllm_config.cache_config.num_gpu_blocks or 0, vllm_config.scheduler_config
+            sizes = blocks, limits.max_num_seqs, vllm_config.model_config.max_model_len, limits.max_num_batched_tokens
+            self.buffers = PlanBuffers(self.block_size, *sizes, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -100,8 +113,11 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
             raise NotImplementedError(f"{NAME}: attention that is not causal is not served")
         table, starts = batch.block_table_tensor, batch.query_start_loc
         queries = batch.num_actual_tokens
+        if self.buffers is not None:
+            most = batch.seq_lens_cpu_upper_bound
+            return SaffronMetadata(queries, *self.buffers.fill(table, batch.seq_lens, starts, queries, most))
         order, slot, begin, end, _ = block_plan(table, batch.seq_lens, starts, self.block_size, queries)
-        same = table.device.type == "cpu" and bool((order[1:] > order[:-1]).all())  # elsewhere nobody waits to look
+        same = bool((order[1:] > order[:-1]).all())
         return SaffronMetadata(queries, None if same else order, slot, begin, end)
 
 
@@ -164,7 +180,7 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
         q = query[:queries].view(queries, self.num_heads, self.head_size)
         if plan.order is not None:
             q = q.index_select(0, plan.order)
-        out, _ = tree_attention(q, *_rows(kv_cache), plan.slot, plan.begin, plan.end, self.scale)
+        out, _ = tree_attention(q, *_rows(kv_cache), plan.slot, plan.begin, plan.end, self.scale, count=plan.count)
         place = output[:queries].view(queries, self.num_heads, self.head_size)
         if plan.order is None:
             place.copy_(out)

@@ -1,0 +1,448 @@
+// The plan of a paged KV cache: rows of the block table sorted, then one look-up a token.
+//
+// Rows are sorted like words. In a round every row of a group (rows that are equal as far as was
+// looked) is compared with one row of its group, the pivot; next it counts who comes before it by
+// what all found. Rows that differ from their pivot at one block, and there have the same one, stay
+// a group. A round at least halves a group with a probability of one half, and reads no block a
+// second time but those of the pivots; what is left after the last round is compared row with row.
+// Rows are counted, never exchanged, so nothing but the table decides about the result.
+
+#include "cuda/common/launch.cuh"
+#include "cuda/ptx/ptx.cuh"
+
+namespace saffron::cuda {
+namespace {
+
+constexpr int kThreads = 256, kUnroll = 4;
+constexpr int kLayThreads = 1024;
+
+// A key sorts the rows of a group after a round: in its upper half where a row leaves the pivot,
+// kEqual if nowhere (below: it comes before the pivot, the earlier the sooner they part; above:
+// after it, the other way round); in its lower half 1 + the block it has there, 0 if it ends there.
+constexpr int kEqual = 1 << 29;  // more blocks than a request can have
+
+using Key = uint64_t;
+
+/// The block at which rows of this key leave their pivot; kEqual if nowhere.
+__device__ __forceinline__ int parting(Key key) {
+  const int where = static_cast<int>(key >> 32);
+  return where > kEqual ? 2 * kEqual - where : where;
+}
+
+/// Whether rows of this key are equal: to their pivot, or because they end where they leave it.
+__device__ __forceinline__ bool settled(Key key) {
+  return static_cast<uint32_t>(key) == 0 || parting(key) == kEqual;
+}
+
+struct Request {
+  int64_t first, queries, length;
+  int full;        // blocks that are full of tokens from earlier steps
+  bool live, bad;  // whether it takes part; whether what is said of it cannot be
+};
+
+/// What the op was given.
+struct Pages {
+  const int32_t *table, *lens, *start;
+  int64_t row_stride, column_stride, lens_stride, start_stride;
+  int requests, columns, block_size;
+
+  __device__ __forceinline__ const int32_t* row(int r) const {
+    return table + static_cast<int64_t>(r) * row_stride;
+  }
+  __device__ __forceinline__ Request at(int r) const {
+    Request found;
+    found.first = start[r * start_stride];
+    found.queries = start[(r + 1) * start_stride] - found.first;
+    found.length = lens[r * lens_stride];
+    const int64_t room = static_cast<int64_t>(columns) * block_size;
+    found.bad = found.queries < 0 ||
+                (found.queries > 0 && (found.length < found.queries || found.length > room));
+    found.live = found.queries > 0 && !found.bad;
+    found.full = found.live ? static_cast<int>(found.length - found.queries) / block_size : 0;
+    return found;
+  }
+};
+
+/// By row: the place in the order at which its group begins (-1: it takes no part), how many blocks
+/// the group's first row shares with the row before it, and the row's key in this round.
+struct State {
+  int32_t *start, *common;
+  Key* key;
+};
+
+struct Shared {
+  int before, equal, earlier, common, least;
+  unsigned pivot;
+};
+
+/// How many blocks two rows share at the front, of which `first` are known, at most `most`. For the
+/// whole block of threads.
+__device__ int shared_blocks(const int32_t* a, const int32_t* b, int first, int most,
+                             int64_t stride, Shared& shared) {
+  for (int at = first; at < most; at += kThreads * kUnroll) {
+    int mine[kUnroll], theirs[kUnroll], least = most;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int column = at + i * kThreads + static_cast<int>(threadIdx.x);
+      mine[i] = column < most ? a[column * stride] : 0;
+      theirs[i] = column < most ? b[column * stride] : 0;
+    }
+#pragma unroll
+    for (int i = kUnroll - 1; i >= 0; --i) {
+      if (mine[i] != theirs[i]) least = at + i * kThreads + static_cast<int>(threadIdx.x);
+    }
+    if (threadIdx.x == 0) shared.least = most;
+    if (__syncthreads_or(least < most)) {
+      if (least < most) atomicMin(&shared.least, least);
+      __syncthreads();
+      const int found = shared.least;
+      __syncthreads();
+      return found;
+    }
+  }
+  return max(first, most);
+}
+
+/// The key of `row` with `other` as the pivot; they share the first `first` blocks.
+__device__ Key compared(const Pages& pages, int row, int other, int first, Shared& shared) {
+  const int full = pages.at(row).full, others = pages.at(other).full;
+  const int32_t *a = pages.row(row), *b = pages.row(other);
+  const int common = shared_blocks(a, b, first, min(full, others), pages.column_stride, shared);
+  const int64_t at = common * pages.column_stride;
+  const int64_t mine = common < full ? int64_t{a[at]} + 1 : 0;
+  const int64_t theirs = common < others ? int64_t{b[at]} + 1 : 0;
+  const int where = mine < theirs ? common : mine > theirs ? 2 * kEqual - common : kEqual;
+  return static_cast<Key>(where) << 32 | static_cast<uint32_t>(mine);
+}
+
+/// Pivots are drawn: the row whose number, shifted by the round, has the least multiple of an odd
+/// number, from which the row is found again.
+constexpr unsigned kOdd = 0x9e3779b1u;
+constexpr unsigned inverse(unsigned odd) {
+  unsigned x = odd;
+  for (int i = 0; i < 5; ++i) x *= 2 - odd * x;
+  return x;
+}
+constexpr unsigned kInverse = inverse(kOdd);
+static_assert(kOdd * kInverse == 1);
+
+/// Of the rows of one group, for the whole block of threads: how many come before `row`, how many
+/// are equal so far, how many of those are earlier rows, the most blocks that it shares with one
+/// that comes before, and the pivot of those that are equal.
+template <bool kFirst>
+__device__ void count(const Pages& pages, const State& state, int row, int start, Key key,
+                      unsigned round, Shared& shared) {
+  if (threadIdx.x == 0) shared = {0, 0, 0, 0, 0, ~0u};
+  __syncthreads();
+  int before = 0, equal = 0, earlier = 0, common = 0;
+  unsigned pivot = ~0u;
+  for (int other = static_cast<int>(threadIdx.x); other < pages.requests; other += kThreads) {
+    const bool same = kFirst ? pages.at(other).live : state.start[other] == start;
+    if (!same) continue;
+    const Key theirs = kFirst ? 0 : state.key[other];
+    if (theirs < key) {
+      ++before;
+      common = max(common, min(parting(theirs), parting(key)));
+    } else if (theirs == key) {
+      ++equal;
+      earlier += other < row;
+      pivot = min(pivot, (static_cast<unsigned>(other) + round) * kOdd);
+    }
+  }
+  before = __reduce_add_sync(0xffffffffu, before);
+  equal = __reduce_add_sync(0xffffffffu, equal);
+  earlier = __reduce_add_sync(0xffffffffu, earlier);
+  common = __reduce_max_sync(0xffffffffu, common);
+  pivot = __reduce_min_sync(0xffffffffu, pivot);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&shared.before, before);
+    atomicAdd(&shared.equal, equal);
+    atomicAdd(&shared.earlier, earlier);
+    atomicMax(&shared.common, common);
+    atomicMin(&shared.pivot, pivot);
+  }
+  __syncthreads();
+}
+
+/// Block `r`: the group of row `r` after the round before, and its key in this round.
+template <bool kFirst>
+__global__ void __launch_bounds__(kThreads)
+    refine_kernel(Pages pages, State before, State after, unsigned round) {
+  Shared& counted = shared<Shared>();
+  const int row = static_cast<int>(blockIdx.x);
+  const Request request = pages.at(row);
+  int start = kFirst ? (request.live ? 0 : -1) : before.start[row];
+  int common = kFirst ? 0 : before.common[row];
+  Key key = kFirst ? 0 : before.key[row];
+  if (start >= 0) {
+    count<kFirst>(pages, before, row, start, key, round, counted);
+    start += counted.before;
+    common = max(common, counted.common);
+    if (!kFirst && settled(key)) {
+      start += counted.earlier;
+      if (counted.earlier > 0) common = request.full;
+    } else if (counted.equal > 1) {
+      const int pivot = static_cast<int>(counted.pivot * kInverse - round);
+      key = compared(pages, row, pivot, kFirst ? 0 : parting(key) + 1, counted);
+    }
+  }
+  if (threadIdx.x == 0) {
+    after.start[row] = start;
+    after.common[row] = common;
+    after.key[row] = key;
+  }
+}
+
+/// Block `r`: the place of row `r`, compared with every row of its group that the rounds did not
+/// tell apart. Writes rows, and the blocks shared with the row before, in their order.
+template <bool kFirst>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(Pages pages, State state, int32_t* rows, int32_t* commons) {
+  Shared& counted = shared<Shared>();
+  const int row = static_cast<int>(blockIdx.x);
+  const Request request = pages.at(row);
+  if (!request.live) return;
+  const int start = kFirst ? 0 : state.start[row];
+  const Key key = kFirst ? 0 : state.key[row];
+  count<kFirst>(pages, state, row, start, key, 0, counted);
+  int place = start + counted.before;
+  int common = max(kFirst ? 0 : state.common[row], counted.common);
+  if (!kFirst && settled(key)) {
+    place += counted.earlier;
+    if (counted.earlier > 0) common = request.full;
+  } else if (counted.equal > 1) {
+    for (int other = 0; other < pages.requests; ++other) {
+      const bool same =
+          kFirst ? pages.at(other).live : state.start[other] == start && state.key[other] == key;
+      if (!same || other == row) continue;
+      const Key theirs = compared(pages, row, other, kFirst ? 0 : parting(key) + 1, counted);
+      const int where = static_cast<int>(theirs >> 32);
+      if (where > kEqual || (where == kEqual && other < row)) {
+        ++place;
+        common = max(common, min(parting(theirs), request.full));
+      }
+    }
+  }
+  if (threadIdx.x == 0) {
+    rows[place] = row;
+    commons[place] = common;
+  }
+}
+
+struct LayShared {
+  int64_t tokens[kLayThreads / 32];
+  int queries[kLayThreads / 32];
+};
+
+/// The sum of the values of all threads up to and with this one; `all` is the sum of all.
+template <class T>
+__device__ T scan(T value, T* warps, T& all) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, value, by);
+    if (lane >= by) value += other;
+  }
+  if (lane == 31) warps[warp] = value;
+  __syncthreads();
+  T before = 0;
+  all = 0;
+  for (int i = 0; i < kLayThreads / 32; ++i) {
+    if (i < warp) before += warps[i];
+    all += warps[i];
+  }
+  __syncthreads();
+  return before + value;
+}
+
+/// One block: where the queries and the tokens of each request begin, in their order. Behind the
+/// last request `commons` gets what no row shares.
+__global__ void __launch_bounds__(kLayThreads)
+    lay_kernel(Pages pages, const int32_t* rows, int32_t* commons, int32_t* first, int32_t* offset,
+               int32_t* out_count, int64_t queries, int64_t size, int32_t* fault) {
+  LayShared& sums = shared<LayShared>();
+  const int n = pages.requests, thread = static_cast<int>(threadIdx.x);
+  int64_t written = 0;
+  int live = 0, placed = 0;
+  bool bad = pages.start[0] != 0 || pages.start[n * pages.start_stride] > queries;
+  for (int begin = 0; begin < n; begin += kLayThreads) {
+    const Request request = begin + thread < n ? pages.at(begin + thread) : Request{};
+    live += __syncthreads_count(request.live);
+    bad = __syncthreads_or(bad || request.bad);
+  }
+  if (thread == 0) commons[live] = -1;
+  for (int begin = 0; begin <= n; begin += kLayThreads) {
+    const int place = begin + thread;
+    int own = 0;
+    int64_t tokens = 0;
+    if (place < live && !bad) {
+      const Request request = pages.at(rows[place]);
+      own = static_cast<int>(request.queries);
+      tokens = request.length - static_cast<int64_t>(commons[place]) * pages.block_size;
+    }
+    int all_own;
+    int64_t all_tokens;
+    const int before = scan(own, sums.queries, all_own) - own + placed;
+    const int64_t at = scan(tokens, sums.tokens, all_tokens) - tokens + written;
+    if (place <= n) {
+      first[place] = before;
+      offset[place] = static_cast<int32_t>(at);  // what exceeds 32 bits is no plan
+    }
+    placed += all_own;
+    written += all_tokens;
+  }
+  if (thread == 0) {
+    bad = bad || written > size;
+    if (bad) atomicOr(fault, kPagesFault);
+    *out_count = bad ? 0 : static_cast<int32_t>(written);
+  }
+}
+
+/// The last `i` of `0 .. n` with `bounds[i] <= value`; bounds[0] is.
+__device__ __forceinline__ int place_of(const int32_t* bounds, int n, int value) {
+  int low = 0, high = n;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (bounds[middle] <= value) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+struct EmitShared {
+  int row, column, near;
+};
+
+/// What `lay_kernel` made, to be read.
+struct Laid {
+  const int32_t *rows, *commons, *first, *offset, *count;
+};
+
+/// The first row behind `row` that shares no more than `column` blocks with the one before it. A
+/// block of threads skips together what closes the interval of none of them.
+__device__ int closing_row(const Laid& laid, int n, bool open, int row, int column,
+                           EmitShared& shared) {
+  if (threadIdx.x == 0) shared = {n, -1, n};
+  if (!__syncthreads_or(open)) return 0;
+  if (open) {
+    atomicMin(&shared.row, row);
+    atomicMax(&shared.column, column);
+  }
+  __syncthreads();
+  for (int from = shared.row + 1; from <= n; from += kThreads) {
+    const int place = from + static_cast<int>(threadIdx.x);
+    const bool closes = place <= n && laid.commons[place] <= shared.column;
+    if (closes) atomicMin(&shared.near, place);
+    if (__syncthreads_or(closes)) break;
+  }
+  int closing = max(row + 1, shared.near);
+  while (open && laid.commons[closing] > column) ++closing;
+  return closing;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    emit_kernel(Pages pages, Laid laid, int32_t* order, int32_t* slot, int32_t* begin, int32_t* end,
+                int64_t queries, int64_t size, int last_block, int32_t* fault) {
+  const int n = pages.requests, count = *laid.count;
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (entry < queries) {
+    // Where there is no plan, queries stay where they are; so do those of no request.
+    int query = static_cast<int>(entry);
+    if (count > 0 && entry < laid.first[n]) {
+      const int row = place_of(laid.first, n, query);
+      query += pages.start[laid.rows[row] * pages.start_stride] - laid.first[row];
+    }
+    order[entry] = query;
+  }
+
+  const bool live = entry < count;
+  int row = 0, own = 0, past = 0, position = 0, context = 0, column = 0, block = -1;
+  if (live) {
+    row = place_of(laid.offset, n, static_cast<int>(entry));
+    const int request = laid.rows[row];
+    own = laid.first[row];
+    past = laid.first[row + 1];
+    context = pages.lens[request * pages.lens_stride] - (past - own);
+    position = laid.commons[row] * pages.block_size + static_cast<int>(entry) - laid.offset[row];
+    column = position / pages.block_size;
+    block = pages.row(request)[column * pages.column_stride];
+    if (block < 0 || block > last_block) atomicOr(fault, kPagesFault);
+  }
+  // A full block is seen as far as rows share it.
+  const bool open = live && column < context / pages.block_size;
+  const int closing = closing_row(laid, n, open, row, column, shared<EmitShared>());
+  if (entry >= size) return;
+  const bool good = live && block >= 0 && block <= last_block;
+  slot[entry] = good ? block * pages.block_size + position % pages.block_size : -1;
+  begin[entry] = good ? own + max(position - context, 0) : 0;
+  end[entry] = good ? (open ? laid.first[closing] : past) : 0;
+}
+
+/// How often all rows are compared with pivots, before what is left is compared row with row.
+int rounds(int64_t requests) {
+  return requests <= 1 ? 0 : requests <= 64 ? 2 : requests <= 512 ? 3 : 4;
+}
+
+Pages pages_of(const View& table, const View& lens, const View& start, int64_t requests,
+               int64_t columns, int64_t block_size) {
+  return {table.as<int32_t>(),       lens.as<int32_t>(),
+          start.as<int32_t>(),       table.stride[0],
+          table.stride[1],           lens.stride[0],
+          start.stride[0],           static_cast<int>(requests),
+          static_cast<int>(columns), static_cast<int>(block_size)};
+}
+
+}  // namespace
+
+int64_t block_plan_workspace(int64_t requests) { return 6 * requests + 2; }
+
+void sort_pages(const View& table, const View& lens, const View& start, const View& laid,
+                const View& count, int64_t requests, int64_t columns, int64_t block_size,
+                int64_t queries, int64_t size, const View& fault, Stream stream) {
+  const Pages pages = pages_of(table, lens, start, requests, columns, block_size);
+  auto* keys = laid.as<Key>();
+  auto* numbers = reinterpret_cast<int32_t*>(keys + 2 * requests);
+  State old = {numbers, numbers + requests, keys};
+  State fresh = {numbers + 2 * requests, numbers + 3 * requests, keys + requests};
+  int32_t* rows = numbers + 4 * requests;
+  int32_t* commons = rows + requests + 1;
+  int32_t* first = commons + requests + 1;
+  const dim3 grid(static_cast<unsigned>(requests));
+  const int compared = rounds(requests);
+  for (int round = 0; round < compared; ++round) {
+    const auto salt = static_cast<unsigned>(round);
+    if (round == 0) {
+      launch<refine_kernel<true>>(grid, kThreads, sizeof(Shared), stream, pages, old, fresh, salt);
+    } else {
+      launch<refine_kernel<false>>(grid, kThreads, sizeof(Shared), stream, pages, old, fresh, salt);
+    }
+    std::swap(old, fresh);
+  }
+  if (compared == 0) {
+    launch<finish_kernel<true>>(grid, kThreads, sizeof(Shared), stream, pages, old, rows, commons);
+  } else {
+    launch<finish_kernel<false>>(grid, kThreads, sizeof(Shared), stream, pages, old, rows, commons);
+  }
+  launch<lay_kernel>(dim3(1), kLayThreads, sizeof(LayShared), stream, pages, rows, commons, first,
+                     first + requests + 1, count.as<int32_t>(), queries, size, fault.as<int32_t>());
+}
+
+void block_plan(const View& table, const View& lens, const View& start, const View& laid,
+                const View& count, const View& order, const View& slot, const View& begin,
+                const View& end, int64_t requests, int64_t columns, int64_t block_size,
+                int64_t queries, int64_t size, const View& fault, Stream stream) {
+  const Pages pages = pages_of(table, lens, start, requests, columns, block_size);
+  const auto* rows = reinterpret_cast<const int32_t*>(laid.as<Key>() + 2 * requests) + 4 * requests;
+  const int64_t n = requests + 1;
+  const Laid made = {rows, rows + n, rows + 2 * n, rows + 3 * n, count.as<int32_t>()};
+  const int64_t last_block = (int64_t{1} << 31) / block_size - 1;
+  launch<emit_kernel>(dim3(blocks_for(std::max(queries, size), kThreads)), kThreads,
+                      sizeof(EmitShared), stream, pages, made, order.as<int32_t>(),
+                      slot.as<int32_t>(), begin.as<int32_t>(), end.as<int32_t>(), queries, size,
+                      last_block, fault.as<int32_t>());
+}
+
+}  // namespace saffron::cuda
