@@ -7,7 +7,6 @@ import importlib.util
 import pytest
 import torch
 from cases import i32, randn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saffron.integrations.vllm.plan_buffers import PlanBuffers
 from saffron_kernels import block_plan, tree_attention
@@ -46,16 +45,17 @@ def test_equals_the_exact_plan() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """Tensors on a GPU without content: whoever asked for a value would raise."""
-    with FakeTensorMode():
-        cuda = torch.device("cuda")
-        buffers = PlanBuffers(16, 1000, 64, 4096, 512, cuda)
-        table, starts = (
-            torch.zeros(64, 256, dtype=torch.int32, device=cuda),
-            torch.zeros(65, dtype=torch.int32, device=cuda),
-        )
-        held = buffers.fill(table, table[:, 0], starts, 64, None if buffers.size >= 64 * 4096 else torch.zeros(64))
-        assert [tuple(x.shape) for x in held] == [(64,), *[(32_000,)] * 3, (1,)]
+    """Tensors without content: whoever asked for a value of one would raise."""
+    meta = torch.device("meta")
+    buffers = PlanBuffers(16, 1000, 64, 4096, 512, meta)
+    table, starts = (
+        torch.zeros(64, 256, dtype=torch.int32, device=meta),
+        torch.zeros(65, dtype=torch.int32, device=meta),
+    )
+    held = buffers.fill(table, table[:, 0], starts, 64, torch.zeros(64))
+    assert [tuple(x.shape) for x in held] == [(64,), *[(32_000,)] * 3, (1,)]
+    with pytest.raises(RuntimeError, match="meta"):
+        buffers.fill(table, table[:, 0], starts, 64, torch.full((64,), 4096))
 
 
 def test_room() -> None:
