@@ -196,5 +196,5 @@ def check_requests(block_table: Tensor, seq_lens: Tensor, query_start: Tensor, b
             more tokens than blocks, or a block that it uses does not exist.
     """
     if eager(block_table):
-        lists = (x.tolist() for x in (block_table, seq_lens, query_start))
-        reference_paged.check_requests(*lists, block_size, queries)
+        table, lengths, starts = block_table.tolist(), seq_lens.tolist(), query_start.tolist()
+        reference_paged.check_requests(table, lengths, starts, block_size, queries)
