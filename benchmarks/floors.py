@@ -30,6 +30,11 @@ def gather(length: int) -> tuple[int, int]:
     return (BEAMS + 1) * length * 2 * KV_HEADS * 128 * 2 + 4 * BEAMS * length, 0
 
 
+def pages(requests: int, shared: int, own: int, block_size: int = 16) -> tuple[int, int]:
+    """The block table read, the plan written: blocks that all requests share, and those of each."""
+    return 4 * requests * (shared + own) + 12 * block_size * (shared + requests * own), 0
+
+
 def named_rows() -> int:
     """Rows of the head that the candidates name, were they all different."""
     return BEAMS * NUCLEUS * HIDDEN * 2
@@ -46,6 +51,8 @@ def table() -> str:
         "`tree_attention`, 32,768 tokens, fp8 caches": attention(32768, stored=1),
         "`append_kv` with RoPE": append(),
         "`advance_tree`, 4,096 tokens": (24 * 4096, 0),
+        "`block_plan`, 4,096 tokens shared by 32 requests": pages(32, 256, 16),
+        "`block_plan`, 8,000 blocks shared by 1,024 requests": pages(1024, 8000, 192),
         "`nucleus`": (logits + 8 * BEAMS * NUCLEUS, 0),
         "`multifurcation_head`": (named_rows() + BEAMS * HIDDEN * 2, scored),
         "`select_beam`": (8 * BEAMS * NUCLEUS + 12 * BEAMS, 0),

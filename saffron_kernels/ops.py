@@ -380,12 +380,13 @@ def block_plan(
         block_table: `[requests, blocks]` int32, the block of each `block_size` tokens of a request; only the first
             `ceil(seq_lens[r] / block_size)` are read.
         seq_lens: `[requests]` int32, tokens of each request, the queries of this step included.
-        query_start: `[requests + 1]` int32, ascending from 0 to `queries`: request `r` owns the queries
-            `query_start[r]` to `query_start[r + 1]`. A request without queries is left out (padding).
+        query_start: `[requests + 1]` int32, ascending from 0 to at most `queries`: request `r` owns the queries
+            `query_start[r]` to `query_start[r + 1]`. A request without queries is left out (padding); queries of no
+            request stand behind all others and see nothing.
         block_size: tokens per block.
         queries: number of queries.
         size: tokens for which there is room (buffers of a captured CUDA graph); the sum of `seq_lens` is always enough.
-            None: as many as the plan has, for which the host waits.
+            None: as many as the plan has, for which the host waits. (Bad content on a GPU: see `raise_faults`.)
 
     Returns:
         order `[queries]`: the caller's query at each place of the plan, so that `tree_attention` is called with

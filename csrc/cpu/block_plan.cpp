@@ -25,10 +25,11 @@ struct Request {
 std::vector<Request> read(const Tensor& block_table, const IntView& seq_lens,
                           const IntView& query_start, int64_t block_size, int64_t total) {
   std::vector<Request> requests;
-  if (query_start[0] != 0 || query_start[seq_lens.size] != total) {
+  if (query_start[0] != 0 || query_start[seq_lens.size] > total) {
     throw std::invalid_argument("query_start: got " + std::to_string(query_start[0]) + " to " +
                                 std::to_string(query_start[seq_lens.size]) +
-                                ", expected 0 to the number of queries, " + std::to_string(total));
+                                ", expected 0 to at most the number of queries, " +
+                                std::to_string(total));
   }
   for (int64_t r = 0; r < seq_lens.size; ++r) {
     const int64_t queries = query_start[r + 1] - query_start[r], length = seq_lens[r];
@@ -102,6 +103,9 @@ PagedPlan block_plan(const Tensor& block_table, const Tensor& seq_lens, const Te
   plan.end.resize(static_cast<size_t>(tokens));
   int32_t *orders = plan.order.data(), *slots = plan.slot.data(), *begins = plan.begin.data(),
           *ends = plan.end.data();
+  const int32_t owned =
+      IntView(query_start)[seq_lens.shape[0]];  // those behind belong to no request
+  std::iota(orders + owned, orders + queries, owned);
   for (int64_t i = 0; i < rows; ++i) {
     const Request& request = requests[static_cast<size_t>(i)];
     const int64_t own = first[static_cast<size_t>(i)], next = first[static_cast<size_t>(i) + 1];

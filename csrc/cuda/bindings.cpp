@@ -72,6 +72,8 @@ SAFFRON_STRUCT(KVCaches, &saffron::cuda::KVCaches::k, &saffron::cuda::KVCaches::
 SAFFRON_STRUCT(Rotary, &saffron::cuda::Rotary::cos, &saffron::cuda::Rotary::sin);
 SAFFRON_STRUCT(TriePlan, &saffron::cuda::TriePlan::slot, &saffron::cuda::TriePlan::begin,
                &saffron::cuda::TriePlan::end, &saffron::cuda::TriePlan::count);
+SAFFRON_STRUCT(BlockTable, &saffron::cuda::BlockTable::blocks, &saffron::cuda::BlockTable::lens,
+               &saffron::cuda::BlockTable::start, &saffron::cuda::BlockTable::block_size);
 SAFFRON_STRUCT(Scoring, &saffron::cuda::Scoring::scale, &saffron::cuda::Scoring::softcap,
                &saffron::cuda::Scoring::sinks);
 SAFFRON_STRUCT(Attended, &saffron::cuda::Attended::out, &saffron::cuda::Attended::lse);
@@ -106,6 +108,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("capture_id", &capture_id);
   m.def("merge_attention", &merge_attention, Unlocked());
   m.def("advance_tree", &advance_tree, Unlocked());
+  m.def("block_plan_workspace", &block_plan_workspace);
+  m.def("sort_pages", &sort_pages, Unlocked());
+  m.def("block_plan", &block_plan, Unlocked());
   m.attr("MAX_VOCAB") = kMaxVocab;
   m.def("nucleus_workspace", &nucleus_workspace);
   m.def("nucleus", &nucleus, Unlocked());

@@ -61,6 +61,7 @@ enum Fault : int32_t {
   kBannedFault = 64,
   kWidthFault = 128,
   kTopPFault = 256,
+  kPagesFault = 512,
 };
 
 /// A tensor of at most four dimensions in device memory; strides count elements. One that was not
@@ -161,6 +162,28 @@ void merge_attention(const Attended& a, const Attended& b, const Attended& resul
 /// all of them contiguous.
 void advance_tree(const TriePlan& plan, const View& parents, const View& new_slots, int64_t queries,
                   const TriePlan& result, const Launch& on);
+
+/// How many int64 of workspace a plan of a paged cache needs.
+int64_t block_plan_workspace(int64_t requests);
+
+/// A paged cache: blocks `[requests, columns]`, tokens of each request `[requests]` and its first
+/// query `[requests + 1]`, of any layout.
+struct BlockTable {
+  View blocks, lens, start;
+  int64_t block_size;
+};
+
+/// The first half of block_plan, some launches: requests in their order, where the queries and the
+/// tokens of each begin, to `laid`, which is the workspace; and to count `[1]` how many tokens the
+/// plan has. What is wrong with the table, or more than `size` tokens, sets kPagesFault and makes
+/// count 0.
+void sort_pages(const BlockTable& table, const View& laid, const View& count, int64_t queries,
+                int64_t size, const Launch& on);
+
+/// The second half, one launch, into order `[queries]` and the plan, whose count is that of
+/// sort_pages. A token of a block that cannot be is left out, and sets kPagesFault.
+void block_plan(const BlockTable& table, const View& laid, const View& order, const TriePlan& plan,
+                const Launch& on);
 
 /// Candidates of rows, in device memory: row `r` owns entries `r * vocab` to `r * vocab +
 /// count[r]`, in no particular order. By probability they stand in order of logit descending, then

@@ -15,6 +15,7 @@ import os
 import torch
 from torch import Tensor
 
+from saffron_kernels.backends import reference_paged
 from saffron_kernels.backends.contents import check_top_ps
 from saffron_kernels.checks import expect
 
@@ -27,6 +28,7 @@ PLAN = 32
 BANNED = 64
 WIDTH = 128
 TOP_P = 256
+PAGES = 512
 
 _MESSAGES = {
     SLOT: "slots: an op was given a slot that does not exist",
@@ -43,6 +45,11 @@ _MESSAGES = {
     BANNED: "banned: a token is outside the vocabulary",
     WIDTH: "widths: the width of a group is not from 1 to width",
     TOP_P: "top_p: that of a row is NaN, or not above 0 and at most 1",
+    PAGES: (
+        "query_start, seq_lens, block_table, size: query_start must ascend from 0 to at most the queries, requests "
+        "have as many tokens as queries and blocks that hold them, blocks be at least 0 and their slots fit int32, and "
+        "the plan of a paged cache must have room"
+    ),
     PLAN: (
         "parents, begin, end, count: parents must ascend from 0, intervals lie within the old queries, and the arrays "
         "of a plan must hold as many tokens as count says, and the new ones behind them"
@@ -179,3 +186,15 @@ def check_count(count: Tensor | None, most: int) -> int:
     held = int(count)
     expect(0 <= held <= most, "count", held, f"0 to {most} tokens")
     return held
+
+
+def check_requests(block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int) -> None:
+    """Where content is checked eagerly: the requests of a paged cache, as `block_plan` takes them.
+
+    Raises:
+        ValueError: `query_start` does not ascend from 0 to at most `queries`, a request has more queries than tokens or
+            more tokens than blocks, or a block that it uses does not exist.
+    """
+    if eager(block_table):
+        table, lengths, starts = block_table.tolist(), seq_lens.tolist(), query_start.tolist()
+        reference_paged.check_requests(table, lengths, starts, block_size, queries)

@@ -13,7 +13,7 @@ def block_plan(
     block_table: Tensor, seq_lens: Tensor, query_start: Tensor, block_size: int, queries: int, size: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     table, lengths, starts = block_table.tolist(), seq_lens.tolist(), query_start.tolist()
-    _check_requests(table, lengths, starts, block_size, queries)
+    check_requests(table, lengths, starts, block_size, queries)
     counts = [after - before for before, after in zip(starts, starts[1:], strict=False)]
     full = [table[r][: (lengths[r] - n) // block_size] for r, n in enumerate(counts)]  # blocks of earlier steps alone
     rows = sorted((r for r, n in enumerate(counts) if n), key=lambda r: full[r])
@@ -32,6 +32,7 @@ def block_plan(
                 past += 1
             place = table[r][column] * block_size + p % block_size
             plan.append((place, first[i] + max(0, p - context), first[past]))
+    order += range(starts[-1], queries)  # of no request
     count = len(plan)
     if size is not None:
         expect(count <= size, "size", size, f"at least {count}, the tokens of the plan")
@@ -40,11 +41,12 @@ def block_plan(
     return seq_lens.new_tensor(order), slot.clone(), begin.clone(), end.clone(), seq_lens.new_tensor([count])
 
 
-def _check_requests(
+def check_requests(
     table: list[list[int]], lengths: list[int], starts: list[int], block_size: int, queries: int
 ) -> None:
+    """Raises ValueError for contents that are no requests."""
     expect(starts[0] == 0, "query_start", starts[0], "a first entry of 0")
-    expect(starts[-1] == queries, "query_start", starts[-1], f"a last entry of {queries}, the number of queries")
+    expect(starts[-1] <= queries, "query_start", starts[-1], f"a last entry of at most {queries}, the queries")
     for r, (before, after) in enumerate(itertools.pairwise(starts)):
         expect(after >= before, "query_start", f"{after - before} queries of request {r}", "at least 0")
         if after == before:

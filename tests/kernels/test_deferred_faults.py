@@ -168,6 +168,36 @@ def test_bad_banned_tokens(bad, ops) -> None:
         assert ("banned" in recorded()) == (row < 4)
 
 
+@pytest.mark.parametrize(
+    "table, lengths, starts, size",
+    [
+        ([[1], [1]], [3, 1], [0, 1, 2], 9),  # more tokens than its block holds
+        ([[1], [1]], [1, 2**31 - 1], [0, 1, 2], 9),
+        ([[1], [1]], [1, 1], [0, 2, 2], 9),  # more queries than tokens
+        ([[1], [1]], [1, -5], [0, 1, 2], 9),
+        ([[1], [1]], [2, 2], [0, 1, 4], 9),  # more queries than there are
+        ([[1], [1]], [2, 2], [1, 2, 3], 9),
+        ([[1], [1]], [2, 2], [0, 3, 2], 9),
+        ([[1], [1]], [2, 2], [-(2**31), 2**31 - 1, 3], 9),
+        ([[1], [1]], [2, 2], [0, 1, 2], 3),  # no room: the last block is not full, nothing is shared
+    ],
+)
+def test_bad_pages(table, lengths, starts, size, ops) -> None:
+    """There is no plan, and queries stay where they are; nothing outside the tensors is read or written."""
+    given = (i32(table[0] + table[1]).view(2, 1), i32(lengths), i32(starts))
+    order, slot, begin, end, count = ops.block_plan(*given, 2, 3, size)
+    assert "seq_lens" in recorded() and int(count) == 0 and order.tolist() == [0, 1, 2]
+    assert slot.tolist() == [-1] * size and begin.tolist() == end.tolist() == [0] * size
+
+
+@pytest.mark.parametrize("block", [-1, 2**30, 2**31 - 1])
+def test_bad_blocks_of_pages(block, ops) -> None:
+    """Their tokens are left out."""
+    _, slot, begin, end, count = ops.block_plan(i32([3, block]).view(1, 2), i32([3]), i32([0, 1]), 2, 1, 4)
+    assert "block_table" in recorded() and int(count) == 3
+    assert slot.tolist() == [6, 7, -1, -1] and begin.tolist() == [0] * 4 and end.tolist() == [1, 1, 0, 0]
+
+
 def test_values_are_not_compiled_in(ops, monkeypatch) -> None:
     """One kernel serves all values of a search: as many launches, with the same pointers and sizes."""
     if not ops.__name__.endswith("triton"):

@@ -28,6 +28,7 @@ CASES = dict(aot.cases())
 ONE_OF_EACH = {
     *("tree_attention bf16 d128 n32", "append_kv bf16", "gather_kv bf16", "merge_attention bf16", "nucleus bf16"),
     *("multifurcation_head bf16", "multifurcate bf16, everything", "select_beam", "advance_tree"),
+    "block_plan",
 }
 
 

@@ -195,6 +195,9 @@ def _plan() -> None:
     from saffron_kernels.backends import cuda
 
     cuda.advance_tree(*map(i32, ([0], [0], [1], [0], [1])), 1)
+    for requests in (1, 2):
+        table, starts = torch.zeros(requests, 1, dtype=torch.int32), i32(range(requests + 1))
+        cuda.block_plan(table, torch.ones_like(table[:, 0]), starts, 1, requests, requests)
 
 
 def _nuclei() -> None:

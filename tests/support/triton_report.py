@@ -128,6 +128,13 @@ def _select() -> None:
     ops.select_beam(torch.zeros(1024), *_candidates(), torch.zeros(32, dtype=torch.int32), 2, 16, None)
 
 
+def _plan_of_pages(requests: int) -> None:
+    """Up to 4,096 blocks of 16 tokens a request; nobody has queries here."""
+    table = torch.zeros(requests, 4096, dtype=torch.int32)
+    lengths, starts = table[:, 0].contiguous(), torch.zeros(requests + 1, dtype=torch.int32)
+    ops.block_plan(table, lengths, starts, 16, 256, 1 << 18)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel in every configuration: what it is compiled for, and the op that launches it."""
     bf16 = torch.bfloat16
@@ -151,6 +158,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "select_beam", _select
     index = torch.zeros(4096, dtype=torch.int32)
     yield "advance_tree", lambda: ops.advance_tree(index, index, index, index[:64], index[:64], 64)
+    yield "block_plan", partial(_plan_of_pages, 64)
+    yield "block_plan of one request", partial(_plan_of_pages, 1)
 
 
 class _NoGPU:

@@ -17,6 +17,7 @@ import torch
 from saffron_kernels.backends.cuda import native
 from saffron_kernels.backends.cuda.advance_tree import advance_tree
 from saffron_kernels.backends.cuda.append_kv import append_kv
+from saffron_kernels.backends.cuda.block_plan import block_plan
 from saffron_kernels.backends.cuda.gather_kv import gather_kv
 from saffron_kernels.backends.cuda.merge_attention import merge_attention
 from saffron_kernels.backends.cuda.multifurcate import multifurcate
@@ -31,6 +32,7 @@ from saffron_kernels.checks import FP8
 __all__ = [
     "advance_tree",
     "append_kv",
+    "block_plan",
     "gather_kv",
     "merge_attention",
     "multifurcate",

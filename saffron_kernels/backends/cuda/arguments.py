@@ -26,6 +26,13 @@ class TriePlan(NamedTuple):
     count: Tensor | None = None  # type: ignore[assignment]  # hides a method of tuples
 
 
+class BlockTable(NamedTuple):
+    blocks: Tensor
+    lens: Tensor
+    start: Tensor
+    block_size: int
+
+
 class Scoring(NamedTuple):
     scale: float
     softcap: float  # 0: scores are not bounded

@@ -16,6 +16,7 @@ import torch
 from saffron_kernels.backends.faults import raise_faults
 from saffron_kernels.backends.triton.advance_tree import advance_tree as _advance_tree
 from saffron_kernels.backends.triton.append_kv import append_kv as _append_kv
+from saffron_kernels.backends.triton.block_plan import block_plan as _block_plan
 from saffron_kernels.backends.triton.gather_kv import gather_kv as _gather_kv
 from saffron_kernels.backends.triton.launch import INTERPRETED, device_properties
 from saffron_kernels.backends.triton.merge_attention import merge_attention as _merge_attention
@@ -34,6 +35,7 @@ if INTERPRETED:
 __all__ = [
     "advance_tree",
     "append_kv",
+    "block_plan",
     "gather_kv",
     "merge_attention",
     "multifurcate",
@@ -80,6 +82,7 @@ def _on_device_of_first(op: Callable[..., Any]) -> Callable[..., Any]:
 
 advance_tree = _on_device_of_first(_advance_tree)
 append_kv = _on_device_of_first(_append_kv)
+block_plan = _on_device_of_first(_block_plan)
 gather_kv = _on_device_of_first(_gather_kv)
 merge_attention = _on_device_of_first(_merge_attention)
 multifurcate = _on_device_of_first(_multifurcate)

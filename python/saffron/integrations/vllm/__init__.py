@@ -2,8 +2,8 @@
 
 `register` is an entry point of vLLM (`vllm.general_plugins`): with this package installed nothing else has to be done.
 
-`SAFFRON_VLLM=1 vllm serve MODEL` uses it on CPUs. GPUs are not served yet: the op that plans a step, `block_plan`, has
-no GPU kernel.
+`SAFFRON_VLLM=1 vllm serve MODEL` uses it on CPUs. On GPUs `--attention-backend SAFFRON` chooses it, which nobody has
+tried: its kernels never ran on a GPU.
 """
 
 from __future__ import annotations

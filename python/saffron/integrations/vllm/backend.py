@@ -2,6 +2,10 @@
 
 vLLM's paged KV cache is used as it is: with the layout LBNHC the token at offset `o` of block `b` is row
 `b * block_size + o`, which is also what vLLM calls its slot.
+
+On CUDA devices the plan is made on the device, into buffers of a fixed size, and its length stays there: nothing waits
+for the device, and all steps can be replayed as CUDA graphs. None of that ever ran on a GPU: tests execute the kernels
+on the CPU, and what this file does around them runs on the CPU with such buffers.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from saffron.integrations.vllm import NAME
+from saffron.integrations.vllm.plan_buffers import PlanBuffers
 from saffron_kernels import append_kv, block_plan, tree_attention
 from saffron_kernels.backends import cpu, implementation
 
@@ -61,8 +66,9 @@ class SaffronAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: object) -> bool:
-        """No GPU yet: `block_plan` has no kernel there."""
-        return False
+        """What the kernels are compiled for. They never ran on a GPU."""
+        major, minor = capability  # type: ignore[misc]
+        return (major, minor) >= (8, 0)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -79,6 +85,7 @@ class SaffronMetadata:
         slot, begin, end: the plan, as for `tree_attention`.
         prepared: the same plan for the layers, where the CPU backend serves it.
         slot_mapping: `[queries]`, where K and V of this step go; vLLM looks for it here.
+        count: `[1]`, how many tokens the plan has; None: all.
     """
 
     num_actual_tokens: int
@@ -88,15 +95,14 @@ class SaffronMetadata:
     end: Tensor
     prepared: cpu.PlannedAttention | None = None
     slot_mapping: Tensor | None = None
+    count: Tensor | None = None
 
 
 def plan_step(
     table: Tensor, lengths: Tensor, starts: Tensor, block_size: int, queries: int, heads: int, dtype: torch.dtype
 ) -> SaffronMetadata:
-    """The plan of a step: the block table of its requests, their tokens and the first query of each."""
+    """The plan of a step on a CPU: the block table of its requests, their tokens and the first query of each."""
     order, slot, begin, end, _ = block_plan(table, lengths, starts, block_size, queries)
-    if table.device.type != "cpu":  # nobody waits to look
-        return SaffronMetadata(queries, order, slot, begin, end)
     same = torch.equal(order, torch.arange(queries, dtype=torch.int32))
     metadata = SaffronMetadata(queries, None if same else order, slot, begin, end)
     if dtype != torch.float16 and implementation("tree_attention", table.device, dtype) is cpu.tree_attention:
@@ -107,7 +113,8 @@ def plan_step(
 class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
     """Plans each step from the block table."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # the plan's size depends on the step
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    buffers: PlanBuffers | None = None
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -118,6 +125,10 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
         layer_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self.heads = layer_heads or model.get_num_attention_heads(vllm_config.parallel_config)
         self.dtype = model.dtype
+        if device.type != "cpu":
+            blocks, limits = vllm_config.cache_config.num_gpu_blocks or 0, vllm_config.scheduler_config
+            sizes = blocks, limits.max_num_seqs, model.max_model_len, limits.max_num_batched_tokens
+            self.buffers = PlanBuffers(self.block_size, *sizes, device)
         logger.info("%s: attention of %d layers, blocks of %d tokens", NAME, len(layer_names), self.block_size)
 
     def build(
@@ -126,10 +137,14 @@ class SaffronMetadataBuilder(AttentionMetadataBuilder[SaffronMetadata]):
         batch = common_attn_metadata
         if batch.causal is not True:
             raise NotImplementedError(f"{NAME}: attention that is not causal is not served")
-        metadata = plan_step(
-            batch.block_table_tensor, batch.seq_lens, batch.query_start_loc, self.block_size, batch.num_actual_tokens,
-            self.heads, self.dtype,
-        )  # fmt: skip
+        table, starts = batch.block_table_tensor, batch.query_start_loc
+        queries = batch.num_actual_tokens
+        if self.buffers is None:
+            metadata = plan_step(table, batch.seq_lens, starts, self.block_size, queries, self.heads, self.dtype)
+        else:
+            most = batch.seq_lens_cpu_upper_bound
+            order, slot, begin, end, count = self.buffers.fill(table, batch.seq_lens, starts, queries, most)
+            metadata = SaffronMetadata(queries, order, slot, begin, end, count=count)
         metadata.slot_mapping = batch.slot_mapping
         return metadata
 
@@ -196,7 +211,8 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
         if plan.order is not None:
             q = q.index_select(0, plan.order)
         if plan.prepared is None:
-            out, _ = tree_attention(q, *_rows(kv_cache, self.head_size), plan.slot, plan.begin, plan.end, self.scale)
+            where = plan.slot, plan.begin, plan.end
+            out, _ = tree_attention(q, *_rows(kv_cache, self.head_size), *where, self.scale, count=plan.count)
         else:
             out = place if plan.order is None else torch.empty_like(place)
             plan.prepared(q, *self._views(kv_cache), self.scale, out)
