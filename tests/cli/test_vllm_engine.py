@@ -18,8 +18,9 @@ import pytest
 import vllm_engine
 from vllm_engine import needs_vllm
 
-from saffron import GreedyDecoding, SaffronSearch, SearchConfig, load_bundled
+from saffron import GreedyDecoding, Policy, SaffronSearch, SearchConfig, load_bundled
 from saffron.cli import main
+from saffron.errors import ConfigError
 from saffron.models.bundled import Models
 from saffron.models.files import ModelFiles
 from saffron.models.likelihood import likelihoods
@@ -143,16 +144,12 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         assert "pip install 'saffron-kernels[vllm]'" in refused(capsys, *command, "--engine", "vllm")
 
 
-def test_files_of_an_engine() -> None:
-    from saffron.errors import ConfigError
+def test_a_variant_needs_our_own_policy() -> None:
+    class Other(Policy):
+        pass
 
-    for files, named in (
-        (ModelFiles(engine="fast"), "engine: got 'fast', expected one of saffron, vllm"),
-        (ModelFiles(engine="vllm", variant="no trie cache"), "variant"),
-        (ModelFiles(engine_options=(("seed", 1),)), "engine_options"),
-    ):
-        with pytest.raises(ConfigError, match=named):
-            files.check()
+    with pytest.raises(ConfigError, match="variant: got 'no trie cache', which Other does not serve"):
+        ModelFiles(variant="no trie cache", policy_class=Other).check()
 
 
 @needs_vllm

@@ -18,6 +18,7 @@ from saffron.cli.options import (
     add_engine_options,
     add_model_options,
     add_search_options,
+    check_engine,
     check_models,
     check_prompt,
     engine,
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.stream and (options.trace or options.json or options.output):
         raise ConfigError("--stream: cannot be combined with --trace, --json or --output")
     work = _read_prompts(options)
-    engine(options)
+    check_engine(options)
     check_models(options)
     if options.trace:
         from saffron.search.result import TRACE

@@ -99,7 +99,7 @@ def add_model_options(parser: argparse.ArgumentParser | Any, *models: str) -> No
 
 
 def add_engine_options(parser: argparse.ArgumentParser | Any) -> None:
-    """What runs the policy; `engine` reads them."""
+    """What runs the policy; `check_engine` and `engine` read them."""
     parser.add_argument("--engine", choices=["saffron", "vllm"], default="saffron", help="what runs the policy")
     parser.add_argument(
         "--vllm", type=_assignment, action="append", default=[], metavar="NAME=VALUE",
@@ -117,8 +117,8 @@ def _assignment(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def engine(options: argparse.Namespace) -> dict[str, Any]:
-    """`engine` and `engine_options` of `ModelFiles`. Before vLLM is imported: it reads the environment then.
+def check_engine(options: argparse.Namespace) -> None:
+    """Also sets what vLLM reads from the environment when it is imported.
 
     Raises:
         ConfigError: options that the engine does not serve. MissingDependencyError: there is no vLLM.
@@ -126,7 +126,7 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
     if options.engine == "saffron":
         if options.vllm:
             raise ConfigError("--vllm: works with --engine vllm")
-        return {}
+        return
     if getattr(options, "capture", False):
         raise ConfigError("--capture: works with --engine saffron; vLLM has CUDA graphs of its own")
     if importlib.util.find_spec("vllm") is None:
@@ -135,7 +135,15 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
         ("SAFFRON_VLLM", "1"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"), ("VLLM_LOGGING_LEVEL", "ERROR")
     ):  # fmt: skip
         os.environ.setdefault(name, value)
-    return {"engine": "vllm", "engine_options": tuple(options.vllm)}
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """`policy_class` and `policy_options` of `ModelFiles`; imports vLLM, if that is asked for. After `check_engine`."""
+    if options.engine == "saffron":
+        return {}
+    from saffron.integrations.vllm.policy import VllmPolicy
+
+    return {"policy_class": VllmPolicy, "policy_options": tuple(options.vllm)}
 
 
 def check_models(options: argparse.Namespace) -> None:

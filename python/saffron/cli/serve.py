@@ -14,6 +14,7 @@ from saffron.cli.options import (
     add_engine_options,
     add_model_options,
     add_search_options,
+    check_engine,
     check_models,
     engine,
     name,
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     for option in ("ssl_keyfile", "ssl_certfile"):
         if (file := getattr(options, option)) is not None:
             read_bytes(Path(file))
-    engine(options)
+    check_engine(options)
     check_models(options)
     return _serve(options, settings)
 

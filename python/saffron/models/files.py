@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saffron.errors import CheckpointError, ConfigError, MissingDependencyError, outside
+from saffron.errors import CheckpointError, ConfigError, outside
 from saffron.models.bundled import FOLDER, Models
 from saffron.models.devices import find_device
 from saffron.models.policy import Policy
@@ -18,7 +18,6 @@ from saffron.models.trie_model import TrieModel
 from saffron.storage.paths import check_checkpoint
 
 VARIANTS = ("", "no unseen mask", "no trie cache")
-ENGINES = ("saffron", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,8 @@ class ModelFiles:
         device: None: the GPU if there is one.
         variant: one of `VARIANTS`. "no unseen mask": the MRM scores tokens that its corpus never had; "no trie cache":
             every read runs whole sequences, each for itself.
-        engine: what runs the policy, one of `ENGINES`.
-        engine_options: for "vllm", names and values of `VllmPolicy.from_pretrained`.
+        policy_class: loads the policy: `Policy`, or what another engine runs (`VllmPolicy`).
+        policy_options: names and values for its `from_pretrained`.
     """
 
     policy: str | None = None
@@ -41,8 +40,8 @@ class ModelFiles:
     prm: str | None = None
     device: str | None = None
     variant: str = ""
-    engine: str = "saffron"
-    engine_options: tuple[tuple[str, Any], ...] = ()
+    policy_class: type[Policy] = Policy
+    policy_options: tuple[tuple[str, Any], ...] = ()
 
     def check(self) -> None:
         """Raises `ConfigError` or `CheckpointError` for what cannot be loaded, before anything is."""
@@ -50,12 +49,8 @@ class ModelFiles:
             raise ConfigError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
         for name in ("policy", "mrm", "base"):
             check_checkpoint(name, getattr(self, name))
-        if self.engine not in ENGINES:
-            raise ConfigError(f"engine: got {self.engine!r}, expected one of {', '.join(ENGINES)}")
-        if self.engine != "saffron" and self.variant:
-            raise ConfigError(f"variant: got {self.variant!r}, which needs our own engine, and engine={self.engine!r}")
-        if self.engine == "saffron" and self.engine_options:
-            raise ConfigError("engine_options: they are vLLM's, and the engine is our own")
+        if self.variant and self.policy_class is not Policy:
+            raise ConfigError(f"variant: got {self.variant!r}, which {self.policy_class.__name__} does not serve")
         check_reward("prm", self.prm)
         find_device(self.device)
 
@@ -71,9 +66,8 @@ class ModelFiles:
     def load_policy(self) -> Policy:
         """Raises `CheckpointError` if it cannot be loaded or does not run."""
         path = self.policy or FOLDER / "policy"
-        kind = self._policy_class()
         with outside(f"{path}: cannot be used as a policy", CheckpointError):
-            policy = kind.from_pretrained(path, **self._options(), **dict(self.engine_options))
+            policy = self.policy_class.from_pretrained(path, **self._options(), **dict(self.policy_options))
             size = policy.vocab_size
             if not all(isinstance(token, int) and 0 <= token < size for token in policy.eos_token_id):
                 raise CheckpointError(
@@ -103,16 +97,6 @@ class ModelFiles:
             else:
                 _try(guard, guard.sequence("x", "y"))
         return guard
-
-    def _policy_class(self) -> type[Policy]:
-        """Raises `MissingDependencyError` where its library is not installed."""
-        if self.engine == "saffron":
-            return Policy
-        try:
-            from saffron.integrations.vllm.policy import VllmPolicy
-        except ImportError as error:
-            raise MissingDependencyError("vllm", "vllm") from error
-        return VllmPolicy
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"device": self.device}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -65,10 +66,9 @@ class SaffronAttentionBackend(AttentionBackend):
         return (KVCacheLayout.LBNHC,)
 
     @classmethod
-    def supports_compute_capability(cls, capability: object) -> bool:
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
         """What the kernels are compiled for. They never ran on a GPU."""
-        major, minor = capability  # type: ignore[misc]
-        return (major, minor) >= (8, 0)
+        return (capability.major, capability.minor) >= (8, 0)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
