@@ -207,7 +207,7 @@ def test_errors_give_the_caches_back(
         raised: list[int] = []
         with monkeypatch.context() as patch, suppress(type(error)):
             for model in faulty:
-                patch.setattr(model, "_output", Failing(model._output, failing, error, raised))
+                patch.setattr(model, "output", Failing(model.output, failing, error, raised))
             method.generate(PROMPTS, PREFILLS)
         assert bool(raised) or failing > 0 or (which == "reward" and name not in GUIDED)
         assert [model.kv.num_nodes for model in models] == [0, 0, 0], f"forward pass {failing}"

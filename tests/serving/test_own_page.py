@@ -25,7 +25,7 @@ PROBE = """
   (async () => {
     $("prompt").value = "hello there"; $("width").value = "3"; $("width").dispatchEvent(new Event("input"));
     $("prompt").dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", cancelable: true }));
-    while ($("tree").hidden || $("send").disabled) await new Promise((go) => setTimeout(go, 5));
+    while ($("search").hidden || $("send").disabled) await new Promise((go) => setTimeout(go, 5));
     const report = { at: $("at").textContent, defended: $("defended").textContent, other: $("undefended").textContent,
       tree: $("tree").srcdoc.length, focus: document.activeElement.id };
     const written = { id: "report", textContent: JSON.stringify(report) };
@@ -56,6 +56,7 @@ def test_the_page_needs_nothing_but_its_server(server: Running) -> None:
 def test_an_answer_may_bring_its_search_as_a_page(server: Running) -> None:
     said = server.ask(messages=USER, saffron={"trace": "page"}).json()["choices"][0]
     assert said["saffron"]["page"].startswith("<!doctype html>") and USER[0]["content"] in said["saffron"]["page"]
+    assert "Undefended answer" not in said["saffron"]["page"]  # it stands next to the search, in the chat
     assert server.ask(saffron={"trace": "svg"}).status_code == 400
 
 

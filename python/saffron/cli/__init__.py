@@ -38,7 +38,7 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        silent = action.default is None or isinstance(action.default, bool) or action.default == argparse.SUPPRESS
+        silent = isinstance(action.default, bool) or action.default in (None, "", [], argparse.SUPPRESS)
         if silent or "default" in text or not action.option_strings:
             return text
         if isinstance(action.default, list | tuple):
