@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import floors
 import pytest
 import torch
-import floors
 from harness import Case, assert_same, on_backend
 from timing import DEVICE
 from torch import Tensor

@@ -5,7 +5,7 @@
     benchmarks/gpu.sh FOLDER STAGE...    stages by name; some belong to no part: tests racecheck synccheck competitors
 
 Each stage may take its seconds, and what those before it have left; then it gets SIGINT, on which pytest writes what
-failed, SIGTERM and SIGKILL. One that fails stops no other, and the last line of the summary names the first that failed.
+failed, SIGTERM and SIGKILL. One that fails stops no other, and the last line of the summary names the first of them.
 What was measured until then is in results.csv.
 
 Everything is in FOLDER, each file with GPU, versions and commit: summary.txt, log.txt, results.csv, left-out.txt,
@@ -16,8 +16,8 @@ table.md, decisions.md, ncu.csv. A second call with the same folder adds to them
 are there, of this Python and of these sources by SAFFRON_PREBUILT=1, are taken as they are. FlashInfer, where it is
 installed, compiles at its first call: `competitors` does that before anything is timed.
 
-What has to be installed: torch, triton, transformers, numpy, rich, jinja2, pytest, hypothesis, and for a build pybind11,
-cmake, ninja, a C++ compiler and nvcc.
+What has to be installed: torch, triton, transformers, numpy, rich, jinja2, pytest, for `captured` hypothesis, and for a
+build pybind11, cmake, ninja, a C++ compiler and nvcc.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("summary.txt", "log.txt", "results.csv", "left-out.txt", "table.md", "decisions.md", "ncu.csv")
 GRACE = ((signal.SIGINT, 8.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0))  # seconds that each is waited for
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+# Without the options of pyproject.toml, which need pytest-benchmark; pytest-xdist would start no sooner.
+PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist")
 # An allocation for each tensor, so that a step outside is seen; calls that PyTorch makes in vain are not ours.
 SANITIZER = ("--report-api-errors", "no", "--error-exitcode", "9")
 # Sections rather than metrics, whose names differ between chips; the clocks stay as they are.
@@ -58,7 +59,7 @@ class Stage(NamedTuple):
 
 
 def tests(name: str, seconds: int, *arguments: str) -> Stage:
-    return Stage(name, seconds, (*PYTEST, "--benchmark-disable", "--maxfail", "50", *arguments))
+    return Stage(name, seconds, (*PYTEST, "--maxfail", "50", *arguments))
 
 
 def measure(name: str, seconds: int, *nodes: str) -> Stage:
@@ -76,6 +77,7 @@ def attention(*cases: str) -> list[str]:
 
 BUILD = Stage("build", 80, ("benchmarks/gpu.py", "--build"), needs_gpu=False)
 PROFILE = ("ncu", "--profile-from-start", "off", "--nvtx", "--clock-control", "none", "--csv", "--log-file", "ncu.csv")
+GRIDS = ("layers", "fp8", "forest", "prefill", "length", "reward_model", "search", "tree")
 QUICK = (EVERY_OP, "--check", "--dtype", "bfloat16", "--backend")
 
 PARTS: dict[str, tuple[Stage, ...]] = {
@@ -101,9 +103,7 @@ PARTS: dict[str, tuple[Stage, ...]] = {
     "second": (
         BUILD,
         measure("ops", 35, "small_ops.py", "nucleus.py", "multifurcate.py"),
-        measure(
-            "attentions", 80, *attention("layers", "fp8", "forest", "prefill", "length", "reward_model", "search", "tree")
-        ),
+        measure("attentions", 80, *attention(*GRIDS)),
         measure("steps", 35, "step.py::test_decode_step[4096]", "search.py"),
         sanitizer("memcheck", 30, "--backend", "cuda", "--dtype", "bfloat16"),
         Stage("profile", 25, ("benchmarks/flagship.py",), (*PROFILE, *(x for s in SECTIONS for x in ("--section", s)))),
@@ -114,7 +114,7 @@ REPORTS = (
     Stage("decide", 4, ("benchmarks/decide.py",), needs_gpu=False),
 )
 OTHERS = (
-    Stage("tests", 280, (*PYTEST[:-2], "-m", "gpu", "tests", "--benchmark-disable", "--maxfail", "50",
+    Stage("tests", 280, (*PYTEST[:-2], "-m", "gpu", "tests", "--maxfail", "50",
           "--continue-on-collection-errors", "-k", "not test_sanitizer")),
     sanitizer("racecheck", 140),
     sanitizer("synccheck", 140),

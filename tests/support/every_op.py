@@ -118,7 +118,9 @@ def compare(op: str, name: str, arguments: Arguments) -> None:
         loose = 0.13 if one.dtype == FP8 else 2e-3 if one.dtype == torch.float32 else 2e-2
         tolerance = loose if one.is_floating_point() else 0.0
         pair = (one.double(), other.double())
-        torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text: f"{op}: {text}")
+        torch.testing.assert_close(
+            *pair, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text: f"{op}: {text}"
+        )
 
 
 def run(op: str, name: str, dtypes: list[torch.dtype], device: torch.device, check: bool) -> int:

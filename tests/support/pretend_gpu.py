@@ -83,7 +83,13 @@ class Pretend(TorchFunctionMode):
         if self.tape is not None:
             self._keep(given)
         result = func(*tree_map(_host, call), **tree_map(_host, call_kwargs))
-        if name.endswith("_") and not name.endswith("__") and args and result is not None and isinstance(args[0], OnGpu):
+        if (
+            name.endswith("_")
+            and not name.endswith("__")
+            and args
+            and result is not None
+            and isinstance(args[0], OnGpu)
+        ):
             result = args[0]
         if target:
             result = tree_map(_on_gpu, result)
@@ -153,7 +159,9 @@ class Graph:
                         _host(old).copy_(new)
 
 
-def _why_not(known: Callable[..., str | None], name: str, op: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+def _why_not(
+    known: Callable[..., str | None], name: str, op: str, device: torch.device, *dtypes: torch.dtype
+) -> str | None:
     """On the device Triton, CUDA and the reference serve everything."""
     return known(name, op, device, *dtypes) if device.type == "cpu" else "not on a GPU" if name == "cpu" else None
 
@@ -200,7 +208,7 @@ class _Stream:
 
 class _Event(_Stream):
     def elapsed_time(self, other: object) -> float:
-        return 0.01
+        return 10.0
 
 
 @contextlib.contextmanager
@@ -242,6 +250,7 @@ def pretended(patches: pytest.MonkeyPatch) -> Iterator[Pretend]:
     triton = ModuleType("pretended_triton")
     patches.setitem(sys.modules, triton.__name__, triton)
     patches.setitem(backends.MODULES, "triton", triton.__name__)  # type: ignore[arg-type]
+    triton.why_not = lambda device, dtype: "not on a CPU"  # type: ignore[attr-defined]
     for op in ops.NAMES:
         patch(cuda, op, functools.partial(_called_as_op, op))
         setattr(triton, op, functools.partial(_called_as_op, op))

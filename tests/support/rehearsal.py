@@ -22,12 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / place) for place in ("benchmarks", "tests/support", "tests/ops", "python", "")]
-os.environ.pop("TRITON_INTERPRET", None)
 
-import gpu
-import pretend_gpu
-import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: F401 (imported where torch is as it is)
+import gpu  # noqa: E402
+import pretend_gpu  # noqa: E402
+import pytest  # noqa: E402
 
 SMALL_TREE = "1,2,4/3,2,4"
 
@@ -59,6 +57,7 @@ def smaller(patch: Callable[[object, str, object], None]) -> None:
     import bench_multifurcate
     import bench_nucleus
     import bench_search
+    import bench_small_ops
     import bench_step
     import bench_tree_attention
     import flagship
@@ -82,6 +81,9 @@ def smaller(patch: Callable[[object, str, object], None]) -> None:
     patch(harness, "copy_rate", lambda: 1e9)
     patch(harness, "matmul_rate", lambda dtype: 1e12)
     patch(harness, "measure", lambda case, seconds, alone: measure(case, 0.0, alone))
+    patch(harness, "CALLS_A_GRAPH", 2)
+    for name, value in {"HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16}.items():
+        patch(bench_small_ops, name, value)
     for module in (bench_nucleus, bench_multifurcate):
         patch(module, "VOCAB", 999)
     patch(bench_multifurcate, "HIDDEN", 16)
@@ -89,14 +91,14 @@ def smaller(patch: Callable[[object, str, object], None]) -> None:
     patch(bench_tree_attention, "chain_plan", lambda tokens: workloads.chain_plan(7))
     patch(bench_tree_attention, "parse_tree", lambda text: workloads.parse_tree(SMALL_TREE))
     patch(bench_tree_attention, "run", small_run)
-    tiny = {"intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    tiny = {"intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     for name, value in {
-        "VOCAB": 97, "WIDTH": 3, "NEW_TOKENS": 6, "POLICY": {**tiny, "hidden_size": 64},
+        "VOCAB": 97, "WIDTH": 3, "NEW_TOKENS": 3, "POLICY": {**tiny, "hidden_size": 64},
         "MRM": {**tiny, "hidden_size": 32}, "measure_step": lambda *given: step(*given[:-1], 20),
     }.items():  # fmt: skip
         patch(bench_step, name, value)
     for name in ("PROMPT", "WIDTH", "NEW_TOKENS"):
-        patch(bench_search, name, 4)
+        patch(bench_search, name, 2)
     small = {
         flagship.attention: dict(beams=4, prompt=6, head_dim=8, heads=(4, 2)),
         flagship.choice: dict(rows=3, vocab=99, hidden=8),
@@ -134,6 +136,9 @@ def execute(command: tuple[str, ...]) -> str:
 def main(folder: Path, names: list[str]) -> int:
     os.chdir(ROOT)
     os.environ["SAFFRON_RESULTS"] = str(folder / "results.csv")
+    os.environ.pop("TRITON_INTERPRET", None)
+    from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: F401 (while torch is as it is)
+
     patch, failed = pytest.MonkeyPatch(), False
     with pretend_gpu.pretended(patch):
         smaller(patch.setattr)
