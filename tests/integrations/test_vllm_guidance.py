@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import vllm_engine
 from transformers import AutoModelForCausalLM
@@ -121,6 +123,7 @@ def test_what_is_not_allowed_is_refused_at_admission(llm: Any, prompts: list[lis
 
     for wish, named in (
         ({"saffron_beta": -1.0}, "saffron_beta: got -1.0"),
+        ({"saffron_beta": 1e40}, "saffron_beta: got 1e"),  # infinite in fp32
         ({"saffron_beta": "much"}, "saffron_beta: got 'much'"),
         ({"saffron_beta": 1.0, "saffron_top_p": 0.0}, "saffron_top_p: got 0.0"),
         ({"saffron_beta": 1.0, "saffron_mrm_prompt": ""}, "saffron_mrm_prompt: got ''"),
@@ -144,12 +147,16 @@ def test_where_nobody_can_guide_the_answer_ends(llm: Any, models: Models, prompt
     found = generated(llm, prompts[:1] * 3, wishes)
     assert len(found[0]) == 4 and found[0][-1] == 2  # guided until the MRM had read all that it can
     assert found[1] == [2] and found[2] == generated(llm, prompts[:1], wishes[2:])[0]
+    # Other options may forbid the end: then too nothing is said.
+    for options in ({"min_tokens": 3}, {"allowed_token_ids": [9, 10]}):
+        (silent,) = generated(llm, prompts[:1], wishes[1:2], max_tokens=5, **options)
+        assert set(silent) == {2}
 
 
 def configuration(**changes: Any) -> Any:
     model = SimpleNamespace(
         get_vocab_size=lambda: changes.get("vocab", 1365), try_get_generation_config=lambda: {},
-        hf_config=SimpleNamespace(eos_token_id=changes.get("end", 2)),
+        hf_config=SimpleNamespace(eos_token_id=changes.get("end", 2)), tokenizer=changes.get("own", FOLDER / "policy"),
     )  # fmt: skip
     return SimpleNamespace(additional_config=changes.get("additional", {}), model_config=model)
 
@@ -183,7 +190,7 @@ def test_under_the_other_model_runner(models: Models, prompts: list[list[int]]) 
     torch.testing.assert_close(logits[1:], want)
 
 
-def test_an_engine_without_a_fitting_mrm_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_a_fitting_mrm_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from saffron.integrations.vllm import MrmGuidance
 
     monkeypatch.delenv("SAFFRON_VLLM_MRM", raising=False)
@@ -193,5 +200,8 @@ def test_an_engine_without_a_fitting_mrm_does_not_start(monkeypatch: pytest.Monk
     bundled = {"saffron_mrm": "bundled"}
     with pytest.raises(ConfigError, match="vocabulary has 1365 entries, the policy's 9999"):
         MrmGuidance(configuration(additional=bundled, vocab=9999), place)
+    tiny.tokenizer().save_pretrained(tmp_path)  # smaller, so that its ids are some of the MRM's
+    with pytest.raises(ConfigError, match="its tokenizer is another one than the policy's"):
+        MrmGuidance(configuration(additional=bundled, vocab=300, own=tmp_path), place)
     with pytest.raises(ConfigError, match="no response could end"):
         MrmGuidance(configuration(additional=bundled, end=None), place)

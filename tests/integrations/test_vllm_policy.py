@@ -155,13 +155,31 @@ def test_an_engine_that_is_in_use_or_fails(policy: Any, models: Models, monkeypa
     while policy.engine.has_unfinished_requests():
         policy.engine.step()
     assert search.generate("hello")[0].token_ids == right
-    core = policy.engine.engine_core
+    with pytest.raises(PromptTooLongError, match="256 tokens and 1 new ones"):  # within vLLM it ended half a step
+        policy.logits([[5] * 256])
+    with pytest.raises(ConfigError, match="sequences: got none"):
+        policy.logits([])
+    torch.testing.assert_close(policy.logits([[5, 6, 7]]), models.policy.logits([[5, 6, 7]]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_after_half_a_step_nothing_is_run(
+    policy: Any, models: Models, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """vLLM's worker had begun with requests of which the scheduler knows nothing more: it gave wrong logits."""
+    core, search = policy.engine.engine_core, SaffronSearch(policy, models.mrm, SearchConfig(width=2, max_new_tokens=4))
+    monkeypatch.setattr(policy, "_ended", None)
+
+    def stop() -> None:
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(core, "get_output", lambda: 1 / 0)
-        with pytest.raises(EngineError, match="VllmPolicy: vLLM stopped"):
+        patch.setattr(core, "get_output", stop)
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else EngineError):
             search.generate("hello")
     assert not core.engine_core.scheduler.has_unfinished_requests()
-    assert search.generate("hello")[0].token_ids == right
+    with pytest.raises(EngineError, match="stopped within a step.*make another one"):
+        search.generate("hello")
 
 
 # The engines below end what all engines of a process share: the fixture's is not to be used any more.
@@ -185,6 +203,8 @@ def test_other_engines(models: Models, attacked: Any, options: dict[str, Any]) -
     ours = SaffronSearch(models.policy, models.mrm, config).generate(*some)
     with vllm_engine.policy(FOLDER / "policy", **options) as policy:
         theirs = SaffronSearch(policy, models.mrm, config).generate(*some)
+    with pytest.raises(EngineError, match="it was closed"):
+        policy.logits([[5]])
     assert [one.token_ids for one in theirs] == [one.token_ids for one in ours]
 
 
@@ -230,6 +250,8 @@ def test_what_vllm_says_becomes_our_errors(policy: Any, models: Models, tmp_path
         start(device="cuda")
     with pytest.raises(CheckpointError, match="vLLM cannot run it"):
         start(max_model_len=100_000)
+    with pytest.raises(CheckpointError, match="block_size: got 0, .*greater than 0"):
+        start(block_size=0)
     with pytest.raises(ConfigError, match="prefix caching is off"):
         start(enable_prefix_caching=False)
     with pytest.raises(ConfigError, match="raw_logits"):

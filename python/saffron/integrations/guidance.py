@@ -15,6 +15,7 @@ from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search.config import check_top_p
 from saffron_kernels import multifurcation_head, nucleus
 
+MOST_BETA = 1e30  # rewards are multiplied in fp32, where infinity times 0 is no number
 _NONE = np.empty(0, dtype=np.int32)
 Text = tuple[tuple[int, ...], list[int]]  # what the MRM reads before a response, and the response so far
 
@@ -107,8 +108,8 @@ class Guide:
 def check_guidance(beta: object, top_p: object) -> None:
     """Raises `ConfigError` for values that are not allowed."""
     check_top_p(top_p)
-    if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 <= beta < float("inf"):
-        raise ConfigError(f"beta: got {shown(beta)}, expected a finite number of at least 0")
+    if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 <= beta <= MOST_BETA:
+        raise ConfigError(f"beta: got {shown(beta)}, expected a number from 0 to {MOST_BETA:g}")
 
 
 class RewardGuidance(Guide, LogitsProcessor):

@@ -17,6 +17,7 @@ from saffron.integrations.guidance import Guide, check_guidance
 from saffron.integrations.mrm_prompt import mrm_contexts
 from saffron.integrations.vllm.processor import RequestProcessor, Wanted
 from saffron.models.bundled import FOLDER
+from saffron.models.loading import load_tokenizer
 from saffron.models.reward_models import MultifurcationRewardModel
 
 BETA, TOP_P, PROMPT = "saffron_beta", "saffron_top_p", "saffron_mrm_prompt"
@@ -61,6 +62,9 @@ class MrmGuidance(RequestProcessor[Wish]):
         needed, there = vllm_config.model_config.get_vocab_size(), self.guide.mrm.vocab_size
         if there < needed:
             raise ConfigError(f"{path}: its vocabulary has {there} entries, the policy's {needed}")
+        own, other = load_tokenizer(vllm_config.model_config.tokenizer), self.guide.mrm.tokenizer
+        if own is not None and other is not None and own.get_vocab() != other.get_vocab():
+            raise ConfigError(f"{path}: its tokenizer is another one than the policy's, whose token ids it has to read")
         self._contexts: dict[Any, tuple[int, ...] | None] = {}
 
     @classmethod
@@ -89,6 +93,8 @@ class MrmGuidance(RequestProcessor[Wish]):
             context = self._context(tuple(prompt), one.options.prompt)
             if context is None or (mrm.context is not None and len(context) + len(response) > mrm.context):
                 last = logits[one.row, ends]
+                if bool((last == -torch.inf).all()):  # `min_tokens`, `allowed_token_ids` or a grammar forbade the end
+                    last = torch.zeros_like(last)
                 logits[one.row] = -torch.inf
                 logits[one.row, ends] = last
             else:

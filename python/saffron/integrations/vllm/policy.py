@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from vllm import LLM, EngineArgs, SamplingParams
@@ -37,6 +38,7 @@ from saffron.errors import (
     UnsupportedModelError,
     outside,
     reason,
+    shown,
 )
 from saffron.integrations.vllm import BACKEND
 from saffron.integrations.vllm.processor import RequestProcessor, Wanted
@@ -105,6 +107,7 @@ class VllmPolicy(Policy):
         config = self.engine.vllm_config
         self._in_process = _check(config, isinstance(self.engine.engine_core, InprocClient))
         self._lock, self._numbers = threading.Lock(), itertools.count()
+        self._ended: str | None = None  # why nothing can be run any more
         self._hashes: dict[tuple[int, ...], list[Any]] = {}
         self._params = SamplingParams(
             max_tokens=1, temperature=0, detokenize=False, logprobs=None if self._in_process else -1,
@@ -165,7 +168,7 @@ class VllmPolicy(Policy):
             raise
         except Exception as error:  # of many types, from many places
             kind = CapacityError if "KV cache" in str(error) else CheckpointError
-            raise kind(f"{path}: vLLM cannot run it ({reason(error)})") from error
+            raise kind(f"{path}: vLLM cannot run it ({_said(error)})") from error
         return cls(engine, chat_template_kwargs=chat_template_kwargs, split_special_tokens=split_special_tokens)
 
     def __getstate__(self) -> NoReturn:
@@ -183,7 +186,9 @@ class VllmPolicy(Policy):
 
     def close(self) -> None:
         """Ends the engine and its workers."""
-        self.engine.engine_core.shutdown()
+        with self._lock:
+            self._ended = "it was closed"
+            self.engine.engine_core.shutdown()
 
     # In the place of the trie: every row is a sequence.
 
@@ -191,8 +196,11 @@ class VllmPolicy(Policy):
         return Rows(None, _NONE)
 
     def read(self, sequences: Sequence[Sequence[int]]) -> tuple[Index, Tensor]:
+        if not sequences:
+            raise ConfigError("sequences: got none, expected at least one")
         for i, sequence in enumerate(sequences):
             self.check_tokens(f"sequences[{i}]", sequence)
+            self.check_length(f"sequences[{i}]", len(sequence), 1)  # vLLM always generates one
         return np.zeros(len(sequences), dtype=np.int32), self._run_alone(sequences)
 
     def forget(self, leaves: Index) -> None:
@@ -209,6 +217,8 @@ class VllmPolicy(Policy):
         core = self.engine.engine_core
         rows: dict[int, Tensor] = {}
         with self._lock:
+            if self._ended:
+                raise EngineError(f"VllmPolicy: {self._ended}; make another one")
             if self.engine.has_unfinished_requests():
                 raise EngineError("VllmPolicy: its vLLM engine runs requests of others, whose outputs would be lost")
             left = {f"saffron-{next(self._numbers)}": i for i in range(len(sequences))}
@@ -217,7 +227,11 @@ class VllmPolicy(Policy):
                     for name, i in left.items():
                         self._submit(self._request(name, sequences[i], (rows, i)))
                     while left:
-                        for output in core.get_output().outputs:
+                        # Half a step leaves rows in the worker that do not fit its requests: wrong logits, no error.
+                        self._ended = "vLLM was stopped within a step, so that its rows may be wrong"
+                        outputs = core.get_output().outputs
+                        self._ended = None
+                        for output in outputs:
                             i = left.pop(output.request_id)
                             if output.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
                                 raise EngineError(f"VllmPolicy: vLLM gave a request up ({output.finish_reason})")
@@ -313,6 +327,14 @@ def _arguments(path: str, dtype: torch.dtype | None, options: Mapping[str, Any])
     else:
         chosen["logits_processors"] = [ROWS]
     return {**chosen, **options}
+
+
+def _said(error: Exception) -> str:
+    """Of errors of its configuration also which argument is wrong."""
+    if not isinstance(error, ValidationError):
+        return reason(error)
+    wrong = [(".".join(map(str, one["loc"])), one) for one in error.errors()]
+    return "; ".join(f"{name}: got {shown(one['input'])}, {one['msg']}" if name else one["msg"] for name, one in wrong)
 
 
 def _skeleton(config: VllmConfig) -> PreTrainedModel:
