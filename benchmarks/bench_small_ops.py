@@ -1,5 +1,5 @@
 """The ops around attention and the reward head, against plain PyTorch: append_kv, gather_kv, merge_attention,
-select_beam, advance_tree.
+select_beam, advance_tree, block_plan.
 
 A decode step calls advance_tree once per model and append_kv once per layer, on little data: what counts is the cost of
 a launch. The others serve decoders that mix these ops with their own; gather_kv alone moves much.
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import floors
 import pytest
 import torch
 from harness import Case, assert_same, on_backend
@@ -20,7 +21,7 @@ from timing import DEVICE
 from torch import Tensor
 from workloads import search_plan
 
-from saffron_kernels import advance_tree, append_kv, backends, gather_kv, merge_attention, ops, select_beam
+from saffron_kernels import advance_tree, append_kv, backends, block_plan, gather_kv, merge_attention, ops, select_beam
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from cases import example  # noqa: E402 - one good call of every op
@@ -207,6 +208,47 @@ def test_advance_tree(race, prompt: int) -> None:
         ours=ours,
         contenders={"PyTorch": with_torch},
         capture=("", "PyTorch"),
+    )
+    race(case, seconds=0.5)
+
+
+@pytest.mark.parametrize("requests, shared, own", [(32, 256, 16), (1024, 8000, 192)])
+def test_block_plan(race, requests: int, shared: int, own: int) -> None:
+    """The page table of a decode step: blocks that all requests share, then those of each. Nothing to compare with."""
+    size = 16
+    prefix = torch.arange(shared, dtype=torch.int32, device=DEVICE).expand(requests, shared)
+    rest = torch.arange(requests * own, dtype=torch.int32, device=DEVICE).view(requests, own) + shared
+    table = torch.cat([prefix, rest], 1)
+    seq_lens = torch.full((requests,), (shared + own) * size, dtype=torch.int32, device=DEVICE)
+    query_start = torch.arange(requests + 1, dtype=torch.int32, device=DEVICE)
+    room = (shared + requests * own) * size
+
+    def ours() -> tuple[Tensor, ...]:
+        return block_plan(table, seq_lens, query_start, size, requests, room)
+
+    def check(result: object) -> None:
+        """All of it: shared blocks are seen by all, those of a request where its query stands."""
+        order, slot, begin, end, count = result  # type: ignore[misc]
+        assert int(count) == room and torch.equal(order.sort().values, query_start[:-1]), "another plan"
+        place = torch.empty_like(order).scatter_(0, order.long(), query_start[:-1]).repeat_interleave(own * size)
+        first = torch.cat([torch.zeros(shared * size, dtype=torch.int32, device=DEVICE), place])
+        slots, by_slot = slot.sort()
+        assert torch.equal(slots, torch.arange(room, dtype=torch.int32, device=DEVICE)), "other slots"
+        assert torch.equal(begin[by_slot], first), "other intervals"
+        last = torch.cat([torch.full((shared * size,), requests, dtype=torch.int32, device=DEVICE), place + 1])
+        assert torch.equal(end[by_slot], last), "other intervals"
+
+    check(ours())
+    case = Case(
+        op="block_plan",
+        shape={"requests": requests, "shared_blocks": shared, "own_blocks": own, "block_size": size},
+        dtype=torch.int32,
+        work=0,
+        bytes=floors.pages(requests, shared, own, size)[0],
+        ours=ours,
+        contenders={},
+        capture=("",),
+        check=check,
     )
     race(case, seconds=0.5)
 

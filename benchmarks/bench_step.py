@@ -7,7 +7,7 @@ a whole search over its steps, so a share of the prefill is in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -84,10 +84,14 @@ def measure_step(race, policy: PreTrainedModel, mrm: PreTrainedModel, config: Se
     ), seconds=5.0)  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models() -> Iterator[tuple[PreTrainedModel, ...]]:
+    """Shared by the prompts: they take longer to make than to measure."""
+    yield tuple(random_llama(seed, torch.bfloat16, VOCAB, **geometry) for seed, geometry in enumerate((POLICY, MRM)))
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: models of 9 billion parameters")
-def test_decode_step(race) -> None:
-    """The prompts share the models, which take longer to make than to measure."""
-    policy, mrm = (random_llama(seed, torch.bfloat16, VOCAB, **geometry) for seed, geometry in enumerate((POLICY, MRM)))
+@pytest.mark.parametrize("prompt", [512, 4096])
+def test_decode_step(race, models: tuple[PreTrainedModel, ...], prompt: int) -> None:
     config = SearchConfig(width=WIDTH, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    for prompt in (512, 4096):
-        measure_step(race, policy, mrm, config, prompt)
+    measure_step(race, *models, config, prompt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -214,19 +213,6 @@ def test_both_paths_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in bench_tree_attention.paths(given).values():
         assert torch.equal(make()()[0], expected[0])
     assert asked == ["mma", "wgmma"] and bench_tree_attention.PATH not in os.environ
-
-
-def test_stages_of_the_script() -> None:
-    """What its header lists is what there is; another stage is refused, with their names."""
-    script = harness.FOLDER / "gpu.sh"
-    result = subprocess.run(["bash", str(script), os.devnull + "/none", "build"], capture_output=True, text=True)
-    assert result.returncode == 2
-    with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(["bash", str(script), folder, "buidl"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("no stage buidl; there are: build doctor tests")
-    known = result.stderr.split(":")[1].split()
-    header = script.read_text().partition("\nset -")[0]
-    assert all(f"#   {stage} " in header or f" {stage} " in header or f"`{stage}`" in header for stage in known)
 
 
 def test_quick_writes_nothing(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ configuration of the kernels: all heights of a tile of rows, tokens split over b
 from __future__ import annotations
 
 import argparse
+import itertools
+import traceback
 from collections.abc import Iterator
 
 import torch
 from cases import beams, caches, example, flatten, i32, randn
+from torch.utils._pytree import tree_leaves
 
 import saffron_kernels
 from saffron_kernels import backends, ops
@@ -32,6 +35,7 @@ OPTIONS = (
     "finished_groups",
     "widths",
 )
+DTYPES = ["bfloat16", "float16", "float32"]
 BACKENDS = [name for name in backends.MODULES if name != "reference"]
 
 
@@ -90,26 +94,76 @@ def storage(arguments: Arguments) -> set[torch.dtype]:
     return floating or {next(iter(tensors.values())).dtype}
 
 
+def compare(op: str, name: str, arguments: Arguments) -> None:
+    """Raises unless backend `name` agrees with the reference in what it returns and in what it writes.
+
+    Sums in another order may put the token at the edge of a nucleus on the other side, and exchange two rewards that
+    all but agree: of large calls only.
+    """
+    found = []
+    for backend in (name, "reference"):
+        given = {key: x.clone() if key.endswith("_cache") else x for key, x in arguments.items()}  # type: ignore[attr-defined]
+        with backends.backend(backend):
+            result = getattr(saffron_kernels, op)(**given)
+        found.append([given["k_cache"], given["v_cache"]] if op == "append_kv" else list(tree_leaves(result)))
+    ours, theirs = found
+    if op in ("nucleus", "multifurcate") and arguments["logits"].shape[1] > 1000:  # type: ignore[attr-defined]
+        sizes = [x[2].diff() if op == "nucleus" else x[3] for x in found]
+        assert int((sizes[0] - sizes[1]).abs().max()) <= 1, f"{op} on {name}: nuclei of other sizes"
+        if op == "nucleus" and not torch.equal(*sizes):
+            return
+        ours, theirs = (x[1:2] if op == "nucleus" else [x[2]] for x in found)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), f"{op} on {name}: another form"
+        loose = 0.13 if one.dtype == FP8 else 2e-3 if one.dtype == torch.float32 else 2e-2
+        tolerance = loose if one.is_floating_point() else 0.0
+        pair = (one.double(), other.double())
+        torch.testing.assert_close(
+            *pair, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text: f"{op}: {text}"
+        )
+
+
+def run(op: str, name: str, dtypes: list[torch.dtype], device: torch.device, check: bool) -> int:
+    """Calls of one op on one backend; how many there were."""
+    called = 0
+    for dtype in dtypes:
+        for arguments in calls(op, dtype, device):
+            if backends.why_not(name, op, device, *storage(arguments)) is not None:
+                continue
+            called += 1
+            if check:
+                compare(op, name, arguments)
+                continue
+            with backends.backend(name):
+                getattr(saffron_kernels, op)(**arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # so that an error is this op's
+    return called
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
     parser.add_argument("--op", action="append", choices=ops.NAMES, help="only this one; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
+    parser.add_argument("--check", action="store_true", help="compare each call with the reference; goes on after one")
     args = parser.parse_args()
-    device, called = args.device, dict.fromkeys(args.backend or BACKENDS, 0)
-    for op in args.op or ops.NAMES:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for arguments in calls(op, dtype, device):
-                for name in called:
-                    if backends.why_not(name, op, device, *storage(arguments)) is None:
-                        with backends.backend(name):
-                            getattr(saffron_kernels, op)(**arguments)
-                        called[name] += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # so that an error is this op's
-    if not any(called.values()):
-        parser.exit(2, f"no backend runs on {device}\n")
+    dtypes = [getattr(torch, name) for name in args.dtype or DTYPES]
+    called, failed = dict.fromkeys(args.backend or BACKENDS, 0), []
+    for op, name in itertools.product(args.op or ops.NAMES, called):
+        try:
+            called[name] += run(op, name, dtypes, args.device, args.check)
+        except Exception:  # noqa: BLE001 (what is wrong with one op says nothing of the next)
+            if not args.check:
+                raise
+            traceback.print_exc()
+            failed.append(f"{op} on {name}")
+    if not any(called.values()) and not failed:
+        parser.exit(2, f"no backend runs on {args.device}\n")
     print(", ".join(f"{count} calls on {name}" for name, count in called.items() if count))
+    if failed:
+        parser.exit(1, f"wrong: {', '.join(failed)}\n")
 
 
 if __name__ == "__main__":
