@@ -99,6 +99,8 @@ def test_what_does_not_fit() -> None:
     usage = aot.Usage(80, "case", "kernel", "options", registers=255, local_bytes=0, shared_bytes=163 * 1024)
     assert usage.fits
     assert usage._replace(local_bytes=16).fits and not usage._replace(local_bytes=24).fits
+    mend = usage._replace(kernel="_mend_kernel")
+    assert mend._replace(local_bytes=200).fits and not mend._replace(local_bytes=204).fits
     assert not usage._replace(shared_bytes=163 * 1024 + 1).fits
 
 

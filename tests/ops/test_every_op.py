@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import saffron_kernels
-from saffron_kernels import backend, ops, schemas
+from saffron_kernels import backend, backends, ops, schemas
 
 CPU = torch.device("cpu")
 
@@ -45,3 +45,20 @@ def test_what_runs_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr("sys.argv", ["every_op.py", "--device", "cpu", "--backend", "cpu", "--op", "gather_kv"])
     every_op.main()
     assert capsys.readouterr().out == "3 calls on cpu\n"  # in bf16, fp16 and fp32
+
+
+def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compared with the reference; the next op is called all the same."""
+    right = saffron_kernels.gather_kv
+
+    def wrong(**arguments: object) -> object:
+        k, v = right(**arguments)
+        return (k, v) if backends.forced_backend() == "reference" else (k, v + 1)
+
+    monkeypatch.setattr(saffron_kernels, "gather_kv", wrong)
+    only = [x for op in ("gather_kv", "select_beam") for x in ("--op", op)]
+    monkeypatch.setattr("sys.argv", ["every_op.py", "--device", "cpu", "--backend", "cpu", "--check", *only])
+    with pytest.raises(SystemExit) as stopped:
+        every_op.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and said.err.endswith("wrong: gather_kv on cpu\n") and "calls on cpu" in said.out
