@@ -77,7 +77,7 @@ RETIRED = {
     r"\bDesk\b|\bdesk\.": "BlockScratch, scratch",
     r"\bhand_over\b|\bReadT(ext|okens)\b": "vocabulary mapping, PrefixScorer",
     r"\blay_down\b|\bfeed[<(]": "stage_results, produce",
-    r"\bLayOut\b": "ConversationEncoder",
+    r"\bLayOut\b": "ConversationLayout",
     r"\bOwned\b": "SearchPrefix",
     r"\bRewarded\b": "AnnotatedConversation",
     r"faults\.settle\b|\bTokenChance\b|(?<!cross_)\bentropy\(": "raise_if_eager, TokenLikelihood, seed_of",

@@ -240,12 +240,12 @@ def test_every_option_is_explained() -> None:
     (commands,) = (action for action in cli.parser()._actions if action.dest == "command" or action.choices)
     for name, command in commands.choices.items():
         shown = command.format_help()
-        assert "None" not in shown and "==SUPPRESS==" not in shown, name
+        assert "None" not in shown and "==SUPPRESS==" not in shown and "(default )" not in shown, name
         for action in command._actions:
             assert action.help, f"{name} {action.option_strings}"
             assert "--out" not in action.option_strings
             said = command._get_formatter()._expand_help(action)
-            if action.option_strings and action.default not in (None, False, True, "") and action.nargs != 0:
+            if action.option_strings and action.default not in (None, False, True, "", []) and action.nargs != 0:
                 assert "default" in said, f"{name} {action.option_strings}: {said}"
 
 

@@ -95,7 +95,7 @@ def test_draws_follow_the_policy(models: Models) -> None:
     assert isinstance(method, Decoder)
     dense = Dense(models, method, "hello there", "")
     tokens, probabilities = dense.nucleus(())
-    counted = Counter(dense.draw((), np.random.default_rng([*dense.entropy, i]).random())[0] for i in range(4000))
+    counted = Counter(dense.draw((), np.random.default_rng([*dense.seed, i]).random())[0] for i in range(4000))
     assert set(counted) <= set(tokens)
     apart = (
         sum(abs(counted[t] / 4000 - p / probabilities.sum()) for t, p in zip(tokens, probabilities, strict=True)) / 2
