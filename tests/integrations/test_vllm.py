@@ -114,10 +114,12 @@ def test_doctor_in_the_environment_of_vllm(capsys: pytest.CaptureFixture[str]) -
 
 
 @needs_vllm
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("v_size", [32, 16])
-def test_one_layer_with_v_of_another_size(v_size: int) -> None:
+def test_one_layer_with_v_of_another_size(v_size: int, prepared: bool) -> None:
     """The cache holds K and V next to each other; their sizes may differ."""
     from saffron.integrations.vllm.backend import SaffronAttention, SaffronMetadata
+    from saffron_kernels.backends import cpu
 
     torch.manual_seed(0)
     layer, tokens, heads, kv_heads = SaffronAttention(4, 32, 0.2, 2), 5, 4, 2
@@ -126,7 +128,9 @@ def test_one_layer_with_v_of_another_size(v_size: int) -> None:
     where = torch.tensor([8, 9, 10, 11, 4])
     layer.do_kv_cache_update(torch.nn.Identity(), k, v, cache, where)
     begin, end = torch.arange(tokens, dtype=torch.int32), torch.full((tokens,), tokens, dtype=torch.int32)
-    plan = SaffronMetadata(tokens, None, where.int(), begin, end, where)
+    plan = SaffronMetadata(tokens, None, where.int(), begin, end, slot_mapping=where)
+    if prepared:
+        plan.prepared = cpu.PlannedAttention(plan.slot, begin, end, tokens, heads)
     out = layer.forward(None, q, k, v, cache, plan, torch.empty(tokens, heads, v_size))
     shared = {name: x.repeat_interleave(2, 1).transpose(0, 1) for name, x in (("k", k), ("v", v))}
     right = torch.nn.functional.scaled_dot_product_attention(

