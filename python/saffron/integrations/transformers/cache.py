@@ -52,7 +52,7 @@ class TrieCache(Cache):
         model: a decoder of transformers, or a PEFT model around one.
         capacity: slots (tokens) to begin with; `trie.kv.bytes_per_token` bytes each.
         grow: double the capacity when held tokens fill it; otherwise raise `CacheFullError`, nothing changed.
-        static: decode steps whose shapes stay the same, for `compile_decode`: one query a row, `capacity` tokens.
+        static: decode steps whose shapes stay the same, for `compile_decode`: one query per row, `capacity` tokens.
         cache_dtype: of K and V, the model's or `torch.float8_e4m3fn` (see `TrieModel`).
 
     Raises:
@@ -312,7 +312,7 @@ def _check_mode(model: PreTrainedModel) -> None:
 
 
 def _same_shapes(tokens: Tensor, plan: TreeStep, rows: int, capacity: int) -> tuple[Tensor, TreeStep]:
-    """A decode step as one query a row and `capacity` tokens: queries that see nothing, tokens that nobody sees."""
+    """A decode step as one query per row and `capacity` tokens: queries that see nothing, tokens that nobody sees."""
     queries, seen = rows - len(tokens), capacity - len(plan.slot)
     return pad(tokens, (0, queries)), replace(
         plan,
