@@ -1,7 +1,7 @@
 """Every op in Triton: on CUDA GPUs of compute capability 8.0 and up; on the CPU interpreted (`TRITON_INTERPRET=1`).
 
-One file per op, with its kernels; `ordering.py` sorts, `numerics.py` and `launch.py` are shared, `bits.py` names what is
-recorded about bad content of tensors (`saffron_kernels.backends.faults`). `tests/support/triton_report.py` compiles
+One file per op, with its kernels; `ordering.py` sorts, `numerics.py` and `launch.py` are shared, `bits.py` names what
+is recorded about bad content of tensors (`saffron_kernels.backends.faults`). `tests/support/triton_report.py` compiles
 every kernel without a GPU and reports what it uses.
 """
 
