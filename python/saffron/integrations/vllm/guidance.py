@@ -70,6 +70,10 @@ class MrmGuidance(RequestProcessor[Wish]):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raises `ConfigError` (a `ValueError`) at admission; called by both runners' front ends."""
+        known = BETA, TOP_P, PROMPT
+        for name in sampling_params.extra_args or {}:
+            if str(name).startswith("saffron_") and name not in known:
+                raise ConfigError(f"extra_args: got {shown(name)}, expected {', '.join(known)}")
         wish = _wish(sampling_params)
         if wish is None:
             return
