@@ -38,8 +38,9 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     assert "cuda backend" in rows and "cuda wgmma" in rows and '""graph"": true' in rows
 
 
-def test_what_a_stage_comes_to(tmp_path: Path) -> None:
+def test_what_a_stage_comes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that fails or is skipped, and names that are not there."""
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # of the tests that this one is among
     for body, good in (("pass", True), ("assert False", False), ("pytest.skip('no')", False)):
         file = tmp_path / f"test_{len(body)}.py"
         file.write_text(f"import pytest\n\ndef test_it():\n    {body}\n")
@@ -152,6 +153,9 @@ def test_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     for name in ("cmake", "nvcc"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{calls}\ncase "$*" in *--build*) exit 3;; esac\n')
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "python").write_text("#!/bin/sh\necho /pybind11/cmake\n")  # the build alone needs it installed
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(gpu.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert gpu.main(["--build"]) == 3
     configure, make = calls.read_text().splitlines()
