@@ -153,10 +153,12 @@ def test_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     for name in ("cmake", "nvcc"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{calls}\ncase "$*" in *--build*) exit 3;; esac\n')
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "python").write_text("#!/bin/sh\necho /pybind11/cmake\n")  # the build alone needs it installed
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(gpu.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    assert gpu.main(["--build"]) == 1 and "not found: pybind11" in capfd.readouterr().out
+    (tmp_path / "python").write_text("#!/bin/sh\necho /pybind11/cmake\n")
     assert gpu.main(["--build"]) == 3
     configure, make = calls.read_text().splitlines()
     assert (
