@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from servers import Running, openai, running
+from servers import Running, openai, running, until
 
 from saffron import SaffronSearch, SearchConfig
 from saffron.models.bundled import Models
@@ -55,7 +55,7 @@ def test_log_likelihoods_of_a_prompt(client: Any, models: Models) -> None:
         best = [max(top.values()) for top in logprobs.top_logprobs[1 : len(ids)]]
         assert best == pytest.approx([max(row) for row in expected], abs=1e-4)
         assert [TEXT[a:].startswith(t) for a, t in zip(logprobs.text_offset, logprobs.tokens, strict=True)][: len(ids)]
-    assert models.policy.kv.num_nodes == 0
+    until(lambda: models.policy.kv.num_nodes == 0)  # a search gives back what it holds after its answer
 
 
 def test_long_prompts_are_read_in_chunks(models: Models) -> None:

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from servers import Running, httpx, running
+from servers import Running, httpx, running, until
 
 from saffron import SearchConfig
 from saffron.models.bundled import Models
@@ -40,13 +40,6 @@ def server(models: Models) -> Iterator[Running]:
     settings = Settings(config=CONFIG, max_batch=2, queue=2, max_tokens=240, undefended=True, max_body=5000)
     with running(models, settings) as made:
         yield made
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def idle(server: Running) -> bool:
