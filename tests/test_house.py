@@ -71,6 +71,7 @@ RETIRED = {
     r"\bbeside\b": "next to",
     r"(?<!`|\.)\bblind\b": "all unseen",
     r"(?<!`)carried": "finished",
+    r"\bCarver\b|\bsoften(_strip)?\b": "ScratchAllocator, online_softmax",
     r"\bchances\b": "probabilities, log-probabilities",
     r"\bchip\(|\bChip\b": "device_properties, DeviceProperties",
     r"\bdearest\b": "most expensive",

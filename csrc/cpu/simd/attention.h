@@ -146,8 +146,8 @@ inline Vec mask_scores(const Masks& masks, int64_t first_row, int64_t count, int
 /// `which` of the columns worked on, `column` of the block. Returns whether this is the first thing
 /// that the column sees: then its outputs hold nothing yet.
 template <class Math>
-inline bool soften(Math& math, const Masks& masks, int64_t which, int64_t column, int64_t count,
-                   const Scaling& scaling, const Partial& partial) {
+inline bool online_softmax(Math& math, const Masks& masks, int64_t which, int64_t column,
+                           int64_t count, const Scaling& scaling, const Partial& partial) {
   const int64_t padded = round_up(count, Math::kPadding);
   float* scores = math.scores + which * Math::kTileTokens * kLanes;
   if (scaling.capped) cap_scores(scaling, count, scores);
@@ -241,8 +241,8 @@ inline void start_head(Math& math, const AttentionTask& task, int64_t head,
 template <class Math, class T, bool kCareful>
 SAFFRON_INLINE void attend_tiles(const AttentionTask& task) {
   const int64_t rows = task.queries * task.group, columns = ceil_div(rows, kLanes);
-  Carver carver{task.scratch};
-  Math math(carver, columns * task.heads, task.q.shape[2], task.v_dim);
+  ScratchAllocator allocator{task.scratch};
+  Math math(allocator, columns * task.heads, task.q.shape[2], task.v_dim);
   const auto partial_of = [&](int64_t head) {
     return Partial(task.partial + head * task.partial_stride, columns, task.v_dim);
   };
@@ -271,7 +271,8 @@ SAFFRON_INLINE void attend_tiles(const AttentionTask& task) {
         float* out = partial.out + c * size_of_column;
         bool fresh[2] = {true, true};
         for (int which = 0; which < wide; ++which) {
-          fresh[which] = soften(math, masks, which, c + which, tile.count, scaling, partial);
+          fresh[which] =
+              online_softmax(math, masks, which, c + which, tile.count, scaling, partial);
         }
         const bool by_token = kCareful && !tile.full;
         for (int which = 0; which < wide && (by_token || fresh[0] != fresh[1]); ++which) {

@@ -129,17 +129,17 @@ struct AmxMath {
   Left keys{};
   int64_t lines_per_step = 0;
 
-  AmxMath(Carver& carver, int64_t columns, int64_t head_dim, int64_t v_dim)
+  AmxMath(ScratchAllocator& allocator, int64_t columns, int64_t head_dim, int64_t v_dim)
       : head_dim(head_dim),
         v_dim(v_dim),
         size(round_up(head_dim, 32)),
         v_size(round_up(v_dim, 32)),
-        q(carver.take<uint32_t>(columns * size / 2 * kLanes)),
-        k(carver.take<uint16_t>(kTileTokens * size)),
-        v(carver.take<uint16_t>(kTileTokens * v_size)),
-        scores(carver.take<float>(2 * kTileTokens * kLanes)),
-        weights(carver.take<uint32_t>(2 * kTileTokens / 2 * kLanes)),
-        staged(carver.take<uint16_t>(32 * (size > v_size ? size : v_size))) {}
+        q(allocator.take<uint32_t>(columns * size / 2 * kLanes)),
+        k(allocator.take<uint16_t>(kTileTokens * size)),
+        v(allocator.take<uint16_t>(kTileTokens * v_size)),
+        scores(allocator.take<float>(2 * kTileTokens * kLanes)),
+        weights(allocator.take<uint32_t>(2 * kTileTokens / 2 * kLanes)),
+        staged(allocator.take<uint16_t>(32 * (size > v_size ? size : v_size))) {}
 
   void set_queries(int64_t column, const uint16_t* const* row, int64_t count, float sign) {
     const __m512i flip = _mm512_set1_epi16(sign < 0 ? INT16_MIN : 0);

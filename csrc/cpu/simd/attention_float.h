@@ -77,13 +77,13 @@ struct FloatMath {
   int64_t head_dim, v_dim;
   float *q, *k, *v, *scores;
 
-  FloatMath(Carver& carver, int64_t columns, int64_t head_dim, int64_t v_dim)
+  FloatMath(ScratchAllocator& allocator, int64_t columns, int64_t head_dim, int64_t v_dim)
       : head_dim(head_dim),
         v_dim(v_dim),
-        q(carver.take<float>(columns * kRow * kLanes)),
-        k(carver.take<float>(kTileTokens * kRow)),
-        v(carver.take<float>(kTileTokens * kRow)),
-        scores(carver.take<float>(2 * kTileTokens * kLanes)) {}
+        q(allocator.take<float>(columns * kRow * kLanes)),
+        k(allocator.take<float>(kTileTokens * kRow)),
+        v(allocator.take<float>(kTileTokens * kRow)),
+        scores(allocator.take<float>(2 * kTileTokens * kLanes)) {}
 
   void set_queries(int64_t column, const T* const* row, int64_t count, float sign) {
     float* to = q + column * kRow * kLanes;

@@ -11,7 +11,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 /// Hands out parts of a buffer; with no buffer it only counts.
-struct Carver {
+struct ScratchAllocator {
   char* base;
   int64_t used = 0;
   template <class T>

@@ -186,8 +186,8 @@ struct StripState {
 
 /// Turns scores into weights, and brings maxima, sums and outputs up to date.
 template <int kRows>
-inline void soften_strip(const Scaling& scaling, int64_t count, float* scores, StripState& state,
-                         float* out, int64_t v_dim) {
+inline void online_softmax_strip(const Scaling& scaling, int64_t count, float* scores,
+                                 StripState& state, float* out, int64_t v_dim) {
   constexpr int kPadded = StripShape<kRows>::kPadded;
   const int64_t vectors = ceil_div(count * kPadded, kLanes);
   if (scaling.capped) cap_scores(scaling, vectors, scores);
@@ -225,15 +225,15 @@ template <class T>
 class Strips {
  public:
   explicit Strips(const StripTask& task) : task_(task), head_dim_(task.q.shape[2]) {
-    Carver carver{task.scratch};
-    q_ = carver.take<float>(task.heads * kLanes * head_dim_);
-    scores_ = carver.take<float>((kStripTokens + kStripSlack) * kLanes);
-    states_ = carver.take<StripState>(task.heads);
+    ScratchAllocator allocator{task.scratch};
+    q_ = allocator.take<float>(task.heads * kLanes * head_dim_);
+    scores_ = allocator.take<float>((kStripTokens + kStripSlack) * kLanes);
+    states_ = allocator.take<StripState>(task.heads);
     for (int which = 0; which < 2; ++which) {
-      k_[which] = carver.take<int64_t>(kStripTokens + kStripSlack);
-      v_[which] = carver.take<int64_t>(kStripTokens + kStripSlack);
+      k_[which] = allocator.take<int64_t>(kStripTokens + kStripSlack);
+      v_[which] = allocator.take<int64_t>(kStripTokens + kStripSlack);
     }
-    used = carver.used;
+    used = allocator.used;
   }
   int64_t used;
 
@@ -304,7 +304,7 @@ class Strips {
         prefetch(v + v_[(i + 1) % 2][j], task_.v_dim);
       }
       float* out = partial_of(head).out + (strip.first_row - task_.first_row) * task_.v_dim;
-      soften_strip<kRows>(scaling_, strip.count, scores_, states_[head], out, task_.v_dim);
+      online_softmax_strip<kRows>(scaling_, strip.count, scores_, states_[head], out, task_.v_dim);
       add_all_values<T, kRows, kPadded>(v, v_[i % 2], strip.count, scores_, out, task_.v_dim);
       if (last) stop<kRows>(strip, head);
     }

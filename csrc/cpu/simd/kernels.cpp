@@ -48,9 +48,10 @@ int64_t tile_tokens(DType dtype, int64_t head_dim, int64_t v_dim) {
 
 int64_t attend_scratch(DType dtype, int64_t rows, int64_t heads, int64_t head_dim, int64_t v_dim) {
   return with_math(dtype, head_dim, v_dim, [&](auto* math) {
-    Carver carver{nullptr};
-    std::remove_pointer_t<decltype(math)>(carver, ceil_div(rows, kLanes) * heads, head_dim, v_dim);
-    return carver.used;
+    ScratchAllocator allocator{nullptr};
+    std::remove_pointer_t<decltype(math)>(allocator, ceil_div(rows, kLanes) * heads, head_dim,
+                                          v_dim);
+    return allocator.used;
   });
 }
 
