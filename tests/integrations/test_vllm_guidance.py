@@ -14,6 +14,7 @@ import torch
 import vllm_engine
 from transformers import AutoModelForCausalLM
 from vllm_engine import needs_vllm
+from vllm_server import served
 
 from saffron import RewardGuidance, load_bundled
 from saffron.errors import ConfigError
@@ -206,3 +207,27 @@ def test_an_engine_without_a_fitting_mrm_does_not_start(monkeypatch: pytest.Monk
         MrmGuidance(configuration(additional=bundled, vocab=300, own=tmp_path), place)
     with pytest.raises(ConfigError, match="no response could end"):
         MrmGuidance(configuration(additional=bundled, end=None), place)
+
+
+def test_over_http(models: Models, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/vllm-search.md has it: a server with the processor, and `vllm_xargs` of a request."""
+    openai = pytest.importorskip("openai")
+    monkeypatch.setenv("SAFFRON_VLLM_MRM", "bundled")
+    options = ["--logits-processors", "saffron.integrations.vllm.guidance:MrmGuidance", "--max-model-len", "200"]
+    with served(FOLDER / "policy", tmp_path / "log", *options) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=300)
+
+        def ask(prompt: list[int], **wish: Any) -> list[int]:
+            extra = {"vllm_xargs": wish, "return_token_ids": True, "stop_token_ids": [2]}
+            answer = client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body=extra
+            )
+            return list(answer.choices[0].token_ids)
+
+        shown = "How do I bake bread?"
+        for prompt in prompts[:3]:
+            found = ask(prompt, saffron_beta=2.0, saffron_top_p=0.9, saffron_mrm_prompt=shown)
+            assert found == expected(models, prompt, 2.0, 0.9, shown)
+            assert ask(prompt) == expected(models, prompt, None, 0.8, None)
+        with pytest.raises(openai.BadRequestError, match=r"saffron_beta: got -1"):
+            ask(prompts[0], saffron_beta=-1.0)
