@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 
 import cuda_host
@@ -20,11 +21,20 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = 20_000  # Triton on CPU tensors: its interpreter runs the kernels in Python
 UNLIMITED = 1 << 40
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton runs on GPUs and in its interpreter; with that the others are not tested again: nothing of them changes.
+BACKENDS = ["triton"] if INTERPRETING else [b for b in backends.MODULES if b != "triton" or len(DEVICES) > 1]
+
 _why_not = functools.cache(backends.why_not)  # an import that fails is tried again every time
 
 # Fixtures that choose a backend hold for all examples of a test, which is what the suppressed check warns of.
 settings.register_profile("saffron", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("saffron")
+
+
+def pytest_report_header() -> str:
+    more = "" if "triton" in BACKENDS else " (TRITON_INTERPRET=1: on Triton)"
+    return f"ops are tested on: {', '.join(BACKENDS)}{more}"
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +62,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=list(backends.MODULES))
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on one backend by name, or skips it where the backend says that it cannot.
 

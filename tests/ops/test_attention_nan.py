@@ -94,8 +94,8 @@ def test_nan_in_one_lane(case, operand, backend, limit, examples, device, dtype)
     forest = FORESTS[case].to(device)
     if forest.queries * HEADS * forest.slot.numel() > limit:
         pytest.skip("too large for this backend here")
-    if limit != UNLIMITED and dtype == torch.bfloat16 and case != "columns":
-        pytest.skip("interpreted: 16 bits are told from 32 where tiles are multiplied, in one case as in all")
+    if limit != UNLIMITED and case != "columns" and (dtype == torch.bfloat16 or operand not in ("k", "v")):
+        pytest.skip("interpreted: K and V are read per tile, so in every case; the rest as in the other cases")
     given_arguments = arguments(forest, dtype, device, SIZES[case])
     clean = [x.cpu() for x in tree_attention(**given_arguments)]
     assert all(bool(x.isfinite().all()) for x in clean)

@@ -39,7 +39,7 @@ def first_met_within_a_capture(
         replays = iter([lambda: None])
         return lambda: next(replays, body)()
 
-    policy = Policy(tiny.model(architecture).bfloat16())
+    policy = Policy(tiny.model(architecture, num_hidden_layers=1).bfloat16())  # layers launch the same kernels
     mrm = MultifurcationRewardModel(tiny.model(seed=1, num_hidden_layers=1).bfloat16())
     config = replace(CONFIG, width=3, max_new_tokens=2 + 2 * prompts, min_new_tokens=1 + prompts)
     make(monkeypatch, capture, policy, mrm, config).search(REQUESTS[:prompts])
