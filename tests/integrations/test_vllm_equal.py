@@ -38,7 +38,7 @@ FP32 = [
 HALVES = ["bfloat16", "float16"]
 REAL = ["caching", "chunks, plain", "block 1", "preemption", "compiled"]
 # vLLM's own kernel takes blocks of multiples of 32 alone: there the answers of another case are what is right.
-STAND_IN = {"block 1": "chunks", "block 16": "chunks", "preemption, block 1": "preemption"}
+STAND_IN = {"block 1": "chunks, plain", "block 16": "chunks, plain", "preemption, block 1": "preemption"}
 
 
 def save_adapter(folder: Path, rank: int = 4) -> None:
@@ -81,7 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
     shared = [2 + 7 * i % 250 for i in range(200)]
     prompts = [shared + [i + 5] * 5 for i in range(6)] + [[7, 8, 9]]
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    return both(folder, [*FP32, *HALVES])
+    return both(folder, [*HALVES, *FP32])  # with either attention vLLM 0.32 starts no engine after speculation
 
 
 @pytest.fixture(scope="module")
