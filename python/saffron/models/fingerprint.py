@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> int:
         seen += [torch.get_autocast_dtype("cuda"), torch.get_autocast_dtype("cpu")]
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         seen += hooks
-    adapter = _adapter_class()
+    adapter = adapter_class()
     stack = [model]
     while stack:  # `model.modules()` takes three times as long
         module = stack.pop()
@@ -62,7 +62,7 @@ _ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "sca
 
 def check_adapters(model: nn.Module) -> None:
     """Raises `UnsupportedModelError` for adapters whose effect on a token depends on more than the tokens before it."""
-    kind = _adapter_class()
+    kind = adapter_class()
     for name, module in model.named_modules():
         if not isinstance(module, kind) or module.disable_adapters:  # type: ignore[attr-defined]
             continue
@@ -81,7 +81,7 @@ def check_adapters(model: nn.Module) -> None:
                 )
 
 
-def _adapter_class() -> type:
+def adapter_class() -> type:
     """Of PEFT's layers, without an import of PEFT, which takes long."""
     return getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", NoneType)
 

@@ -78,7 +78,11 @@ def write_origin(folder: Path, base: str | Path, manifest: Mapping[str, Any], ca
         "reward": _without_folders(manifest.get("prm")),
         "corpus": _without_folders(manifest.get("corpus")),
         "scale": manifest.get("settings", {}).get("scale", 1.0),
-        "base": {"configuration": _configuration(base), "tokenizer": tokenizer_fingerprint(base)},
+        "base": {
+            "configuration": _configuration(base),
+            "tokenizer": tokenizer_fingerprint(base),
+            "checkpoint": checkpoint_fingerprint(base),
+        },
         "calibration": calibration,
     }
     write_json(folder / ORIGIN, record)
@@ -113,6 +117,19 @@ def check_origin(folder: Path, base: str | Path) -> None:
             raise CheckpointError(f"{folder}: was trained with another tokenizer than that of {base}")
         if trained.get("configuration") != _configuration(base):
             warnings.warn(f"{folder}: was trained on another model than {base}", stacklevel=3)
+
+
+def is_trained_on(folder: Path, base: str | Path, checkpoint: str) -> bool:
+    """Whether a checkpoint is what the MRM in a folder was trained on.
+
+    Args:
+        base: what its adapter names.
+    """
+    if not Path(base).is_dir() or not Path(checkpoint).is_dir():
+        trained = read_json(folder / ORIGIN).get("base") if (folder / ORIGIN).exists() else None
+        known = trained.get("checkpoint") if isinstance(trained, dict) else None
+        return str(base) == checkpoint or (Path(checkpoint).is_dir() and known == checkpoint_fingerprint(checkpoint))
+    return Path(base).samefile(checkpoint) or checkpoint_fingerprint(base) == checkpoint_fingerprint(checkpoint)
 
 
 def _configuration(base: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class EagerStep:
         outputs = []
         if batch.rows:
             parents = [node.parent.row for _, node in batch.rows if node.parent is not None]
-            outputs.append([reader.step(parents, batch.rows) for reader in (self.policy, self.mrm)])
+            outputs.append(self.models.run(*(partial(r.step, parents, batch.rows) for r in (self.policy, self.mrm))))
         joining = self._read()
         if joining:
             batch.rows = [*batch.rows, *(Row(search, search.tree.beam[0]) for search in joining)]

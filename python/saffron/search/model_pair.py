@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.shared_trunk import SharedTrunk
 from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.config import Request
 
@@ -26,6 +31,18 @@ class ModelPair:
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
         self.head(True)
+
+    @property
+    def trunk(self) -> SharedTrunk | None:
+        """What runs both as rows of one forward pass, where the MRM shares the policy's modules."""
+        shared = self.mrm.shared
+        return shared if shared is not None and shared.trunk is self.policy.model else None
+
+    def run(self, policy_step: Callable[[], Tensor], mrm_step: Callable[[], Tensor]) -> list[Tensor]:
+        """What a step, a prefill or the like of each model returns; one forward pass where they share a trunk."""
+        if self.trunk is None:
+            return [policy_step(), mrm_step()]
+        return self.trunk.together(self.policy, self.mrm, policy_step, mrm_step)
 
     def head(self, trained_bias: bool) -> Head:
         """The MRM's head by the policy's token ids, with the weights that it has now."""
