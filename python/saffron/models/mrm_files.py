@@ -60,6 +60,13 @@ def load(
     return model, {"tokenizer": loading.load_tokenizer(base), **stored}
 
 
+def is_on(path: str | Path, policy: str) -> bool:
+    """Whether an MRM says that a policy's checkpoint is what it was trained on."""
+    folder = loading.fetch(path)
+    named = adapter.adapter_base(folder) if (folder / adapter.CONFIG).exists() else None
+    return is_trained_on(folder, named, policy)
+
+
 def _share(policy: PreTrainedModel, folder: Path, merged: bool) -> SharedTrunk:
     """What an MRM has of its own over the policy's model, which it was trained on.
 

@@ -119,17 +119,25 @@ def check_origin(folder: Path, base: str | Path) -> None:
             warnings.warn(f"{folder}: was trained on another model than {base}", stacklevel=3)
 
 
-def is_trained_on(folder: Path, base: str | Path, checkpoint: str) -> bool:
-    """Whether a checkpoint is what the MRM in a folder was trained on.
+def is_trained_on(folder: Path, base: str | Path | None, checkpoint: str) -> bool:
+    """Whether a checkpoint is what the MRM in a folder says that it was trained on.
 
     Args:
-        base: what its adapter names.
+        base: what its adapter names, if it is one.
     """
-    if not Path(base).is_dir() or not Path(checkpoint).is_dir():
-        trained = read_json(folder / ORIGIN).get("base") if (folder / ORIGIN).exists() else None
-        known = trained.get("checkpoint") if isinstance(trained, dict) else None
-        return str(base) == checkpoint or (Path(checkpoint).is_dir() and known == checkpoint_fingerprint(checkpoint))
-    return Path(base).samefile(checkpoint) or checkpoint_fingerprint(base) == checkpoint_fingerprint(checkpoint)
+    here = bool(checkpoint) and Path(checkpoint).is_dir()
+    if base is not None and not here:
+        return str(base) == checkpoint
+    if base is not None and Path(base).is_dir() and Path(base).samefile(checkpoint):
+        return True
+    trained = read_json(folder / ORIGIN).get("base") if (folder / ORIGIN).exists() else None
+    trained = trained if isinstance(trained, dict) else {}
+    if not here or trained.get("configuration", _configuration(checkpoint)) != _configuration(checkpoint):
+        return False
+    known = trained.get("checkpoint")
+    if known is None and base is not None and _configuration(base) == _configuration(checkpoint):
+        known = checkpoint_fingerprint(base)
+    return known is not None and known == checkpoint_fingerprint(checkpoint)
 
 
 def _configuration(base: str | Path) -> str:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from saffron.errors import UnsupportedModelError
 from saffron.models.attention import Call, TrieStep, evaluating
 from saffron.models.fingerprint import adapter_class, fingerprint
+from saffron.models.inspection import inspect_model
 from saffron.models.trie_model import TrieModel, instead
 
 MERGED = "load the MRM merged (base= its checkpoint)"
@@ -96,6 +97,8 @@ class SharedTrunk:
         if state != self._state:
             self.own.to(self.trunk.device, self.trunk.dtype)
             self.model, self._state = self._view(), state
+            with evaluating(self.trunk):
+                inspect_model(self.model)  # which is remembered
         return self.model, hash((state, fingerprint(self.own)))
 
     def _view(self) -> PreTrainedModel:

@@ -41,13 +41,16 @@ class EagerStep:
 
     def prefill(self, tokens: int | None) -> dict[Handle, Exception]:
         failures: dict[Handle, Exception] = {}
-        for reader in (self.policy, self.mrm):
-            chunk = reader.next_chunk(tokens)
-            if chunk:
-                try:
-                    reader.prefill(chunk)
-                except Exception as error:
-                    failures |= dict.fromkeys(chunk, error)
+        chunks = [(reader, reader.next_chunk(tokens)) for reader in (self.policy, self.mrm)]
+        passes = [([*chunk], partial(reader.prefill, chunk)) for reader, chunk in chunks if chunk]
+        if self.models.trunk is not None and len(passes) == 2:
+            (ours, policy), (theirs, mrm) = passes
+            passes = [(ours + theirs, partial(self.models.run, policy, mrm))]
+        for searches, run in passes:
+            try:
+                run()
+            except Exception as error:
+                failures |= dict.fromkeys(searches, error)
         return failures
 
     def step(self, batch: Batch) -> list[StepRecord]:

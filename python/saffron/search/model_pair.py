@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from saffron.models.attention import TrieStep
 from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.models.shared_trunk import SharedTrunk
+from saffron.models.shared_trunk import JointStep, SharedTrunk
 from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.config import Request
 
@@ -43,6 +45,14 @@ class ModelPair:
         if self.trunk is None:
             return [policy_step(), mrm_step()]
         return self.trunk.together(self.policy, self.mrm, policy_step, mrm_step)
+
+    def outputs(self, tokens: Tensor, policy_step: TrieStep, mrm_step: TrieStep) -> list[Tensor]:
+        """What both models say of all rows of their steps; `tokens [2, rows]` are the policy's and the MRM's."""
+        keep, steps = torch.arange(tokens.shape[1], device=tokens.device), (policy_step, mrm_step)
+        if self.trunk is not None:
+            return self.trunk.outputs(self.mrm.model, [*tokens], JointStep(steps), [keep, keep])
+        models = self.policy, self.mrm
+        return [model.output(t[None], step, keep) for model, t, step in zip(models, tokens, steps, strict=True)]
 
     def head(self, trained_bias: bool) -> Head:
         """The MRM's head by the policy's token ids, with the weights that it has now."""
