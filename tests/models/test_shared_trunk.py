@@ -16,6 +16,7 @@ from switching import in_threads
 from test_adapters import ADAPTERS, BOTH, IDS, load, unmerged, write
 from torch import nn
 
+from saffron.cli import main
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from saffron.models.attention import ATTENTION
 from saffron.models.files import ModelFiles
@@ -23,7 +24,8 @@ from saffron.models.loading import load_model
 from saffron.models.policy import Policy
 from saffron.models.provenance import write_origin
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.models.shared_trunk import LowRank
+from saffron.models.shared_trunk import LowRank, SharedTrunk
+from saffron.serving.checkpoints import load_models
 
 SEQUENCES = [IDS[0, : n + 1].tolist() for n in range(IDS.shape[1])]
 UNMERGED = {"plain", "rank-stabilised", "lm_head", "lm_head by pattern", "saved lm_head", "ranks by pattern",
@@ -80,7 +82,9 @@ def test_rewards_are_those_of_the_merged_mrm(architecture: str, tmp_path: Path) 
     for folder in (made, frozen(tmp_path / "frozen", base)):
         mrm = MultifurcationRewardModel.from_pretrained(folder, base=policy)
         merged = MultifurcationRewardModel.from_pretrained(
-            folder, base=load(base).double() if folder == made else None, dtype=torch.float64 if folder != made else None
+            folder,
+            base=load(base).double() if folder == made else None,
+            dtype=torch.float64 if folder != made else None,
         )
         # Norms of most architectures work in fp32 whatever the weights are.
         torch.testing.assert_close(mrm.logits(SEQUENCES), merged.logits(SEQUENCES), rtol=1e-6, atol=1e-6)
@@ -128,6 +132,8 @@ def test_files_share_by_themselves_what_says_that_it_can_be(tmp_path: Path) -> N
     shared = files.load_mrm(policy).shared
     assert shared is not None and shared.trunk is policy.model
     assert files.load_mrm().shared is None
+    for models in (files.load(), load_models(files)):
+        assert models.mrm.trunk is models.policy.model
     assert ModelFiles(str(base), str(made), str(base), device="cpu").load_mrm(policy).shared is None
     folder = frozen(tmp_path / "frozen", base, torch.float32)
     files = ModelFiles(str(base), str(folder), device="cpu")
@@ -136,6 +142,25 @@ def test_files_share_by_themselves_what_says_that_it_can_be(tmp_path: Path) -> N
     assert files.load_mrm(policy).shared is not None
     other = tiny.save_checkpoint(tmp_path / "other", seed=5)
     assert files.load_mrm(ModelFiles(str(other), device="cpu").load_policy()).shared is None
+
+
+def test_generate_shares_unless_a_base_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save_checkpoint(tmp_path / "base")
+    made = tiny.save_mrm(tmp_path / "made", base)
+    together, calls, texts = SharedTrunk.together, list[int](), list[str]()
+
+    def counted(*args: Any) -> Any:
+        calls.append(len(texts))
+        return together(*args)
+
+    monkeypatch.setattr(SharedTrunk, "together", counted)
+    for options in ([], ["--base", str(base)]):
+        given = ["--policy", str(base), "--mrm", str(made), "--device", "cpu", "--max-new-tokens", "5", *options]
+        assert main(["generate", "--prompt", "hello there", "--min-new-tokens", "5", "--json", *given]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] and calls == [0] * 6  # loading, the prompt with the first step, four steps
 
 
 def test_what_files_cannot_share_is_merged(tmp_path: Path) -> None:
@@ -263,7 +288,7 @@ def test_copies(duplicate: Any, tmp_path: Path) -> None:
 def test_it_is_not_saved(tmp_path: Path) -> None:
     base, made = write(tmp_path)
     mrm = MultifurcationRewardModel.from_pretrained(made, base=policy_of(base))
-    with pytest.raises(ConfigError, match="save_pretrained: the MRM shares the policy's weights"):
+    with pytest.raises(ConfigError, match="save_pretrained: the MRM shares a policy's weights"):
         mrm.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

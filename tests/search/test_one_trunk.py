@@ -179,7 +179,9 @@ def test_one_mrm_among_two_and_a_policy_that_is_another() -> None:
     policy, mrm, merged = TRIOS["lora"]
     other = Policy(copy.deepcopy(policy.model))
     assert ModelPair(policy, mrm).trunk is not None and ModelPair(other, mrm).trunk is None
-    same_results(SaffronSearch(other, mrm, CONFIG).search(REQUESTS), SaffronSearch(other, merged, CONFIG).search(REQUESTS))
+    same_results(
+        SaffronSearch(other, mrm, CONFIG).search(REQUESTS), SaffronSearch(other, merged, CONFIG).search(REQUESTS)
+    )
     head = torch.randn(97, 48, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     shared = SharedTrunk(policy.model, {}, head)
     second = MultifurcationRewardModel(shared.model, shared=shared)
@@ -258,7 +260,9 @@ def test_a_full_cache_of_the_mrm_undoes_the_policys_plan() -> None:
     pair = ModelPair(policy, small)
     rows = [model.prefill([[0, 5, 6, 7]])[0] for model in (policy, small)]
     with pytest.raises(CacheFullError):
-        pair.run(*(lambda m=m, r=r: m.step(r, [0] * 6, [*range(10, 16)]) for m, r in zip((policy, small), rows)))
+        pair.run(
+            *(lambda m=m, r=r: m.step(r, [0] * 6, [*range(10, 16)]) for m, r in zip((policy, small), rows, strict=True))
+        )
     assert policy.kv.num_nodes == 0 and small.kv.num_nodes == 4  # the MRM's rows have not moved
     small.step(rows[1], [0], [10])
     for model, held in zip((policy, small), rows, strict=True):
@@ -315,4 +319,6 @@ def test_fp8_and_other_caches_of_one_side_only() -> None:
     other = MultifurcationRewardModel(merged.model, **half)  # type: ignore[arg-type]
     rows = [model.prefill([np.arange(9).tolist()])[1] for model in (one, other)]
     assert torch.equal(*rows)
-    same_results(SaffronSearch(policy, one, CONFIG).search(REQUESTS), SaffronSearch(policy, other, CONFIG).search(REQUESTS))
+    same_results(
+        SaffronSearch(policy, one, CONFIG).search(REQUESTS), SaffronSearch(policy, other, CONFIG).search(REQUESTS)
+    )

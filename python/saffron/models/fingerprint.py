@@ -37,12 +37,12 @@ def fingerprint(model: nn.Module) -> int:
         state = module.__dict__
         for tensor in state["_parameters"].values():
             if tensor is not None:
-                seen.append((id(tensor), _address(tensor), _version(tensor), tensor.dtype))
+                seen.append((id(tensor), _address(tensor), times_written(tensor), tensor.dtype))
         if state["_buffers"]:
             written = any(name.endswith("long_inv_freq") for name in state)  # longrope writes them in every call
             for tensor in state["_buffers"].values():
                 if tensor is not None:
-                    version = 0 if written else _version(tensor)
+                    version = 0 if written else times_written(tensor)
                     seen.append((id(tensor), _address(tensor), version, tensor.dtype))
         for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
             if hooks:  # their keys are numbers that are given once
@@ -90,7 +90,7 @@ def _is_ours(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("saffron.")
 
 
-def _version(tensor: Tensor) -> int:
+def times_written(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saffron.errors import CheckpointError, ConfigError, shown
 from saffron.models import adapter, loading
-from saffron.models.frozen import unembedding
 from saffron.models.provenance import check_origin, is_trained_on
 from saffron.models.shared_trunk import SharedTrunk
 from saffron.models.trie_model import TrieModel
+from saffron.models.trunk_evidence import unembedding
 from saffron.storage.text import read_json
 
 LARGEST_BIAS = 1e30  # rewards and their differences stay finite in fp32

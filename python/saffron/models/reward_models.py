@@ -17,6 +17,7 @@ from saffron.models.chat import Conversation, Prompt
 from saffron.models.shared_trunk import SharedTrunk
 from saffron.models.text_model import TextModel
 from saffron.models.trie_model import TrieModel
+from saffron.models.trunk_evidence import check_together
 
 PREFIX, INFIX = "\n\nUser:", "\n\nAgent:"  # before a user's turn and before an agent's, as published
 
@@ -134,7 +135,7 @@ class MultifurcationRewardModel(HiddenModel):
         model, stored = mrm_files.load(path, base, dtype, device, options)
         mrm = cls(model, **{**stored, **options})
         if mrm.shared is not None and isinstance(base, TrieModel):
-            mrm.shared.check(base, mrm)
+            check_together(mrm.shared, base, mrm)
         return mrm
 
     @property
@@ -157,7 +158,9 @@ class MultifurcationRewardModel(HiddenModel):
             ConfigError: an MRM on the trunk of a policy, which holds no merged weights.
         """
         if self.shared is not None:
-            raise ConfigError("save_pretrained: the MRM shares the policy's weights; load it without a policy to save it")
+            raise ConfigError(
+                "save_pretrained: the MRM shares a policy's weights; load it without the policy to save it"
+            )
         vectors = {"bias": self.bias, "unseen": self.unseen}
         mrm_files.save(folder, self.model, self.tokenizer, vectors, {"prefix": self.prefix, "infix": self.infix})
 

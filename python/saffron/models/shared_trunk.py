@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from saffron.errors import UnsupportedModelError
 from saffron.models.attention import Call, TrieStep, evaluating
-from saffron.models.fingerprint import adapter_class, fingerprint
+from saffron.models.fingerprint import adapter_class, fingerprint, times_written
 from saffron.models.inspection import inspect_model
 from saffron.models.trie_model import TrieModel, instead
 
@@ -88,18 +88,18 @@ class SharedTrunk:
         self.head = None if head is None else _linear(head)
         layers = [layer for pair in self.factors.values() for layer in pair]
         self.own = nn.ModuleList([*layers, *([] if self.head is None else [self.head])])
-        self._state: int | None = None
+        self._state, self._tensors = 0, list[Tensor]()
         self.model, _ = self.refresh()
 
     def refresh(self) -> tuple[PreTrainedModel, int]:
-        """The MRM's model, made anew if the policy's has changed, and the fingerprint of its weights."""
+        """The MRM's model, made again if the policy's has changed, and the fingerprint of its weights."""
         state = fingerprint(self.trunk)
         if state != self._state:
-            self.own.to(self.trunk.device, self.trunk.dtype)
+            self._tensors = [*self.own.to(self.trunk.device, self.trunk.dtype).parameters()]
             self.model, self._state = self._view(), state
             with evaluating(self.trunk):
                 inspect_model(self.model)  # which is remembered
-        return self.model, hash((state, fingerprint(self.own)))
+        return self.model, hash((state, *map(times_written, self._tensors)))
 
     def _view(self) -> PreTrainedModel:
         """The MRM's model, over the modules that the policy's has now."""
@@ -174,33 +174,6 @@ class SharedTrunk:
         finally:
             instead.reset(outside)
 
-    @torch.inference_mode()
-    def check(self, policy: TrieModel, mrm: TrieModel) -> None:
-        """Compares a pass over both with one of each, over a few tokens.
-
-        Raises:
-            UnsupportedModelError: layers with LoRA factors that do not run, logits that are more than the unembedding
-                of the last hidden state, rows that depend on each other.
-        """
-        ran = set[nn.Module]()
-        one, other = (lambda model=model: model.run_alone([[0, 1, 2]]) for model in (policy, mrm))
-        alone = [one(), other()]
-        hooks = [down.register_forward_hook(lambda layer, *_: ran.add(layer)) for down, _ in self.factors.values()]
-        try:
-            both = self.together(policy, mrm, one, other)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if idle := [name for name, (down, _) in self.factors.items() if down not in ran]:
-            raise UnsupportedModelError(f"{idle[0]}: has LoRA factors and does not run; {MERGED}")
-        for found, expected in zip(both, alone, strict=True):
-            tolerance = expected.abs().max() * (1e-4 if expected.dtype.itemsize > 2 else 0.05)
-            if bool((found - expected).abs().max() > tolerance):
-                raise UnsupportedModelError(
-                    f"{self.trunk.config.model_type} model: in one pass the rows of policy and MRM have other outputs "
-                    f"than in one each; {MERGED}"
-                )
-
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
     """The name of a module in a model."""
@@ -217,8 +190,8 @@ def _without_weights(module: nn.Module) -> nn.Module:
     """A module over the same weights and children, to which other children can be given."""
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
-            f"a {type(module).__name__} of the policy has a forward method that was replaced, which an MRM on its trunk "
-            f"would not run; {MERGED}"
+            f"a {type(module).__name__} of the policy has a forward method that was replaced, which a view of it would "
+            f"not run; {MERGED}"
         )
     made = copy.copy(module)
     made.__dict__ |= {"_modules": dict(module._modules), "training": False}

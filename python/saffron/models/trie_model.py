@@ -28,7 +28,7 @@ from saffron_kernels import Beams, CacheFullError, KVTrie, TreeStep
 Index = NDArray[np.int32]
 _NONE: Index = np.empty(0, dtype=np.int32)
 # In a thread that runs two models as one: what takes the place of their forward passes (`shared_trunk.together`).
-instead: ContextVar[Mapping[TrieModel, Callable[..., Tensor]]] = ContextVar("instead", default={})
+instead: ContextVar[Mapping[TrieModel, Callable[..., Tensor]] | None] = ContextVar("instead", default=None)
 
 
 @dataclass(slots=True)
@@ -387,7 +387,7 @@ class TrieModel:
     def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor, kv: KVTrie | None = None) -> Tensor:
         """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
         step = attention.TrieStep(self.kv if kv is None else kv, plan, windows=self.geometry.windows)
-        if self in (others := instead.get()):
+        if self in (others := instead.get() or {}):
             return others[self](tokens, step, keep.to(self.device))
         with attention.evaluating(self.trunk):
             output = self.output(tokens[None], step, keep.to(self.device))
