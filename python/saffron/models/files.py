@@ -98,7 +98,7 @@ class ModelFiles:
 
     def _on_trunk(self, path: str | Path, policy: Policy) -> MultifurcationRewardModel | None:
         """The MRM on the policy's modules, None if it was trained on another checkpoint, or has to be merged."""
-        if not mrm_files.is_on(path, policy.model.name_or_path):
+        if not mrm_files.is_on(path, policy.model.name_or_path or ""):
             return None
         try:
             return MultifurcationRewardModel.from_pretrained(path, base=policy, **self._options() | {"device": None})

@@ -76,7 +76,7 @@ def _share(policy: PreTrainedModel, folder: Path, merged: bool) -> SharedTrunk:
     if merged:
         return SharedTrunk(policy, {}, unembedding(policy, folder))
     named = adapter.adapter_base(folder)
-    if not is_trained_on(folder, named, policy.name_or_path):
+    if not is_trained_on(folder, named, policy.name_or_path or ""):
         raise CheckpointError(
             f"{folder}: was trained on {named}, and the policy is {policy.name_or_path or 'a model without a folder'}"
         )

@@ -144,14 +144,14 @@ class SharedTrunk:
         return [self.trunk.get_output_embeddings()(hidden[:first][keep[0]]), hidden[first:][keep[1]]]
 
     def together(
-        self, policy: TrieModel, mrm: TrieModel, policy_step: Callable[[], Tensor], mrm_step: Callable[[], Tensor]
-    ) -> list[Tensor]:
+        self, policy: TrieModel, mrm: TrieModel, policy_step: Callable[[], Any], mrm_step: Callable[[], Any]
+    ) -> list[Any]:
         """Two steps, prefills or the like as one forward pass; returns what each returns.
 
         The policy plans its part, then the MRM; then both run, and an error on the way undoes both plans.
         """
         parts: list[Any] = []
-        outputs: list[Tensor] = []
+        outputs: list[Any] = []
 
         def planned(*part: Any) -> Tensor:
             parts.append(part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -42,7 +42,9 @@ class EagerStep:
     def prefill(self, tokens: int | None) -> dict[Handle, Exception]:
         failures: dict[Handle, Exception] = {}
         chunks = [(reader, reader.next_chunk(tokens)) for reader in (self.policy, self.mrm)]
-        passes = [([*chunk], partial(reader.prefill, chunk)) for reader, chunk in chunks if chunk]
+        passes: list[tuple[list[Handle], Callable[[], object]]] = [
+            ([*chunk], partial(reader.prefill, chunk)) for reader, chunk in chunks if chunk
+        ]
         if self.models.trunk is not None and len(passes) == 2:
             (ours, policy), (theirs, mrm) = passes
             passes = [(ours + theirs, partial(self.models.run, policy, mrm))]

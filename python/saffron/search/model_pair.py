@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class ModelPair:
         shared = self.mrm.shared
         return shared if shared is not None and shared.trunk is self.policy.model else None
 
-    def run(self, policy_step: Callable[[], Tensor], mrm_step: Callable[[], Tensor]) -> list[Tensor]:
+    def run(self, policy_step: Callable[[], Any], mrm_step: Callable[[], Any]) -> list[Any]:
         """What a step, a prefill or the like of each model returns; one forward pass where they share a trunk."""
         if self.trunk is None:
             return [policy_step(), mrm_step()]
