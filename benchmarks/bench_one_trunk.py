@@ -48,7 +48,7 @@ def write_mrm(kind: str, model: Path, folder: Path) -> Path:
         MultifurcationRewardModel(causal, bias=torch.randn(vocabulary)).save_pretrained(folder)
         return folder
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(causal, config).save_pretrained(folder)
+    get_peft_model(causal, config).save_pretrained(str(folder))
     torch.save(torch.randn(vocabulary), folder / "lm_head_bias.pt")
     torch.save(torch.zeros(vocabulary, dtype=torch.bool), folder / "unseen_mask.pt")
     return folder
@@ -69,7 +69,8 @@ def timed(run: Callable[[], object]) -> float:
 
 def race(policy: Policy, mrms: list[Any], prompt: int, widths: list[int], steps: int) -> list[list[Any]]:
     """One row of figures for each width, without the models' names."""
-    tokens = torch.randint(1000, 40_000, (prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
+    low, high = min(1000, policy.vocab_size // 2), min(40_000, policy.vocab_size)
+    tokens = torch.randint(low, high, (prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
     new = len(widths) * (steps + 2) + 1
     config = SearchConfig(width=widths[0], top_p=0.95, max_new_tokens=new, min_new_tokens=new)
     engines = [Engine(ModelPair(policy, mrm), config, prefill_tokens=None, eos_token_id=[2]) for mrm in mrms]
@@ -79,10 +80,11 @@ def race(policy: Policy, mrms: list[Any], prompt: int, widths: list[int], steps:
         engine.step()  # with the prefill, in which the second engine finds the policy's part in its cache
     rows, found = policy.prefill([tokens])[0], []
     for width in widths:
-        policy.step(rows, [0] * width, range(1000, 1000 + width))
+        policy.step(rows, [0] * width, range(low, low + width))
         for handle in handles:
             handle.width = width
-        runs = [*(engine.step for engine in engines), lambda w=width: policy.step(rows, range(w), [1000] * w)]
+        runs: list[Callable[[], object]] = [*(engine.step for engine in engines)]
+        runs.append(lambda w=width: policy.step(rows, range(w), [low] * w))
         for _ in range(2):  # the beams become as many
             for run in runs:
                 run()
