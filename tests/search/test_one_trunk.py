@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searches import CONFIG, REQUESTS, make, recorded
 from searches import same as same_results
+from test_captured import Watch, a_step
 from test_engine_alone import searches
 
 from saffron.errors import CapacityError, ConfigError, NumericalError, UnsupportedModelError
@@ -205,6 +206,16 @@ def test_captured_steps(kind: str, recorder: Any, monkeypatch: pytest.MonkeyPatc
         results = make(monkeypatch, recorder, policy, mrm, config).search(REQUESTS)
     same_results(results, SaffronSearch(policy, merged, config).search(REQUESTS))
     assert set(rows[1:]) == {2 * config.width * len(REQUESTS)}  # but for the prefill
+
+
+@pytest.mark.parametrize("kind", TRIOS)
+def test_a_captured_step_never_waits_for_the_device(kind: str) -> None:
+    policy, mrm, _ = TRIOS[kind]
+    with torch.inference_mode():
+        step = a_step(policy, mrm)
+        with Watch(), tiny.count_tokens(policy.model) as rows:
+            step()
+    assert len(rows) == 1  # one pass over both
 
 
 def test_without_a_cache() -> None:
