@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import bench_multifurcate
 import bench_nucleus
+import bench_one_trunk
 import bench_small_ops
 import bench_step
 import bench_tree_attention
 import flagship
 import harness
 import pytest
+import tiny
 import torch
 import workloads
 
@@ -226,3 +229,14 @@ def test_quick_writes_nothing(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "competitor SDPA with mask" in result.stdout and "of three rounds, not written" in result.stdout
     assert not results.exists()
+
+
+def test_one_trunk_against_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, output = tiny.save_checkpoint(tmp_path / "base"), tmp_path / "out" / "one_trunk.csv"
+    sizes = ["--prompts", "6", "--widths", "1", "3", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench", str(base), "--output", str(output), *sizes])
+    assert bench_one_trunk.main() == 0
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["trunk"], row["width"]) for row in rows] == [(t, w) for t in ("lora", "frozen") for w in ("1", "3")]
+    for row in rows:
+        assert 0 < float(row["one_megabytes"]) < float(row["two_megabytes"]) and float(row["one_ms"]) > 0

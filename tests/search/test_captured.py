@@ -124,10 +124,8 @@ def a_step(policy, mrm) -> Callable[[], object]:
     forest._widths.fill_(1)
 
     def step() -> Tensor:
-        logits, hidden = (
-            side.output(t, 64) for side, t in zip((forest.policy, forest.mrm), forest._tokens.long(), strict=True)
-        )
-        forest._choose(logits, hidden)
+        sides = forest.policy.step(64), forest.mrm.step(64)
+        forest._choose(*forest._models.outputs(forest._tokens.long(), *sides))
         return forest._records
 
     return step

@@ -101,7 +101,8 @@ def run(options: argparse.Namespace) -> int:
         from saffron.search import SaffronSearch
 
         models = _models(options)
-        search = SaffronSearch(models.load_policy(), models.load_mrm(), config, capture=options.capture)
+        policy = models.load_policy()
+        search = SaffronSearch(policy, models.load_mrm(policy), config, capture=options.capture)
         with Clock(search.policy, search.mrm) as clock:
             if options.stream:
                 clock.tokens = _stream(search, options)

@@ -89,7 +89,8 @@ def add_model_options(parser: argparse.ArgumentParser | Any, *models: str) -> No
     helps = {
         "policy": "checkpoint to defend (default: the bundled policy)",
         "mrm": "folder of the reward model, published format (default: the bundled one)",
-        "base": "checkpoint the MRM's adapter belongs to (default: the one it names)",
+        "base": "checkpoint the MRM's adapter is merged into (default: the one it names; where that is the policy, "
+        "the MRM shares its weights)",
         "prm": "the guard, a checkpoint, or another process reward: hf:CHECKPOINT#LABEL or module:function (default: "
         "the bundled guard)",
     }

@@ -1,18 +1,21 @@
-"""A PEFT adapter merged into its base model, so that the merged model is the adapted one to the last weight."""
+"""A PEFT adapter merged into its base model, so that the merged model is the adapted one to the last weight; or its
+factors, for a base that stays as it is."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saffron.errors import CheckpointError, reason
+from saffron.errors import CheckpointError, UnsupportedModelError, reason
 from saffron.models.loading import quiet, some
+from saffron.models.shared_trunk import MERGED, name_of
 
 CONFIG = "adapter_config.json"
 
@@ -40,20 +43,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             to the model's modules or are missing, or that are not finite.
     """
     _check_kind(folder, _config(folder))
-    from peft import PeftModel, load_peft_weights  # its import takes as long as that of transformers
-
     with quiet():
-        try:
-            weights = load_peft_weights(str(folder), device="cpu")
-            wrapped = PeftModel.from_pretrained(model, str(folder))
-        except Exception as error:  # peft, safetensors and torch each raise types of their own for a damaged adapter
-            raise CheckpointError(
-                f"{folder}: its adapter cannot be applied to the base model ({reason(error)})"
-            ) from error
-        _check_keys(folder, wrapped, weights)
-        for name, weight in weights.items():
-            if not bool(torch.isfinite(weight).all()):
-                raise CheckpointError(f"{folder}: the adapter's weight {name} holds NaN or infinity")
+        wrapped, _ = _wrap(model, folder)
         _untie(wrapped.get_base_model())
         try:
             merged = wrapped.merge_and_unload()
@@ -63,6 +54,64 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if left:
         raise CheckpointError(f"{folder}: its adapter cannot be merged: PEFT leaves its own modules at {some(left)}")
     return merged
+
+
+def load_factors(model: PreTrainedModel, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]:
+    """The adapter's weights, for a model that stays as it is: the arguments `factors` and `head` of `SharedTrunk`.
+
+    Raises:
+        CheckpointError: as for `merge_adapter`. UnsupportedModelError: an adapter that is more than LoRA factors of
+            Linear layers, and an unembedding.
+    """
+    config = _config(folder)
+    _check_kind(folder, config)
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init != "gaussian":
+        raise UnsupportedModelError(f"{folder}: init_lora_weights={init!r} changes the base's weights; {MERGED}")
+    with quiet():
+        with torch.device("meta"):  # PEFT says what belongs where, and changes what it is given
+            empty = type(model)(copy.deepcopy(model.config))
+        wrapped, weights = _wrap(empty, folder, low_cpu_mem_usage=True)
+    layers = dict(wrapped.get_base_model().named_modules())
+    head_name = name_of(model, model.get_output_embeddings())
+    own = head = model.get_output_embeddings().weight.detach()
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, weight in weights.items():
+        name = key.removeprefix("base_model.model.")
+        layer, _, part = name.rpartition(".lora_")
+        if layer and part in ("A.weight", "B.weight") and _is_plain(layers[layer]):
+            found.setdefault(layer, {})[part[0]] = weight
+        elif name in (f"{head_name}.weight", f"{head_name}.base_layer.weight"):
+            head = weight
+        else:
+            raise UnsupportedModelError(f"{folder}: the adapter's {name} is more than LoRA of a Linear layer; {MERGED}")
+    factors = {name: (pair["A"], pair["B"] * layers[name].scaling["default"]) for name, pair in found.items()}
+    if head_name in factors:
+        down, up = (factor.to(head) for factor in factors.pop(head_name))
+        head = head + up @ down
+    return factors, None if head is own else head
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer of PEFT adds `scaling * B A x` to what a Linear layer gives, and no more."""
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    return kind == "peft.tuners.lora.layer.Linear" and not (layer.lora_variant or layer.fan_in_fan_out)
+
+
+def _wrap(model: PreTrainedModel, folder: Path, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The model in the hands of PEFT, and the weights of the adapter, all of which have their places."""
+    from peft import PeftModel, load_peft_weights  # its import takes as long as that of transformers
+
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+        wrapped = PeftModel.from_pretrained(model, str(folder), **options)
+    except Exception as error:  # peft, safetensors and torch each raise types of their own for a damaged adapter
+        raise CheckpointError(f"{folder}: its adapter cannot be applied to the base model ({reason(error)})") from error
+    _check_keys(folder, wrapped, weights)
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{folder}: the adapter's weight {name} holds NaN or infinity")
+    return wrapped, weights
 
 
 def _config(folder: Path) -> dict[str, Any]:

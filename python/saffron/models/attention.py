@@ -291,3 +291,12 @@ class Geometry:
             return KVTrie(
                 self.layers, self.kv_heads, self.head_dim, v_dim=self.value_dim, dtype=dtype, device=device, **options
             )
+
+
+def cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:
+    """The dtype of the cache of a model in dtype `own`."""
+    served = (own,) if own == torch.float64 else (own, FP8)
+    if wanted is not None and wanted not in served:
+        allowed = " or ".join(map(str, served))
+        raise ConfigError(f"cache_dtype: got {wanted}, expected {allowed} for a model in {own}")
+    return wanted or own

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from saffron.errors import CheckpointError, ConfigError, outside
+from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError, outside
+from saffron.models import mrm_files
 from saffron.models.bundled import FOLDER, Models
 from saffron.models.devices import find_device
 from saffron.models.policy import Policy
@@ -61,7 +63,8 @@ class ModelFiles:
         return digest([*named, *([fingerprint(self.base)] if self.base else [])])
 
     def load(self) -> Models:
-        return Models(self.load_policy(), self.load_mrm(), self.load_guard())
+        policy = self.load_policy()
+        return Models(policy, self.load_mrm(policy), self.load_guard())
 
     def load_policy(self) -> Policy:
         """Raises `CheckpointError` if it cannot be loaded or does not run."""
@@ -76,16 +79,31 @@ class ModelFiles:
             _try(policy, policy.chat("x") if policy.tokenizer is not None else [0])
         return policy
 
-    def load_mrm(self) -> MultifurcationRewardModel:
-        """Raises `CheckpointError` if it cannot be loaded or does not run."""
+    def load_mrm(self, policy: Policy | None = None) -> MultifurcationRewardModel:
+        """Raises `CheckpointError` if it cannot be loaded or does not run.
+
+        Args:
+            policy: an MRM that was trained on its checkpoint shares its modules, unless `base` is named.
+        """
         path = self.mrm or FOLDER / "mrm"
         with outside(f"{path}: cannot be used as an MRM", CheckpointError):
-            mrm = MultifurcationRewardModel.from_pretrained(path, base=self.base, **self._options())
+            mrm = self._on_trunk(path, policy) if self.base is None and type(policy) is Policy else None
+            if mrm is None:
+                mrm = MultifurcationRewardModel.from_pretrained(path, base=self.base, **self._options())
             _try(mrm, mrm.context_tokens("x") if mrm.tokenizer is not None else [0])
         if self.variant == "no unseen mask":
             mrm = copy.copy(mrm)
             mrm.unseen = None
         return mrm
+
+    def _on_trunk(self, path: str | Path, policy: Policy) -> MultifurcationRewardModel | None:
+        """The MRM on the policy's modules, None if it was trained on another checkpoint, or has to be merged."""
+        if not mrm_files.is_on(path, policy.model.name_or_path or ""):
+            return None
+        try:
+            return MultifurcationRewardModel.from_pretrained(path, base=policy, **self._options() | {"device": None})
+        except (CheckpointError, UnsupportedModelError):  # what is damaged is named by the other way of loading
+            return None
 
     def load_guard(self) -> RewardSource:
         """Raises `CheckpointError` if it cannot be loaded or does not run."""

@@ -30,19 +30,19 @@ def fingerprint(model: nn.Module) -> int:
         seen += [torch.get_autocast_dtype("cuda"), torch.get_autocast_dtype("cpu")]
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         seen += hooks
-    adapter = _adapter_class()
+    adapter = adapter_class()
     stack = [model]
     while stack:  # `model.modules()` takes three times as long
         module = stack.pop()
         state = module.__dict__
         for tensor in state["_parameters"].values():
             if tensor is not None:
-                seen.append((id(tensor), _address(tensor), _version(tensor), tensor.dtype))
+                seen.append((id(tensor), _address(tensor), times_written(tensor), tensor.dtype))
         if state["_buffers"]:
             written = any(name.endswith("long_inv_freq") for name in state)  # longrope writes them in every call
             for tensor in state["_buffers"].values():
                 if tensor is not None:
-                    version = 0 if written else _version(tensor)
+                    version = 0 if written else times_written(tensor)
                     seen.append((id(tensor), _address(tensor), version, tensor.dtype))
         for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
             if hooks:  # their keys are numbers that are given once
@@ -62,7 +62,7 @@ _ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "sca
 
 def check_adapters(model: nn.Module) -> None:
     """Raises `UnsupportedModelError` for adapters whose effect on a token depends on more than the tokens before it."""
-    kind = _adapter_class()
+    kind = adapter_class()
     for name, module in model.named_modules():
         if not isinstance(module, kind) or module.disable_adapters:  # type: ignore[attr-defined]
             continue
@@ -81,7 +81,7 @@ def check_adapters(model: nn.Module) -> None:
                 )
 
 
-def _adapter_class() -> type:
+def adapter_class() -> type:
     """Of PEFT's layers, without an import of PEFT, which takes long."""
     return getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", NoneType)
 
@@ -90,7 +90,7 @@ def _is_ours(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("saffron.")
 
 
-def _version(tensor: Tensor) -> int:
+def times_written(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saffron.errors import CheckpointError, shown
+from saffron.errors import CheckpointError, ConfigError, shown
 from saffron.models import adapter, loading
-from saffron.models.provenance import check_origin
+from saffron.models.provenance import check_origin, is_trained_on
+from saffron.models.shared_trunk import SharedTrunk
+from saffron.models.trie_model import TrieModel
+from saffron.models.trunk_evidence import unembedding
 from saffron.storage.text import read_json
 
 LARGEST_BIAS = 1e30  # rewards and their differences stay finite in fp32
@@ -24,7 +27,7 @@ VECTORS = {"bias": "lm_head_bias.pt", "unseen": "unseen_mask.pt"}
 
 def load(
     path: str | Path,
-    base: str | Path | PreTrainedModel | None,
+    base: str | Path | PreTrainedModel | TrieModel | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     given: Collection[str],
@@ -36,12 +39,17 @@ def load(
     """
     folder = loading.fetch(path)
     merged = (folder / "config.json").is_file() and not (folder / adapter.CONFIG).exists()
-    if merged and base is not None:
+    if isinstance(base, TrieModel) and (dtype, device) != (None, None):
+        raise ConfigError("dtype and device: are those of the policy given as base=, whose weights the MRM shares")
+    if merged and base is not None and not isinstance(base, TrieModel):
         raise CheckpointError(f"{path}: holds a whole model and no adapter, so base= has nothing to say")
     stored: dict[str, Any] = _stored_layout(folder)
     for name, file in VECTORS.items():
         if name not in given and (not merged or (folder / file).exists()):
             stored[name] = _load_vector(folder / file)
+    if isinstance(base, TrieModel):
+        shared = _share(base.model, folder, merged)
+        return shared.model, {"tokenizer": base.tokenizer, "shared": shared, **stored}
     if isinstance(base, PreTrainedModel):
         return adapter.merge_adapter(base, folder), stored
     if base is None:
@@ -50,6 +58,29 @@ def load(
     model = loading.load_model(base, dtype, device)
     model = model if merged else adapter.merge_adapter(model, folder)
     return model, {"tokenizer": loading.load_tokenizer(base), **stored}
+
+
+def is_on(path: str | Path, policy: str) -> bool:
+    """Whether an MRM says that a policy's checkpoint is what it was trained on."""
+    folder = loading.fetch(path)
+    named = adapter.adapter_base(folder) if (folder / adapter.CONFIG).exists() else None
+    return is_trained_on(folder, named, policy)
+
+
+def _share(policy: PreTrainedModel, folder: Path, merged: bool) -> SharedTrunk:
+    """What an MRM has of its own over the policy's model, which it was trained on.
+
+    Raises:
+        CheckpointError: it was trained on another one.
+    """
+    if merged:
+        return SharedTrunk(policy, {}, unembedding(policy, folder))
+    named = adapter.adapter_base(folder)
+    if not is_trained_on(folder, named, policy.name_or_path or ""):
+        raise CheckpointError(
+            f"{folder}: was trained on {named}, and the policy is {policy.name_or_path or 'a model without a folder'}"
+        )
+    return SharedTrunk(policy, *adapter.load_factors(policy, folder))
 
 
 def save(

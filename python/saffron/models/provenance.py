@@ -78,7 +78,11 @@ def write_origin(folder: Path, base: str | Path, manifest: Mapping[str, Any], ca
         "reward": _without_folders(manifest.get("prm")),
         "corpus": _without_folders(manifest.get("corpus")),
         "scale": manifest.get("settings", {}).get("scale", 1.0),
-        "base": {"configuration": _configuration(base), "tokenizer": tokenizer_fingerprint(base)},
+        "base": {
+            "configuration": _configuration(base),
+            "tokenizer": tokenizer_fingerprint(base),
+            "checkpoint": checkpoint_fingerprint(base),
+        },
         "calibration": calibration,
     }
     write_json(folder / ORIGIN, record)
@@ -113,6 +117,27 @@ def check_origin(folder: Path, base: str | Path) -> None:
             raise CheckpointError(f"{folder}: was trained with another tokenizer than that of {base}")
         if trained.get("configuration") != _configuration(base):
             warnings.warn(f"{folder}: was trained on another model than {base}", stacklevel=3)
+
+
+def is_trained_on(folder: Path, base: str | Path | None, checkpoint: str) -> bool:
+    """Whether a checkpoint is what the MRM in a folder says that it was trained on.
+
+    Args:
+        base: what its adapter names, if it is one.
+    """
+    here = bool(checkpoint) and Path(checkpoint).is_dir()
+    if base is not None and not here:
+        return str(base) == checkpoint
+    if base is not None and Path(base).is_dir() and Path(base).samefile(checkpoint):
+        return True
+    trained = read_json(folder / ORIGIN).get("base") if (folder / ORIGIN).exists() else None
+    trained = trained if isinstance(trained, dict) else {}
+    if not here or trained.get("configuration", _configuration(checkpoint)) != _configuration(checkpoint):
+        return False
+    known = trained.get("checkpoint")
+    if known is None and base is not None and _configuration(base) == _configuration(checkpoint):
+        known = checkpoint_fingerprint(base)
+    return known is not None and known == checkpoint_fingerprint(checkpoint)
 
 
 def _configuration(base: str | Path) -> str:

@@ -14,7 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from saffron.models import attention, mrm_files
 from saffron.models.chat import Conversation, Prompt
+from saffron.models.shared_trunk import SharedTrunk
 from saffron.models.text_model import TextModel
+from saffron.models.trie_model import TrieModel
+from saffron.models.trunk_evidence import check_together
 
 PREFIX, INFIX = "\n\nUser:", "\n\nAgent:"  # before a user's turn and before an agent's, as published
 
@@ -66,6 +69,7 @@ class MultifurcationRewardModel(HiddenModel):
         model: the PRM's architecture with the trained LoRA factors merged.
         bias: `[vocab]`, trained bias of the unembedding, or None.
         unseen: `[vocab]` bool, tokens the training corpus never had, or None.
+        shared: what the MRM has of its own, where `model` shares the modules of a policy.
         prefix, infix: text before a user's turn (the first one after the begin token) and before an agent's.
         options: `split_special_tokens` and `check_weights` as for `TextModel`, and those of `TrieModel`.
 
@@ -82,10 +86,12 @@ class MultifurcationRewardModel(HiddenModel):
         *,
         bias: Tensor | None = None,
         unseen: Tensor | None = None,
+        shared: SharedTrunk | None = None,
         prefix: str = PREFIX,
         infix: str = INFIX,
         **options: Any,
     ) -> None:
+        self.shared = shared
         super().__init__(model, tokenizer, **options)
         for name, text in (("prefix", prefix), ("infix", infix)):
             if not isinstance(text, str):
@@ -105,7 +111,7 @@ class MultifurcationRewardModel(HiddenModel):
         cls,
         path: str | Path,
         *,
-        base: str | Path | PreTrainedModel | None = None,
+        base: str | Path | PreTrainedModel | TrieModel | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         **options: Any,
@@ -116,23 +122,45 @@ class MultifurcationRewardModel(HiddenModel):
         Args:
             path: folder of the MRM, or the name of a repository on the hub.
             base: checkpoint the adapter was trained on, or that model, loaded (it is changed); None: the one the
-                adapter names, a relative path being taken from `path`.
+                adapter names, a relative path being taken from `path`. A policy: the MRM is one that was trained on
+                its checkpoint, and shares its modules (see `shared_trunk`); LoRA factors stay unmerged.
             dtype, device: as for `TrieModel.from_pretrained`.
             options: of the constructor.
 
         Raises:
             CheckpointError: a file that is missing, damaged, or does not fit the base model; a base with another
-                tokenizer than the MRM was trained with.
+                tokenizer than the MRM was trained with; a policy of another checkpoint. UnsupportedModelError: an
+            adapter that can only be merged.
         """
         model, stored = mrm_files.load(path, base, dtype, device, options)
-        return cls(model, **{**stored, **options})
+        mrm = cls(model, **{**stored, **options})
+        if mrm.shared is not None and isinstance(base, TrieModel):
+            check_together(mrm.shared, base, mrm)
+        return mrm
+
+    @property
+    def trunk(self) -> PreTrainedModel:
+        return self.model if self.shared is None else self.shared.trunk
+
+    def fingerprint(self) -> int:
+        if self.shared is None:
+            return super().fingerprint()
+        self.model, weights = self.shared.refresh()
+        return weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes what `from_pretrained` reads: the model with its adapter merged, tokenizer, bias and unseen mask.
 
         Args:
             folder: made if it is not there; files of the same names are replaced.
+
+        Raises:
+            ConfigError: an MRM on the trunk of a policy, which holds no merged weights.
         """
+        if self.shared is not None:
+            raise ConfigError(
+                "save_pretrained: the MRM shares a policy's weights; load it without the policy to save it"
+            )
         vectors = {"bias": self.bias, "unseen": self.unseen}
         mrm_files.save(folder, self.model, self.tokenizer, vectors, {"prefix": self.prefix, "infix": self.infix})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -23,10 +24,11 @@ from saffron.models.flops import ModelFlops
 from saffron.models.inspection import inspect_model
 from saffron.models.loading import load_model, load_tokenizer
 from saffron_kernels import Beams, CacheFullError, KVTrie, TreeStep
-from saffron_kernels.checks import FP8
 
 Index = NDArray[np.int32]
 _NONE: Index = np.empty(0, dtype=np.int32)
+# In a thread that runs two models as one: what takes the place of their forward passes (`shared_trunk.together`).
+instead: ContextVar[Mapping[TrieModel, Callable[..., Tensor]] | None] = ContextVar("instead", default=None)
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class TrieModel:
         self.cache_dtype = cache_dtype
         self.kv = self._new_cache(capacity, grow)
         self.dependents: WeakSet[Dependent] = WeakSet()
-        self._weights = fingerprint(model)
+        self._weights = self.fingerprint()
         self.flops = ModelFlops.of(model)
         embeddings: Any = model.get_input_embeddings()
         self._input_size = int(embeddings.weight.shape[0])
@@ -175,7 +177,7 @@ class TrieModel:
             raise ConfigError(f"{name}: got {given}, expected at least one id from 0 to {size - 1}")
 
     def _new_cache(self, capacity: int, grow: bool, **scales: Tensor | None) -> KVTrie:
-        dtype = _cache_dtype(self.cache_dtype, self.geometry.dtype)
+        dtype = attention.cache_dtype(self.cache_dtype, self.geometry.dtype)
         return self.geometry.cache(dtype, self.model.device, capacity=capacity, grow=grow, **scales)
 
     def scratch(self, capacity: int) -> KVTrie:
@@ -191,7 +193,16 @@ class TrieModel:
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = state.pop("cache_options")
         self.__dict__.update(state)
-        self.kv, self.dependents, self._weights = self._new_cache(**options), WeakSet(), fingerprint(self.model)
+        self.kv, self.dependents, self._weights = self._new_cache(**options), WeakSet(), self.fingerprint()
+
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """Whose modules run: those of another model than `model` where that shares them."""
+        return self.model
+
+    def fingerprint(self) -> int:
+        """Changes with the weights (see `fingerprint.fingerprint`)."""
+        return fingerprint(self.model)
 
     def check_weights(self) -> None:
         """Empties the cache if the weights are no longer those that it was filled with.
@@ -200,7 +211,7 @@ class TrieModel:
             ConfigError: a search, guidance or other rows still stand on cached tokens.
             UnsupportedModelError: adapters that are not served.
         """
-        weights = fingerprint(self.model)
+        weights = self.fingerprint()
         if weights == self._weights:
             return
         check_adapters(self.model)
@@ -278,7 +289,7 @@ class TrieModel:
         for i, sequence in enumerate(sequences):
             self.check_tokens(f"sequences[{i}]", sequence)
         if not self.share_prefixes:
-            return _NONE, self._run_alone(sequences)
+            return _NONE, self.run_alone(sequences)
         with self.kv.lock:
             self.check_weights()
             self.geometry.check_length(max(map(len, sequences), default=0))
@@ -333,7 +344,7 @@ class TrieModel:
             self.check_tokens("tokens", tokens)
         if rows.beams is None:
             rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
-            return self._run_alone(rows.sequences)
+            return self.run_alone(rows.sequences)
         self.check_weights()
         self.geometry.check_length(int(rows.beams.positions.max(initial=-1)) + 2)
         beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
@@ -361,7 +372,7 @@ class TrieModel:
         if rows.beams is not None:
             self.forget(rows.beams.nodes)
 
-    def _run_alone(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def run_alone(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """The output `[sequences, ...]` at each last token, by one forward pass in which nothing is shared."""
         lengths = np.array([len(s) for s in sequences])
         ends = np.cumsum(lengths)
@@ -376,7 +387,9 @@ class TrieModel:
     def _forward(self, tokens: Tensor, plan: TreeStep, keep: Tensor, kv: KVTrie | None = None) -> Tensor:
         """Runs the model on `tokens [queries]`; returns its output at the queries `keep`."""
         step = attention.TrieStep(self.kv if kv is None else kv, plan, windows=self.geometry.windows)
-        with attention.evaluating(self.model):
+        if self in (others := instead.get() or {}):
+            return others[self](tokens, step, keep.to(self.device))
+        with attention.evaluating(self.trunk):
             output = self.output(tokens[None], step, keep.to(self.device))
         step.finish()
         return output
@@ -384,12 +397,3 @@ class TrieModel:
     def output(self, input_ids: Tensor, step: attention.TrieStep, keep: Tensor) -> Tensor:
         """One forward pass: next-token logits `[keep, vocab]`; reward models return hidden states instead."""
         return self.model(input_ids=input_ids, logits_to_keep=keep, **step.arguments()).logits[0]
-
-
-def _cache_dtype(wanted: torch.dtype | None, own: torch.dtype) -> torch.dtype:
-    """The dtype of the cache of a model in dtype `own`."""
-    served = (own,) if own == torch.float64 else (own, FP8)
-    if wanted is not None and wanted not in served:
-        allowed = " or ".join(map(str, served))
-        raise ConfigError(f"cache_dtype: got {wanted}, expected {allowed} for a model in {own}")
-    return wanted or own

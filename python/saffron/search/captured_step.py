@@ -11,7 +11,6 @@ from torch import Tensor
 from saffron.errors import ConfigError, SaffronError
 from saffron.models.checks import not_finite
 from saffron.models.cuda_graph import Replay, capture_on_gpu
-from saffron.models.fingerprint import fingerprint
 from saffron.search.config import SearchConfig
 from saffron.search.eager_step import EagerStep
 from saffron.search.handle import Handle
@@ -135,7 +134,7 @@ class CapturedStep(EagerStep):
                 mine.append(_prompts(reader, joining, len(going_on)))
         rows = self.groups * self.config.width
         wanted = [sum(len(part.slot) for part in mine) + (left + 1) * rows for mine in parts]
-        forest, weights = self.forest, (fingerprint(self.policy.model.model), fingerprint(self.mrm.model.model))
+        forest, weights = self.forest, (self.policy.model.fingerprint(), self.mrm.model.fingerprint())
         if weights != self._weights:
             if len(going_on):
                 raise ConfigError("weights: they changed while searches run in captured steps; end the searches first")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,13 +41,18 @@ class EagerStep:
 
     def prefill(self, tokens: int | None) -> dict[Handle, Exception]:
         failures: dict[Handle, Exception] = {}
-        for reader in (self.policy, self.mrm):
-            chunk = reader.next_chunk(tokens)
-            if chunk:
-                try:
-                    reader.prefill(chunk)
-                except Exception as error:
-                    failures |= dict.fromkeys(chunk, error)
+        chunks = [(reader, reader.next_chunk(tokens)) for reader in (self.policy, self.mrm)]
+        passes: list[tuple[list[Handle], Callable[[], object]]] = [
+            ([*chunk], partial(reader.prefill, chunk)) for reader, chunk in chunks if chunk
+        ]
+        if self.models.trunk is not None and len(passes) == 2:
+            (ours, policy), (theirs, mrm) = passes
+            passes = [(ours + theirs, partial(self.models.run, policy, mrm))]
+        for searches, run in passes:
+            try:
+                run()
+            except Exception as error:
+                failures |= dict.fromkeys(searches, error)
         return failures
 
     def step(self, batch: Batch) -> list[StepRecord]:
@@ -59,7 +65,7 @@ class EagerStep:
         outputs = []
         if batch.rows:
             parents = [node.parent.row for _, node in batch.rows if node.parent is not None]
-            outputs.append([reader.step(parents, batch.rows) for reader in (self.policy, self.mrm)])
+            outputs.append(self.models.run(*(partial(r.step, parents, batch.rows) for r in (self.policy, self.mrm))))
         joining = self._read()
         if joining:
             batch.rows = [*batch.rows, *(Row(search, search.tree.beam[0]) for search in joining)]

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saffron.models.attention import TrieStep
 from saffron.models.checks import expect
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.models.shared_trunk import JointStep, SharedTrunk
 from saffron.models.vocabulary import Head, head_for, same_tokens
 from saffron.search.config import Request
 
@@ -26,6 +34,26 @@ class ModelPair:
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
         self.head(True)
+
+    @property
+    def trunk(self) -> SharedTrunk | None:
+        """What runs both as rows of one forward pass, where the MRM shares the policy's modules."""
+        shared = self.mrm.shared
+        return shared if shared is not None and shared.trunk is self.policy.model else None
+
+    def run(self, policy_step: Callable[[], Any], mrm_step: Callable[[], Any]) -> list[Any]:
+        """What a step, a prefill or the like of each model returns; one forward pass where they share a trunk."""
+        if self.trunk is None:
+            return [policy_step(), mrm_step()]
+        return self.trunk.together(self.policy, self.mrm, policy_step, mrm_step)
+
+    def outputs(self, tokens: Tensor, policy_step: TrieStep, mrm_step: TrieStep) -> list[Tensor]:
+        """What both models say of all rows of their steps; `tokens [2, rows]` are the policy's and the MRM's."""
+        keep, steps = torch.arange(tokens.shape[1], device=tokens.device), (policy_step, mrm_step)
+        if self.trunk is not None:
+            return self.trunk.outputs(self.mrm.model, [*tokens], JointStep(steps), [keep, keep])
+        models = self.policy, self.mrm
+        return [model.output(t[None], step, keep) for model, t, step in zip(models, tokens, steps, strict=True)]
 
     def head(self, trained_bias: bool) -> Head:
         """The MRM's head by the policy's token ids, with the weights that it has now."""

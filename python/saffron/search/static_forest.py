@@ -112,11 +112,10 @@ class _Side:
         self.lengths.zero_()
         self.lengths[: len(lengths)] = torch.tensor(lengths)
 
-    def output(self, tokens: Tensor, length: int) -> Tensor:
-        """The model's output for all rows, used or not; `length` is the longest that a text can get."""
-        keep = torch.arange(len(tokens), device=tokens.device)
+    def step(self, length: int) -> TrieStep:
+        """A forward pass over all rows, used or not; `length` is the longest that a text can get."""
         plan = TreeStep(self.positions, self.write_slots, *self.plan(), length=length, count=self.count)
-        return self.model.output(tokens[None], TrieStep(self.cache, plan, True), keep)
+        return TrieStep(self.cache, plan, True)
 
 
 class StaticForest:
@@ -135,6 +134,7 @@ class StaticForest:
         self, models: ModelPair, config: SearchConfig, groups: int, tokens: tuple[int, int],
         capture: Callable[[Replay], Replay] | None,
     ) -> None:  # fmt: skip
+        self._models = models
         self.config, self.groups, self.head = config, groups, models.head(config.lm_head_bias)
         self.rows = rows = groups * config.width
         self._capture, self._warm = capture, False
@@ -240,8 +240,7 @@ class StaticForest:
         self._step.zero_()
 
         def body() -> None:
-            self._choose(*(side.output(t, length) for side, t in zip((self.policy, self.mrm), self._tokens.long(),
-                                                                     strict=True)))  # fmt: skip
+            self._choose(*self._models.outputs(self._tokens.long(), self.policy.step(length), self.mrm.step(length)))
 
         for _ in range(steps):
             if self._replay is not None:

@@ -12,4 +12,5 @@ def load_models(files: ModelFiles, guard: bool = True) -> Models:
     The guard that comes with the package judges its own world: with other models only one that is named is loaded.
     """
     wanted = guard and (files.prm or not (files.policy or files.mrm))
-    return Models(files.load_policy(), files.load_mrm(), files.load_guard() if wanted else None)
+    policy = files.load_policy()
+    return Models(policy, files.load_mrm(policy), files.load_guard() if wanted else None)

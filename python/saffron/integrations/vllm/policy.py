@@ -201,7 +201,7 @@ class VllmPolicy(Policy):
         for i, sequence in enumerate(sequences):
             self.check_tokens(f"sequences[{i}]", sequence)
             self.check_length(f"sequences[{i}]", len(sequence), 1)  # vLLM always generates one
-        return np.zeros(len(sequences), dtype=np.int32), self._run_alone(sequences)
+        return np.zeros(len(sequences), dtype=np.int32), self.run_alone(sequences)
 
     def forget(self, leaves: Index) -> None:
         """Nothing was held."""
@@ -212,7 +212,7 @@ class VllmPolicy(Policy):
     def check_weights(self) -> None:
         """Whoever changes the weights of the engine resets its prefix cache."""
 
-    def _run_alone(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def run_alone(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """The logits `[sequences, vocab]` behind each sequence, by one request for each."""
         core = self.engine.engine_core
         rows: dict[int, Tensor] = {}
