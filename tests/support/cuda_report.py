@@ -193,7 +193,7 @@ def _plan() -> None:
     from saffron_kernels.backends import cuda
 
     cuda.advance_tree(*map(i32, ([0], [0], [1], [0], [1])), 1)
-    for requests in (1, 2):
+    for requests in (1, 5):
         table, starts = torch.zeros(requests, 1, dtype=torch.int32), i32(range(requests + 1))
         cuda.block_plan(table, torch.ones_like(table[:, 0]), starts, 1, requests, requests)
 
@@ -202,7 +202,8 @@ def _nuclei() -> None:
     from saffron_kernels.backends import cuda
 
     for dtype in native.COMPUTED:
-        cuda.nucleus(torch.zeros(1, 4096, dtype=dtype), 1.0, None)  # more than are sorted together
+        cuda.nucleus(torch.zeros(1, 4, dtype=dtype), 1.0, None)
+    cuda.nucleus(torch.zeros(1, 16385), 1.0, None)  # more than are sorted together, and than are joined at once
 
 
 def _steps() -> None:

@@ -353,7 +353,7 @@ def find_members(
     )  # fmt: skip
     top_ps, number = (top_p.contiguous(), 0.0) if isinstance(top_p, Tensor) else (None, top_p)
     top_p_bits = struct.unpack("<q", struct.pack("<d", number))[0]
-    listed, starts = new(2, rows, at_once).unbind()
+    listed, starts = new(rows, at_once), new(rows, at_once)
     values, tokens, counts, stats, lists = members
     launch(
         _list_kernel, (rows, parts),
