@@ -56,6 +56,13 @@ def backend(hopper: None, device: torch.device) -> Iterator[str]:
         yield "cuda"
 
 
+def described() -> int:
+    """How many tensors launchers have described so far."""
+    library = ctypes.CDLL(cuda_host.module())
+    library.saffron_described.restype = ctypes.c_size_t
+    return library.saffron_described()
+
+
 def boxes() -> int:
     """How many boxes kernels have copied so far."""
     library = ctypes.CDLL(cuda_host.module())
@@ -123,6 +130,18 @@ def test_many_tiles(head_dim, layout, monkeypatch) -> None:
         assert 0 < copied(layout) < copied("contiguous")
     else:
         assert copied(layout) == 0
+
+
+def test_caches_are_described_once() -> None:
+    """The driver does it on the host, which every layer of a step would wait for; other sizes are other caches."""
+    q, k, v, forest = decode_step(8, 1, 64, 9, torch.bfloat16, layout="contiguous")
+    k, v = (torch.cat([x, torch.zeros(977 - len(x), *x.shape[1:], dtype=x.dtype)]) for x in (k, v))
+    before = described()
+    for _ in range(3):
+        check_against_reference(q, k, v, forest)
+    assert described() - before == 2
+    check_against_reference(q, k[:-1], v[:-1], forest)
+    assert described() - before == 4
 
 
 @pytest.mark.parametrize("seed", range(3))

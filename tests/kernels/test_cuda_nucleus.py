@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import cuda_host
@@ -122,6 +123,52 @@ def test_ties_across_parts(before, dtype, in_any_order) -> None:
     logits[0, places] = 2.5
     tokens, _, _ = in_any_order(logits, max(before, 0.5) / 1024, None)
     assert torch.equal(tokens, places[: max(before, 1)].int())
+
+
+def counted(what: str) -> int:
+    """How often kernels that the CPU executes did it so far: `atomics`, or `copies` of 16 bytes."""
+    count = getattr(ctypes.CDLL(cuda_host.module()), f"saffron_{what}")
+    count.restype = ctypes.c_size_t
+    return count()
+
+
+@pytest.mark.parametrize("kept", [100, 20_000])
+def test_a_flat_row_needs_one_atomic_for_a_warp(kept) -> None:
+    """Atomics on one address take turns; here all tokens have one bin, and then one range of token ids."""
+    logits, before = torch.zeros(1, 32_768, dtype=torch.bfloat16), counted("atomics")
+    tokens, _, _ = cuda.nucleus(logits, kept / 32_768, None)
+    assert torch.equal(tokens, torch.arange(kept, dtype=torch.int32))
+    assert counted("atomics") - before < 32_768 / 2  # four for every token without
+
+
+@pytest.mark.parametrize("dtype, vocab", [(torch.bfloat16, 20_001), (torch.float16, 16_383), (torch.float32, 9_003)])
+def test_rows_of_an_odd_vocabulary_move_16_bytes_at_a_time(dtype, vocab) -> None:
+    """Rows begin anywhere; what they give is what each gives alone, where it is aligned."""
+    rows, in_vector = 16 // dtype.itemsize + 1, 16 // dtype.itemsize
+    logits = (4 * randn(21, rows, vocab)).to(dtype)
+    assert logits.data_ptr() % 16 == 0 and vocab % in_vector
+    before = counted("copies")
+    tokens, probability, offsets = cuda.nucleus(logits, 0.9, None)
+    parts = -(-vocab // PART[dtype])
+    assert counted("copies") - before >= rows * (vocab // in_vector - 2 * parts)
+    for row in range(rows):
+        own = slice(*offsets[row : row + 2].tolist())
+        alone = cuda.nucleus(logits[row : row + 1].clone(), 0.9, None)
+        assert torch.equal(tokens[own], alone[0]) and torch.equal(probability[own], alone[1])
+
+
+def test_sorted_runs_are_joined_in_two_steps(in_any_order) -> None:
+    """More than eight chunks of 2,048 members; another row has two chunks, and one is done at once."""
+    logits = torch.full((3, 20_000), -torch.inf)
+    logits[0] = randn(12, 20_000)
+    logits[1, ::7] = randn(13, 2858)
+    logits[2, 5:9] = 1.0
+    tokens, probability, offsets = in_any_order(logits, 1.0, None, seeds=2)
+    assert offsets.tolist() == [0, 20_000, 22_858, 22_862]
+    for row in range(3):
+        own = tokens[offsets[row] : offsets[row + 1]].long()
+        order = logits[row].argsort(descending=True, stable=True)[: len(own)]
+        assert torch.equal(own, order)
 
 
 def test_logits_that_share_a_bin(in_any_order) -> None:

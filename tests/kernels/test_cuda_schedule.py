@@ -115,6 +115,16 @@ def test_prefills_keep_every_multiprocessor_busy(prompts, least) -> None:
     assert work.efficiency() >= least
 
 
+@pytest.mark.parametrize("context, whole", [(256, True), (300, False)])
+def test_short_prompts_are_not_split(context, whole, monkeypatch) -> None:
+    """To join parts takes longer than to go through so few tokens: one block a KV head."""
+    monkeypatch.setenv("SAFFRON_CUDA_HOST_ALONE", "256")
+    work = cut(forest(1, 32, context))
+    assert (work.times[work.visible] == 1).all()
+    split = [len(np.unique(work.owner[kv_head])) > 1 for kv_head in range(KV_HEADS)]
+    assert split == [not whole] * KV_HEADS and (work.blocks == KV_HEADS) == whole
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Any intervals in any order, some empty, some beyond the queries; sizes around those of chunks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,55 @@ def test_search_over_a_list_longer_than_a_block(monkeypatch: pytest.MonkeyPatch)
     logits = randn(2, 1, 700).round()
     tokens, _, _ = nucleus(logits, 0.9, i32([3, 4]))
     assert torch.equal(tokens, reference.nucleus(logits, 0.9, i32([3, 4]))[0])
+
+
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are cut into parts of 128 tokens."""
+    monkeypatch.setattr(importlib.import_module("saffron_kernels.backends.triton.nucleus"), "_PART", 128)
+
+
+@interpreted
+@pytest.mark.parametrize("scale, top_p", [(0.02, 0.8), (1.0, 0.999), (8.0, 0.8), (8.0, 1.0)])
+def test_rows_of_many_parts(scale, top_p, short_parts) -> None:
+    """Flat, as drawn and peaked; a part without a token, and bans that differ by row."""
+    logits = scale * randn(3, 2, 390)
+    logits[0, 128:256] = -torch.inf
+    banned = i32([[3, 389, -1], [128, 300, 301]])
+    found, exact = nucleus(logits, top_p, banned), reference.nucleus(logits.double(), top_p, banned)
+    for row in range(2):
+        ours, theirs = (x[0][slice(*x[2][row : row + 2].tolist())] for x in (found, exact))
+        both = min(len(ours), len(theirs))  # a sum may round to the other side of the edge
+        least = len(theirs) if top_p < 1 else int(logits[row].isfinite().sum()) - [2, 3][row]
+        assert abs(len(ours) - least) <= 1 and torch.equal(ours[:both], theirs[:both])
+
+
+@interpreted
+@pytest.mark.parametrize("kept", [1, 128, 129])
+def test_one_logit_in_all_parts(kept, short_parts) -> None:
+    """All probabilities are 2^-8: the set is exact, by ascending token id, and all tokens are at the edge."""
+    logits = torch.full((1, 390), -torch.inf)
+    alive = torch.arange(390)[torch.arange(390) % 4 < 3][:256]
+    logits[0, alive] = -3.25
+    tokens, probability, _ = nucleus(logits, kept / 256, None)
+    assert torch.equal(tokens, alive[:kept].int()) and bool((probability == 2.0**-8).all())
+
+
+@interpreted
+def test_logits_that_share_a_bin_and_its_first_bits(short_parts) -> None:
+    one = torch.tensor(1.0).view(torch.int32)
+    logits = (one + torch.arange(390, dtype=torch.int32) * 419 % 390).view(torch.float32)[None]
+    tokens, _, offsets = nucleus(logits, 0.3, None)
+    assert torch.equal(tokens, logits[0].argsort(descending=True)[: tokens.shape[0]].int())
+    assert abs(int(offsets[1]) - 117) <= 1
+
+
+def test_a_row_is_read_by_as_many_programs_as_it_has_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one goes through what may be in the nucleus, not through the vocabulary."""
+    module, grids = importlib.import_module("saffron_kernels.backends.triton.nucleus"), {}
+    monkeypatch.setattr(module, "launch", lambda kernel, grid, *_, **__: grids.update({kernel.__name__: grid}))
+    module.find_members(torch.empty(3, 128_256), 0.8, None)
+    assert grids == {"_measure_kernel": (3, 63), "_list_kernel": (3, 63), "_select_kernel": (3,)}
 
 
 @interpreted

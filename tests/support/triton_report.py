@@ -31,7 +31,7 @@ from saffron_kernels.backends.triton.ordering import emit_in_order, sort_blocks
 # Multiprocessors of an A100, H200 and B200; bytes of shared memory that one program can have.
 CHIPS = {80: DeviceProperties(80, 108), 90: DeviceProperties(90, 132), 100: DeviceProperties(100, 148)}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Four registers. Two kernels spill as few with Triton 3.6, none but `_mend_kernel` with 3.9.
+# Four registers. Three kernels spill as few with Triton 3.6, none but `_mend_kernel` with 3.9.
 FEW_BYTES = 16
 # Of `_mend_kernel`, which does something only where V holds NaN or infinity: 200 bytes in one configuration for sm_80.
 MENDED_BYTES = 200

@@ -14,7 +14,9 @@
 // perfectly; here 0.74. Up to 64 rows it is less than half, and fetching is all that counts. These
 // are predictions: no GPU has measured them.
 
+#include <array>
 #include <cstdlib>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -223,6 +225,31 @@ __global__ void __launch_bounds__(SAFFRON_HOPPER ? C::kLaunched : 32, C::kMinBlo
 #endif
 }
 
+/// `encode` for boxes of 64 columns and so many `tokens`, once for the same arguments, of which
+/// alone a map is made: a model's caches are the same in every step.
+bool encode_once(TensorMap& map, const void* cache, const int64_t (&sizes)[3],
+                 const int64_t (&strides)[2], int tokens) {
+  using Key = std::array<int64_t, 7>;
+  constexpr size_t most = 1024;
+  thread_local std::map<Key, TensorMap> known;
+  const Key key = {static_cast<int64_t>(reinterpret_cast<intptr_t>(cache)),
+                   sizes[0],
+                   sizes[1],
+                   sizes[2],
+                   strides[0],
+                   strides[1],
+                   tokens};
+  const auto found = known.find(key);
+  if (found == known.end()) {
+    if (!encode(map, cache, sizes, strides, {64, 1, tokens})) return false;
+    if (known.size() >= most) known.clear();
+    known.emplace(key, map);
+  } else {
+    map = found->second;
+  }
+  return true;
+}
+
 /// Describes a cache for boxes of 64 columns of one KV head in successive slots. False where its
 /// layout is not one of slots, each of KV heads with `size` numbers; strides count elements.
 template <class C>
@@ -234,8 +261,8 @@ bool describe(TensorMap& map, const Arguments& a, const void* cache, int size, i
       stride_s % stride_h != 0) {
     return false;
   }
-  return encode(map, cache, {size, a.kv_heads, a.num_slots}, {2 * stride_h, 2 * stride_s},
-                {64, 1, C::kTokens});
+  return encode_once(map, cache, {size, a.kv_heads, a.num_slots}, {2 * stride_h, 2 * stride_s},
+                     C::kTokens);
 }
 
 /// Calls `run` with the configuration for these sizes.

@@ -326,8 +326,10 @@ Cut cut_for(int64_t queries, int64_t group, int64_t kv_heads, int64_t tokens,
   const bool is_long = tokens * groups >= resident * 4 * C::kRows;
   const int64_t useful =
       std::min(is_long ? resident : device.processors, groups * std::max<int64_t>(cut.chunks, 1));
-  cut.blocks =
-      static_cast<unsigned>(std::min<int64_t>({useful, C::kMaxSplits, (kCounters - 1) / 2}));
+  // Else each group is a block's share.
+  const bool splits = query_blocks > 1 || tokens > device.tokens_alone;
+  cut.blocks = static_cast<unsigned>(
+      std::min<int64_t>({splits ? useful : kv_heads, C::kMaxSplits, (kCounters - 1) / 2}));
   return cut;
 }
 

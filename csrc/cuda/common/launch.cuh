@@ -79,6 +79,8 @@ struct DeviceProperties {
   int64_t shared_bytes;  // shared memory of each
   int64_t block_bytes;   // of which a block may have so much
   int capability;        // 90 for 9.0
+  // So few tokens one block goes through sooner than several would join their parts: a prediction.
+  int64_t tokens_alone = 256;
 };
 
 /// The current device; asked once.

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
 
 /// How often all rows are compared with pivots, before what is left is compared row with row.
 int rounds(int64_t requests) {
-  return requests <= 1 ? 0 : requests <= 64 ? 2 : requests <= 512 ? 3 : 4;
+  return requests <= 4 ? 0 : requests <= 64 ? 2 : requests <= 512 ? 3 : 4;
 }
 
 Pages pages_of(const BlockTable& table) {

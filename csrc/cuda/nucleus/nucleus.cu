@@ -10,6 +10,7 @@ namespace saffron::cuda {
 namespace {
 
 constexpr int kChunk = 2048;  // members that are sorted together
+constexpr int kJoined = 8;    // sorted runs that one launch makes one of
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) nucleus_kernel(Arguments a) {
@@ -74,30 +75,41 @@ __global__ void __launch_bounds__(kThreads) sort_nuclei_kernel(Sorting a) {
   }
 }
 
-/// Joins the sorted chunks of a row: a member comes after those of every chunk that are below it.
-__global__ void __launch_bounds__(kThreads) join_nuclei_kernel(Sorting a) {
-  const int64_t row = blockIdx.y;
-  const int total = a.found.count[row], own = static_cast<int>(blockIdx.x);
-  if (total <= kChunk) return;
-  const Entry* sorted = a.sorted + row * a.vocab;
-  const int end = min(total, (own + 1) * kChunk);
-  for (int i = own * kChunk + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
-    const Entry e = sorted[i];
-    int rank = i - own * kChunk;
-    for (int first = 0; first < total; first += kChunk) {
-      if (first == own * kChunk) continue;
-      int low = first, high = min(total, first + kChunk);
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (sorted[middle] < e) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
+/// Joins sorted runs of a row, `kJoined` at a time: a member comes after those of every run that
+/// are below it. Runs lie in `sorted` and become runs in `found`, or the other way round, taken
+/// apart; those that are all of a row become the result. `run` is a power of two.
+template <bool kTakenApart>
+__global__ void __launch_bounds__(kThreads) join_nuclei_kernel(Sorting a, int run) {
+  const int64_t row = blockIdx.y, base = row * a.vocab;
+  const int total = a.found.count[row], first = static_cast<int>(blockIdx.x) * kChunk;
+  if (total <= run) return;
+  const auto member = [&](int i) {
+    if constexpr (kTakenApart) return entry(a.found.logit[base + i], a.found.token[base + i]);
+    return a.sorted[base + i];
+  };
+  const int together = first / run / kJoined * kJoined * run;  // where the first of the runs begins
+  const int end = min(total, first + kChunk);
+  for (int i = first + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+    const Entry e = member(i);
+    int before[kJoined] = {};
+    for (int step = run; step > 0; step /= 2) {
+#pragma unroll
+      for (int j = 0; j < kJoined; ++j) {  // independent of each other, so under way together
+        const int more = before[j] + step, last = together + j * run + more - 1;
+        if (more <= run && last < total && member(last) < e) before[j] = more;
       }
-      rank += low - first;
     }
-    write(a, row, rank, e);
+    int rank = together;
+#pragma unroll
+    for (int j = 0; j < kJoined; ++j) rank += before[j];
+    if (total <= run * kJoined) {
+      write(a, row, rank, e);
+    } else if constexpr (kTakenApart) {
+      a.sorted[base + rank] = e;
+    } else {
+      a.found.token[base + rank] = token_of(e);
+      a.found.logit[base + rank] = logit_of(e);
+    }
   }
 }
 
@@ -202,7 +214,14 @@ void sort_nuclei(const Nuclei& found, const Candidates& sorted, const View& prob
   a.vocab = static_cast<int>(vocab);
   const dim3 grid(blocks_for(most, kChunk), static_cast<unsigned>(rows));
   launch<sort_nuclei_kernel>(grid, kThreads, sizeof(Chunk), on.stream, a);
-  if (grid.x > 1) launch<join_nuclei_kernel>(grid, kThreads, 0, on.stream, a);
+  bool taken_apart = false;
+  for (int run = kChunk; run < most; run *= kJoined, taken_apart = !taken_apart) {
+    if (taken_apart) {
+      launch<join_nuclei_kernel<true>>(grid, kThreads, 0, on.stream, a, run);
+    } else {
+      launch<join_nuclei_kernel<false>>(grid, kThreads, 0, on.stream, a, run);
+    }
+  }
 }
 
 }  // namespace saffron::cuda

@@ -19,6 +19,7 @@
 
 #include "cuda/common/entries.cuh"
 #include "cuda/common/types.cuh"
+#include "cuda/nucleus/peers.cuh"
 #include "cuda/ops.h"
 
 namespace saffron::cuda {
@@ -101,7 +102,7 @@ struct Pieces {
 };
 
 struct Shared {
-  alignas(16) Entry space[kHeld];  // the part; later tokens at the edge
+  alignas(16) Entry space[kHeld + 2];  // the part, at first up to 14 bytes behind; later the edge
   Entry edge[kPairs];
   uint64_t edge_mass[kPairs];
   uint32_t bin_low[kBins], bin_high[kBins];  // halves of the mass
@@ -114,7 +115,7 @@ struct Shared {
   uint32_t seen;  // of the row's counter
   int count, edge_bin, found;
 };
-static_assert(sizeof(Shared::space) == kThreads * kVectors * 16, "a part fits");
+static_assert(sizeof(Shared::space) == (kThreads * kVectors + 1) * 16, "a part fits");
 
 // --- a part ---
 
@@ -134,26 +135,48 @@ __device__ __forceinline__ Float16 no_logit<Float16>() {
 }
 
 /// Brings a part to shared memory. Beyond the vocabulary and where a token is banned lies -inf.
+/// A part that begins between vectors (rows of an odd vocabulary) arrives as far behind as it does
+/// in memory, vectors in between and single tokens before and after, and is then moved to the
+/// front.
 template <class T>
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& s, int64_t row_index, int index) {
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Vector<T>::kSize, kWords = kVectors * 4;  // of a thread
   const int thread = static_cast<int>(threadIdx.x), first = index * kPartTokens<T>;
   const T* row = static_cast<const T*>(a.logits) + row_index * a.stride_row;
-  T* part = reinterpret_cast<T*>(s.space);
   const int there = min(kPartTokens<T>, a.vocab - first);
-  const bool aligned = a.stride_token == 1 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  const int whole = aligned ? there / kSize * kSize : 0;  // tokens in whole vectors
+  const bool dense = a.stride_token == 1;
+  const int behind = dense ? static_cast<int>(reinterpret_cast<uintptr_t>(row + first) % 16) : 0;
+  const int before = (16 - behind) % 16 / static_cast<int>(sizeof(T));   // tokens before a vector
+  const int whole = dense ? max(there - before, 0) / kSize * kSize : 0;  // tokens in vectors
+  T* part = reinterpret_cast<T*>(s.space) + behind / static_cast<int>(sizeof(T));
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
     const int i = (u * kThreads + thread) * kSize;
-    if (i < whole) ptx::copy16(part + i, row + first + i, true);
+    if (i < whole) ptx::copy16(part + before + i, row + first + before + i, true);
   }
-  for (int i = whole + thread; i < kPartTokens<T>; i += kThreads) {
-    part[i] = i < there ? row[(first + i) * a.stride_token] : no_logit<T>();
+  for (int i = thread; i < kPartTokens<T> - whole; i += kThreads) {
+    const int at = i < before ? i : i + whole;
+    part[at] = at < there ? row[(first + at) * a.stride_token] : no_logit<T>();
   }
   ptx::copy_commit();
   ptx::copy_wait<0>();
   __syncthreads();
+  if (behind != 0) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(s.space);
+    uint32_t own[kWords];
+#pragma unroll
+    for (int u = 0; u < kWords; ++u) {
+      const uint32_t* from = words + u * kThreads + thread + behind / 4;
+      own[u] = __funnelshift_r(from[0], from[1], static_cast<unsigned>(behind) % 4 * 8);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < kWords; ++u) {
+      reinterpret_cast<uint32_t*>(s.space)[u * kThreads + thread] = own[u];
+    }
+    __syncthreads();
+    part = reinterpret_cast<T*>(s.space);
+  }
   if (a.num_banned == 0) return;
 #pragma unroll 1
   for (int i = thread; i < a.num_banned; i += kThreads) {
@@ -259,6 +282,18 @@ __device__ __forceinline__ void add(Shared& s, int bin, uint64_t mass) {
   atomicAdd(&s.bin_high[bin], static_cast<uint32_t>(mass >> 32) + carry);
 }
 
+/// Adds what every lane of a warp has to its bin: of two bins by lanes together, of others each.
+__device__ __forceinline__ void add_all(Shared& s, int bin, uint64_t mass) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Peers peers(bin);
+    const uint64_t together = peers.sum(mass);
+    if (bin >= 0 && peers.leads()) add(s, bin, together);
+    if (peers.has_this_lane()) bin = -1;
+  }
+  if (bin >= 0) add(s, bin, mass);
+}
+
 /// Puts a part in shared memory into the bins of its row, and lists the tokens by bin.
 template <class T>
 __device__ __forceinline__ void fill_bins(const Arguments& a, Shared& s, int64_t row, int index) {
@@ -279,19 +314,20 @@ __device__ __forceinline__ void fill_bins(const Arguments& a, Shared& s, int64_t
       near |= s.largest - to_float(own.values[j]) <= span ? 1u << (u * kSize + j) : 0u;
     }
   }
-  const auto each = [&](auto visit) {
-    for (uint32_t rest = near; rest != 0; rest &= rest - 1) {
-      const int k = __ffs(static_cast<int>(rest)) - 1;
+  const auto each = [&](auto visit) {  // by whole warps: below 0 is the bin of no token
+    for (uint32_t rest = near; __any_sync(0xffffffffu, rest != 0); rest &= rest - 1) {
+      const int k = rest != 0 ? __ffs(static_cast<int>(rest)) - 1 : 0;
       const int i = (k / kSize * kThreads + thread) * kSize + k % kSize;
       const float logit = to_float(part[i]);
-      visit(min(static_cast<int>((s.largest - logit) * scale), kBins - 1), logit, i);
+      const int bin = min(static_cast<int>((s.largest - logit) * scale), kBins - 1);
+      visit(rest != 0 ? bin : -1, logit, i);
     }
   };
   if (thread < kBins) s.bin_low[thread] = s.bin_high[thread] = 0, s.bin_end[thread] = 0;
   __syncthreads();
   each([&](int bin, float logit, int) {
-    add(s, bin, mass(a, s, logit));
-    atomicAdd(&s.bin_end[bin], 1);
+    add_all(s, bin, mass(a, s, logit));
+    Peers(bin).count(s.bin_end, bin);
   });
   __syncthreads();
   if (thread < 32) {  // where the bins begin
@@ -314,7 +350,8 @@ __device__ __forceinline__ void fill_bins(const Arguments& a, Shared& s, int64_t
   const int first = index * kPartTokens<T>;
   Entry* list = a.listed + row * a.vocab + first;
   each([&](int bin, float logit, int i) {
-    list[atomicAdd(&s.bin_end[bin], 1)] = entry(logit, first + i);
+    const int place = Peers(bin).count(s.bin_end, bin);
+    if (bin >= 0) list[place] = entry(logit, first + i);
   });
   __syncthreads();
   if (thread < kBins) {

@@ -128,6 +128,22 @@ __device__ __forceinline__ void take_members(const Arguments& a, const Shared& s
   }
 }
 
+/// From the least to the largest of the entries that threads have.
+__device__ __forceinline__ Range range_of(Shared& s, Entry least, Entry most) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  for (int step = 16; step > 0; step /= 2) {
+    least = min(least, __shfl_xor_sync(0xffffffffu, least, step));
+    most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
+  }
+  if (lane == 0) s.edge[warp] = least, s.edge[kWarps + warp] = most;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    least = min(least, s.edge[w]);
+    most = max(most, s.edge[kWarps + w]);
+  }
+  return Range(least, most);
+}
+
 /// Writes the members among the tokens of the edge's bin.
 template <class T>
 __device__ __forceinline__ void take_at_edge(const Arguments& a, Shared& s, int64_t row,
@@ -138,26 +154,45 @@ __device__ __forceinline__ void take_at_edge(const Arguments& a, Shared& s, int6
     for (int i = thread; i < all; i += kThreads) s.space[i] = listed<T>(a, s.at_edge, row, i);
   }
   Range range(0, ~Entry{0});
-  const auto each = [&](auto visit) {
+  const auto each = [&](auto visit) {  // by whole warps: false, and any entry, where there is none
 #pragma unroll 1
-    for (int i = thread; i < all; i += kThreads) {
-      const Entry e = held ? s.space[i] : listed<T>(a, s.at_edge, row, i);
-      if (range.holds(e)) visit(e);
+    for (int first = 0; first < all; first += kThreads * kTogether) {
+      Entry e[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int i = min(first + j * kThreads + thread, all - 1);
+        e[j] = held ? s.space[i] : listed<T>(a, s.at_edge, row, i);
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        visit(first + j * kThreads + thread < all && range.holds(e[j]), e[j]);
+      }
     }
   };
   int count = all;  // of those in the range
   while (count > kPairs) {
+    Entry least = ~Entry{0}, most = 0;
+    each([&](bool there, Entry e) {
+      if (there) least = min(least, e), most = max(most, e);
+    });
+    range = range_of(s, least, most);  // all bins are of use: of equal logits only tokens differ
     if (thread < kBins) s.bin_low[thread] = s.bin_high[thread] = 0;
     if (thread == 0) s.count = 0;
     __syncthreads();
-    each([&](Entry e) { add(s, range.bin(e), mass(a, s, logit_of(e))); });
+    each([&](bool there, Entry e) {
+      const int bin = there ? range.bin(e) : -1;
+      add_all(s, bin, mass(a, s, logit_of(e)));
+    });
     __syncthreads();
     if (thread < 32) find_edge(s, limit);
     __syncthreads();
     const int edge_bin = s.edge_bin;
-    each([&](Entry e) {
-      if (range.bin(e) < edge_bin) take(a, row, atomicAdd(&s.found, 1), e);
-      if (range.bin(e) == edge_bin) atomicAdd(&s.count, 1);
+    each([&](bool there, Entry e) {
+      const int bin = there ? range.bin(e) : kBins;
+      const int mine = bin < edge_bin ? 0 : -1, at_edge = bin == edge_bin && there ? 0 : -1;
+      const int place = Peers(mine).count(&s.found, mine);
+      if (mine == 0) take(a, row, place, e);
+      Peers(at_edge).count(&s.count, at_edge);
     });
     range = range.narrowed(edge_bin);
     __syncthreads();
@@ -166,7 +201,8 @@ __device__ __forceinline__ void take_at_edge(const Arguments& a, Shared& s, int6
   }
   if (thread == 0) s.count = 0;
   __syncthreads();
-  each([&](Entry e) {
+  each([&](bool there, Entry e) {
+    if (!there) return;
     const int i = atomicAdd(&s.count, 1);
     s.edge[i] = e;
     s.edge_mass[i] = mass(a, s, logit_of(e));

@@ -29,7 +29,7 @@ _EQUAL = tl.constexpr(1 << 29)  # more blocks than a request can have
 
 def rounds(requests: int) -> int:
     """How often all rows are compared with pivots, before what is left is compared row with row."""
-    return 0 if requests == 1 else 2 if requests <= 64 else 3 if requests <= 512 else 4
+    return 0 if requests <= 4 else 2 if requests <= 64 else 3 if requests <= 512 else 4
 
 
 @triton.jit

@@ -63,6 +63,23 @@ def list_bounds(start_ptr, stop_ptr, row, stride, capacity, groups_ptr=None, num
     return row.to(tl.int64) * stride + start, tl.maximum(stop - start, 0)
 
 
+@triton.jit
+def sort_block(value, composites_ptr, size, fault_ptr, BLOCK: tl.constexpr):
+    """Stores this program's block (its number is that of axis 1) of a list that begins at `composites_ptr`, sorted."""
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.max(((value != value) & (i < size)).to(tl.int32)) > 0:
+        tl.atomic_or(fault_ptr, bits.REWARD)
+    composite = (order_key(value).to(tl.int64) << 32) | (2147483647 - i).to(tl.int64)
+    composite = tl.where(i < size, composite, -9223372036854775808)  # last
+    if BLOCK <= _PAIRS:
+        rank = tl.sum((composite[None, :] > composite[:, None]).to(tl.int32), 1)
+        place = tl.program_id(1) * BLOCK + rank
+    else:
+        composite = tl.sort(composite, descending=True)
+        place = i
+    tl.store(composites_ptr + place, composite, place < size)
+
+
 @triton.jit(do_not_specialize=["stride", "capacity", "num_groups"])
 def _sort_blocks_kernel(
     values_ptr, composites_ptr, start_ptr, stop_ptr, groups_ptr, fault_ptr, stride, capacity, num_groups,
@@ -72,27 +89,20 @@ def _sort_blocks_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) * BLOCK < size:
         value = tl.load(values_ptr + first + i, i < size, 0.0).to(tl.float32)
-        if tl.max((value != value).to(tl.int32)) > 0:
-            tl.atomic_or(fault_ptr, bits.REWARD)
-        composite = (order_key(value).to(tl.int64) << 32) | (2147483647 - i).to(tl.int64)
-        composite = tl.where(i < size, composite, -9223372036854775808)  # last
-        if BLOCK <= _PAIRS:
-            rank = tl.sum((composite[None, :] > composite[:, None]).to(tl.int32), 1)
-            place = tl.program_id(1) * BLOCK + rank
-        else:
-            composite = tl.sort(composite, descending=True)
-            place = i
-        tl.store(composites_ptr + first + place, composite, place < size)
+        sort_block(value, composites_ptr + first, size, fault_ptr, BLOCK)
 
 
 @triton.jit(do_not_specialize=["stride", "capacity", "num_groups", "out_stride", "limit"])
 def _emit_kernel(
     composites_ptr, start_ptr, stop_ptr, groups_ptr, tokens_ptr, values_ptr, stats_ptr,
     out_start_ptr, out_tokens_ptr, out_values_ptr,
+    arrived_ptr,  # [1] int32 or None: set to 0 for a later kernel
     stride, capacity, num_groups, out_stride, limit,
     PROBABILITY: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0), tl.program_id(1)
+    if arrived_ptr is not None:
+        tl.store(arrived_ptr, 0, (row == 0) & (block == 0))
     first, size = list_bounds(start_ptr, stop_ptr, row, stride, capacity, groups_ptr, num_groups)
     i = block * BLOCK + tl.arange(0, BLOCK)
     if block * BLOCK < size:
@@ -126,9 +136,12 @@ def _emit_kernel(
             tl.store(out_values_ptr + out, value, written)
 
 
-def sort_blocks(values: Tensor, lists: Lists) -> Tensor:
-    """Value and place of every element as one int64, each block of each list descending. NaN is recorded as a fault."""
-    composites = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+def sort_blocks(values: Tensor, lists: Lists, room: Tensor | None = None) -> Tensor:
+    """Value and place of every element as one int64, each block of each list descending. NaN is recorded as a fault.
+
+    `room`, if given, is where they go.
+    """
+    composites = torch.empty(values.shape, dtype=torch.int64, device=values.device) if room is None else room
     rows, block = lists.stop.shape[0], block_size(lists.capacity)
     launch(
         _sort_blocks_kernel, (rows, cdiv(lists.capacity, block)),
@@ -150,6 +163,7 @@ def emit_in_order(
     out_stride: int = 0,
     limit: int | None = None,
     stats: Tensor | None = None,
+    arrived: Tensor | None = None,
 ) -> None:
     """Writes the elements of every list in order, the first `limit` of each.
 
@@ -159,12 +173,13 @@ def emit_in_order(
         out_start, out_stride: list `r` goes to `r * out_stride + out_start[r]` on (None: 0).
         out_tokens, out_values: written; `out_values` None: tokens only.
         stats: if given, values are logits and go out as probabilities.
+        arrived: `[1]` int32, set to 0 along the way if there is a list.
     """
     rows, block = lists.stop.shape[0], block_size(lists.capacity)
     launch(
-        _emit_kernel, (rows, cdiv(lists.capacity, block)),
+        _emit_kernel, (rows, max(1, cdiv(lists.capacity, block))),
         composites, lists.start, lists.stop, lists.groups, tokens, values, stats, out_start, out_tokens, out_values,
-        lists.stride, lists.capacity, lists.num_groups, out_stride, lists.capacity if limit is None else limit,
+        arrived, lists.stride, lists.capacity, lists.num_groups, out_stride, lists.capacity if limit is None else limit,
         PROBABILITY=stats is not None, VALUES=out_values is not None, BLOCK=block, STEPS=block.bit_length(),
         num_warps=4,
     )  # fmt: skip

@@ -95,6 +95,10 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   }
   return result;
 }
+/// The lower word of `high:low` shifted right by less than 32 bits.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -244,6 +248,7 @@ namespace host {
 template <class T, class Change>
 T atomic(T* address, Change change) {
   may_switch();
+  ++atomics_done;
   const T before = *address;
   *address = change(before);
   told(address);

@@ -209,7 +209,7 @@ void run_all(dim3 grid, unsigned threads, size_t shared_bytes) {
 
 }  // namespace
 
-size_t boxes_begun = 0;
+size_t boxes_begun = 0, copies_begun = 0, atomics_done = 0, tensors_described = 0;
 
 Thread& current() { return *scheduler.running; }
 
@@ -321,6 +321,7 @@ void Copy::land() const {
 }
 
 void copy(void* to, const void* from, size_t bytes, bool read) {
+  ++copies_begun;
   std::memset(to, 0xff, bytes);
   if (auto& kept = kept_by_block()) kept->changed(to, bytes);
   scheduler.running->open.push_back({to, from, bytes, read});
@@ -365,3 +366,8 @@ __attribute__((visibility("default"))) unsigned saffron_launch_count() {
 }
 
 __attribute__((visibility("default"))) size_t saffron_boxes() { return host::boxes_begun; }
+__attribute__((visibility("default"))) size_t saffron_copies() { return host::copies_begun; }
+__attribute__((visibility("default"))) size_t saffron_atomics() { return host::atomics_done; }
+__attribute__((visibility("default"))) size_t saffron_described() {
+  return host::tensors_described;
+}

@@ -106,8 +106,9 @@ void wake(Thread& thread);
 std::shared_ptr<Kept>& kept_by_block();
 std::shared_ptr<Kept>& kept_by_warp(unsigned warp);
 
-/// How often bulk copies of a box were begun, in all launches.
-extern size_t boxes_begun;
+/// How often, in all launches: bulk copies of a box were begun, copies of 16 bytes, atomics done,
+/// tensors described for boxes.
+extern size_t boxes_begun, copies_begun, atomics_done, tensors_described;
 
 // --- asynchronous copies of the current thread ---
 
@@ -128,6 +129,9 @@ const char* saffron_launches();
 void saffron_forget_launches();
 /// How many launches there were.
 unsigned saffron_launch_count();
-/// `boxes_begun`.
+/// `boxes_begun` and so on.
 size_t saffron_boxes();
+size_t saffron_copies();
+size_t saffron_atomics();
+size_t saffron_described();
 }

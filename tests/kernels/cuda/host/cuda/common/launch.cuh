@@ -24,6 +24,7 @@ void call(void (*kernel)(Parameters...), Arguments... arguments) {
 struct DeviceProperties {
   int64_t processors, shared_bytes, block_bytes;
   int capability;
+  int64_t tokens_alone;
 };
 
 inline int number_asked(const char* variable, int otherwise) {
@@ -39,12 +40,13 @@ inline int shared_of(int capability) {
 }
 
 /// Few processors, yet enough that work is split; SAFFRON_CUDA_HOST_PROCESSORS asks for more. It is
-/// of capability 8.0 unless SAFFRON_CUDA_HOST_CAPABILITY says otherwise (90).
+/// of capability 8.0 unless SAFFRON_CUDA_HOST_CAPABILITY says otherwise (90). Few tokens are split
+/// as well, so that small tests see it; SAFFRON_CUDA_HOST_ALONE says up to how many are not.
 inline DeviceProperties device_properties() {
   const int capability = number_asked("SAFFRON_CUDA_HOST_CAPABILITY", 80);
   const int kib = shared_of(capability);
-  return {number_asked("SAFFRON_CUDA_HOST_PROCESSORS", 6), kib * 1024, (kib - 1) * 1024,
-          capability};
+  return {number_asked("SAFFRON_CUDA_HOST_PROCESSORS", 6), kib * 1024, (kib - 1) * 1024, capability,
+          number_asked("SAFFRON_CUDA_HOST_ALONE", 0)};
 }
 
 template <auto kKernel, class... Arguments>

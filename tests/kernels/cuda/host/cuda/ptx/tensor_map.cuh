@@ -34,6 +34,7 @@ inline bool is_encodable(const TensorMap& map) {
 
 inline bool encode(TensorMap& map, const void* data, const int64_t (&sizes)[3],
                    const int64_t (&strides)[2], const int (&box)[3]) {
+  ++host::tensors_described;
   map = {static_cast<const unsigned char*>(data),
          {sizes[0], sizes[1], sizes[2]},
          {2, strides[0], strides[1]},
