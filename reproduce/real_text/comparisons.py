@@ -76,6 +76,12 @@ def _similarity(answers: Sequence[Record], undefended: dict[str, str]) -> str:
     return f"{np.mean(values):.2f}" if values else "-"
 
 
+def chance_similarity(texts: Sequence[str]) -> float | None:
+    """Of answers to different prompts: what a similarity is to be compared with."""
+    pairs = [similarity(one, other) for i, one in enumerate(texts) for other in texts[:i]]
+    return float(np.mean(pairs)) if pairs else None
+
+
 def _flops(record: Record) -> float:
     cost = record["cost"]
     return float(cost["policy_flops"] + cost["reward_flops"])
@@ -110,7 +116,7 @@ def verdict(found: dict[str, Answers], capped: str, best: str, sample: str) -> s
     """The go/no-go, on the prompts that all three answered."""
     keys = [key for key in found.get(capped, {}) if key in found.get(best, {}) and key in found.get(sample, {})]
     if not keys:
-        return "The go/no-go comparison (capped search of width 8, Best-of-16, sampling) was not run at this scale."
+        return "not run at this scale."
 
     def of(name: str, value: Callable[[Record], float]) -> float:
         return float(np.mean([value(found[name][key]) for key in keys]))
@@ -119,10 +125,8 @@ def verdict(found: dict[str, Answers], capped: str, best: str, sample: str) -> s
     chance = of(capped, likely), of(sample, likely)
     go = judged[0] < judged[1] and chance[0] >= chance[1]
     return (
-        f"**Go or no-go** (set beforehand: the capped search of width 8 below Best-of-16 by the judge, and its "
-        f"log-probability per token not below sampling's; {len(keys)} prompts): {'go' if go else 'no-go'}. By the "
-        f"judge {judged[0]:.2f} against {judged[1]:.2f}; log-probability per token {chance[0]:.2f} against "
-        f"{chance[1]:.2f}. A difference whose interval above reaches 0 is not established."
+        f"{'go' if go else 'no-go'} ({len(keys)} prompts). By the judge {judged[0]:.2f} against {judged[1]:.2f}; "
+        f"log-probability per token {chance[0]:.2f} against {chance[1]:.2f}."
     )
 
 

@@ -10,7 +10,17 @@ import numpy as np
 
 from reproduce.real_text import sweep
 from reproduce.real_text.answers import main_tasks
-from reproduce.real_text.comparisons import SUFFIX, Answers, by_method, differences, refusals, table, verdict, widening
+from reproduce.real_text.comparisons import (
+    SUFFIX,
+    Answers,
+    by_method,
+    chance_similarity,
+    differences,
+    refusals,
+    table,
+    verdict,
+    widening,
+)
 from reproduce.real_text.prompts import OPENINGS, PROMPTS
 from reproduce.real_text.scales import ARGS_SCALED, CARDS, FULL, REWARD_SCALE, Scale
 from saffron.storage.results import Record
@@ -52,9 +62,14 @@ median, {median}, is the calibrated cap, which needs no sweep. Width {width}. Th
 {prompts} prompts tell neighbours apart by chance alone. The judge was not asked.
 """
 NOTE = """A method with fewer answers than the others was cut off, or is one of those that run on fewer prompts: compare it by
-pairs only. `args` and `cards` (one file each in `saffron/search`) ask the exact reward. ARGS has the paper's k = 10, and w = 1.5 for
-the reward as it is and in the MRM's units (12). CARDS has the published code's settings; its beta of 0.7 is divided by the same 8, and
-the reward to reach is the best there is.
+pairs only. Similarity is to what greedy decoding answers without the attack; between its answers to different prompts it is
+{chance}. `args` and `cards` (one file each in `saffron/search`) ask the exact reward, as do `best-of-n`, `beam`, `rebase`, `deal` and
+`mcts`. ARGS has k = 10 and w = 1.5 of its published runs, for the reward as it is and in the MRM's units (12). CARDS has the
+published code's settings; its beta of 0.7 is divided by the same 8, and the reward to reach is the best there is.
+"""
+GO = """**Go or no-go** (set beforehand: the capped search of width 8 below Best-of-16 by the judge, and its log-probability per
+token not below sampling's), for the cap that the sweep chose and, if it is another one, the calibrated cap. A difference whose
+interval above reaches 0 is not established.
 """
 WIDER = """## As the search widens: is the reward hacked?
 
@@ -118,7 +133,7 @@ def write(
         _sweep(context, swept),
         "## Under attack\n",
         table(attacked, undefended, context.flops_per_token),
-        NOTE,
+        NOTE.format(chance=_figure(chance_similarity(list(undefended.values())))),
         _reading(attacked, context.values),
         WIDER,
         widening(attacked),
@@ -199,15 +214,15 @@ def _sweep(context: Context, swept: Sequence[Record]) -> str:
 
 
 def _reading(found: dict[str, Answers], values: dict[str, str]) -> str:
-    """The go/no-go, and paired differences."""
-    capped, paper, best, sample = (
-        f"saffron:width=8,reward_cap={values['cap']}", "saffron:width=8", "best-of-n:n=16", "sample",
-    )  # fmt: skip
-    pairs = [(capped, best), (capped, paper), (capped, ARGS_SCALED), (capped, CARDS), (capped, sample),
-             (paper, sample), (best, sample), (CARDS, best)]  # fmt: skip
+    """Paired differences, and the go/no-go of each cap."""
+    paper, best, sample = "saffron:width=8", "best-of-n:n=16", "sample"
+    caps = list(dict.fromkeys(f"{paper},reward_cap={values[name]}" for name in ("cap", "calibrated")))
+    pairs = [(capped, other) for capped in caps for other in (best, sample, paper, ARGS_SCALED, CARDS)]
+    pairs += [*zip(caps, caps[1:], strict=False), (paper, sample), (best, sample), (CARDS, best), (ARGS_SCALED, best)]
     return (
         "Paired differences over the prompts that both answered, first minus second, with 95 % intervals:\n\n"
-        f"{differences(found, pairs)}\n{verdict(found, capped, best, sample)}\n"
+        f"{differences(found, pairs)}\n{GO}\n"
+        + "".join(f"- `{capped}`: {verdict(found, capped, best, sample)}\n" for capped in caps)
     )
 
 

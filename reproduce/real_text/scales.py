@@ -44,8 +44,8 @@ class Scale:
     batch: int = 20
 
 
-# ARGS: the paper's w = 1.5 for the reward as it is, and in the MRM's units. CARDS: the published beta of 0.7, in the
-# MRM's units (0.7 / 8); the reward to reach is the best there is.
+# ARGS: w = 1.5 of its published runs, for the reward as it is, and in the MRM's units. CARDS: the published beta of
+# 0.7, in the MRM's units (0.7 / 8); the reward to reach is the best there is.
 ARGS = "args:children=10,reward_weight=1.5"
 ARGS_SCALED = "args:children=10,reward_weight=12"
 CARDS = "cards:reward_threshold=0,beta=0.0875"

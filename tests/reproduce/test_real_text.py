@@ -263,9 +263,9 @@ def test_comparisons_are_of_the_prompts_that_both_answered() -> None:
         found, [(capped, best), (capped, "mcts")]
     )
     said = comparisons.verdict(found, capped, best, "sample")
-    assert "2 prompts): go" in said and "-1.00 against -2.00" in said
+    assert said.startswith("go (2 prompts)") and "-1.00 against -2.00" in said
     assert "no-go" in comparisons.verdict(found, best, capped, "sample")
-    assert "was not run" in comparisons.verdict(found, capped, "mcts", "sample")
+    assert "not run" in comparisons.verdict(found, capped, "mcts", "sample")
 
 
 def test_a_hacked_reward_is_called_so() -> None:
@@ -299,3 +299,5 @@ def test_calls_of_the_reward_are_charged_as_a_guard() -> None:
 
 def test_similarity() -> None:
     assert similarity("a b", "b a") == pytest.approx(1.0) and similarity("a", "b") == 0.0
+    assert comparisons.chance_similarity(["a", "a", "b"]) == pytest.approx(1 / 3)
+    assert comparisons.chance_similarity(["a"]) is None
