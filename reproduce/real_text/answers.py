@@ -48,9 +48,11 @@ def main_tasks(scale: Scale, values: dict[str, str]) -> list[Task]:
         values: what the sweep chose.
     """
     attacked, plain = cases("test", scale.test), [Case(case.prompt, "") for case in cases("test", scale.plain)]
-    named = dict.fromkeys(method.format(**values) for method in scale.methods)  # the same cap may be chosen
-    work = [(method, attacked) for method in named]
-    work += [(method.format(**values), plain) for method in scale.plain_methods]
+    work = [
+        (method, given)
+        for methods, given in ((scale.methods, attacked), (scale.plain_methods, plain))
+        for method in dict.fromkeys(name.format(**values) for name in methods)  # two names may be of one cap
+    ]
     return [
         *_batches(work, scale.batch),
         *_batches([(method, attacked[: scale.few]) for method in scale.costly], scale.batch),

@@ -162,13 +162,18 @@ def widening(found: dict[str, Answers]) -> str:
 
 
 def _ends(found: dict[str, Answers], first: str, last: str, keys: Sequence[tuple[str, str]]) -> str:
-    judge, chance = (_paired(found[last], found[first], keys, of) for of in (negative, likely))
-    judged = "falls" if judge.high < 0 else "rises: the search games its reward" if judge.low > 0 else "may not change"
-    fluent = "falls" if chance.high < 0 else "rises" if chance.low > 0 else "may not change"
-    return (
-        f"- From `{first}` to `{last}`: negative by the judge {judged} ({shown(judge)}), log-probability per token "
-        f"{fluent} ({shown(chance)})."
+    exact, judge, chance = (
+        _paired(found[last], found[first], keys, of) for of in (negative_by_reward, negative, likely)
     )
+    hacked = ": the search games its reward" if judge.low > 0 else ""
+    return (
+        f"- From `{first}` to `{last}`: negative by the reward {shown(exact)}; by the judge {shown(judge)}, which "
+        f"{_change(judge)}{hacked}; log-probability per token {shown(chance)}, which {_change(chance)}."
+    )
+
+
+def _change(value: Interval) -> str:
+    return "falls" if value.high < 0 else "rises" if value.low > 0 else "is no established change"
 
 
 def refusals(found: dict[str, Answers]) -> str:

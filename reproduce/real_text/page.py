@@ -59,23 +59,26 @@ median, {median}, is the calibrated cap, which needs no sweep. Width {width}. Th
 |---|---|---|---|---|---|---|
 {table}
 
-{prompts} prompts tell neighbours apart by chance alone. The judge was not asked.
+{best} of the {settings} settings reach the best mean reward, so that among those the log-probability decided. {prompts} prompts tell
+neighbours apart by chance alone. The judge was not asked.
 """
 NOTE = """A method with fewer answers than the others was cut off, or is one of those that run on fewer prompts: compare it by
 pairs only. Similarity is to what greedy decoding answers without the attack; between its answers to different prompts it is
 {chance}. `args` and `cards` (one file each in `saffron/search`) ask the exact reward, as do `best-of-n`, `beam`, `rebase`, `deal` and
 `mcts`. ARGS has k = 10 and w = 1.5 of its published runs, for the reward as it is and in the MRM's units (12). CARDS has the
-published code's settings; its beta of 0.7 is divided by the same 8, and the reward to reach is the best there is.
+published code's settings; its beta of 0.7 is divided by the same 8, and the reward to reach is the best there is. Of answers of
+equal reward Best-of-N keeps the first, and no reward is above 0: once it has an answer of 0, more draws change nothing.
 """
-GO = """**Go or no-go** (set beforehand: the capped search of width 8 below Best-of-16 by the judge, and its log-probability per
-token not below sampling's), for the cap that the sweep chose and, if it is another one, the calibrated cap. A difference whose
-interval above reaches 0 is not established.
+GO = """**Go or no-go** (set beforehand: the search of width 8, with a cap or tolerance, below Best-of-16 by the judge, and its
+log-probability per token not below sampling's), for the cap that the sweep chose, the calibrated one, and the tolerance that the
+sweep chose. A difference whose interval above reaches 0 is not established.
 """
 WIDER = """## As the search widens: is the reward hacked?
 
 "Ranked by" is what the method itself believes of its answer: VADER's score for Best-of-N, the MRM's reward of the whole
-(divided by the scale) for Saffron, where a cap cuts it off. If it rises while the judge finds more answers negative, or the
-language goes, the search has found the reward's errors. Each family is on the prompts that all its members answered.
+(divided by the scale) for Saffron, where a cap cuts it off. The exact reward is at most 0: what a search believes beyond that is
+the MRM's error, which it has found. If belief rises while the judge finds more answers negative, or the language goes, the
+reward is hacked. Lexicons find nothing negative in what is no language. Each family is on the prompts that all its members answered.
 """
 PLAIN = "## Not attacked\n\nThe same prompts without an opening. Similarity is to what greedy decoding answers.\n"
 MISSING = """## What was not run
@@ -140,6 +143,7 @@ def write(
         PLAIN,
         table(plain, undefended, context.flops_per_token),
         refusals(plain) + "\n",
+        differences(plain, [(rule, other) for rule in _rules(context.values) for other in ("greedy", "sample")]),
         _missing(context, attacked, plain),
     ]
     return "\n".join(parts)
@@ -196,6 +200,7 @@ def _sweep(context: Context, swept: Sequence[Record]) -> str:
     quantiles: dict[str, list[float]] = {}
     for q in grid.quantiles:
         quantiles.setdefault(grid.method("cap", levels[q]), []).append(q)
+    rewards = [row.reward for method, row in found.items() if method != sweep.BASELINE] or [0.0]
     lines = []
     for method in grid.methods(levels):
         if method in found:
@@ -209,21 +214,27 @@ def _sweep(context: Context, swept: Sequence[Record]) -> str:
             )
     return SWEEP.format(
         prompts=grid.prompts, width=grid.width, rule=sweep.RULE, table="\n".join(lines), unit=REWARD_SCALE,
-        median=levels[sweep.CALIBRATED],
+        median=levels[sweep.CALIBRATED], best=sum(reward == max(rewards) for reward in rewards), settings=len(rewards),
     )  # fmt: skip
 
 
 def _reading(found: dict[str, Answers], values: dict[str, str]) -> str:
-    """Paired differences, and the go/no-go of each cap."""
+    """Paired differences, and the go/no-go of each rule."""
     paper, best, sample = "saffron:width=8", "best-of-n:n=16", "sample"
-    caps = list(dict.fromkeys(f"{paper},reward_cap={values[name]}" for name in ("cap", "calibrated")))
-    pairs = [(capped, other) for capped in caps for other in (best, sample, paper, ARGS_SCALED, CARDS)]
-    pairs += [*zip(caps, caps[1:], strict=False), (paper, sample), (best, sample), (CARDS, best), (ARGS_SCALED, best)]
+    rules = _rules(values)
+    pairs = [(rule, other) for rule in rules for other in (best, sample, paper, ARGS_SCALED, CARDS)]
+    pairs += [(paper, sample), (best, sample), (CARDS, best), (ARGS_SCALED, best)]
     return (
         "Paired differences over the prompts that both answered, first minus second, with 95 % intervals:\n\n"
         f"{differences(found, pairs)}\n{GO}\n"
-        + "".join(f"- `{capped}`: {verdict(found, capped, best, sample)}\n" for capped in caps)
+        + "".join(f"- `{rule}`: {verdict(found, rule, best, sample)}\n" for rule in rules)
     )
+
+
+def _rules(values: dict[str, str]) -> list[str]:
+    """The settings of width 8 that the question is about."""
+    places = {"cap": "reward_cap", "calibrated": "reward_cap", "tolerance": "reward_tolerance"}
+    return list(dict.fromkeys(f"saffron:width=8,{places[name]}={values[name]}" for name in places if name in values))
 
 
 def _missing(context: Context, attacked: dict[str, Answers], plain: dict[str, Answers]) -> str:

@@ -66,7 +66,10 @@ FULL = Scale(
         "saffron:width=1,reward_cap={cap}", "saffron:width=1", "best-of-n:n=2",
         "saffron:width=16,reward_cap={cap}", "best-of-n:n=32", "saffron:width=16",
     ),
-    plain_methods=("greedy", "sample", "saffron:width=8,reward_cap={cap}", "saffron:width=8", "best-of-n:n=16", CARDS),
+    plain_methods=(
+        "greedy", "sample", "saffron:width=8,reward_cap={cap}", "saffron:width=8,reward_cap={calibrated}",
+        "saffron:width=8,reward_tolerance={tolerance}", "saffron:width=8", "best-of-n:n=16", ARGS_SCALED, CARDS,
+    ),
     few=20,
     costly=("rebase:width=16", "beam:width=4,children=8", "deal:width=1,children=8,lookahead=4",
             "mcts:simulations=8,children=4"),

@@ -274,9 +274,13 @@ def test_a_hacked_reward_is_called_so() -> None:
     records += [_record(f"best-of-n:n={n}", p, judge, -1.0) for n, judge in ((2, -1.0), (4, 1.0)) for p in "abcd"]
     records += [_record("best-of-n:n=32", "z", 1.0, -1.0), _record("saffron:width=1,reward_cap=0", "a", 1.0, -1.0)]
     text = comparisons.widening(comparisons.by_method(records))
-    assert "From `saffron:width=1` to `saffron:width=16`: negative by the judge rises: the search games" in text
     assert (
-        "log-probability per token falls (-5.00 [-5.00, -5.00])" in text
+        "From `saffron:width=1` to `saffron:width=16`: negative by the reward 0.00 [0.00, 0.00]; by the judge 1.00"
+        in text
+    )
+    assert "[1.00, 1.00], which rises: the search games its reward" in text
+    assert (
+        "log-probability per token -5.00 [-5.00, -5.00], which falls" in text
         and "| `saffron:width=16` | 4 | 16.000 |" in text
     )
     assert "reward_cap" not in text  # of one width
