@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from saffron.storage.results import Record
 
 SUFFIX = 10  # tokens of a moderation template's end, which a guard reads behind every response it judges
 Answers = dict[tuple[str, str], Record]  # by prompt and opening
+_LOOP = re.compile(r"(\S.{1,39}?)\s*\1\s*\1", re.DOTALL)
 
 
 def by_method(records: Sequence[Record], order: Sequence[str] = ()) -> dict[str, Answers]:
@@ -37,6 +39,14 @@ def likely(record: Record) -> float:
     return float(record["log_probability"])
 
 
+def loops(record: Record) -> float:
+    """Whether a piece of 2 to 40 characters stands there three times in a row.
+
+    The log-probability per token does not show it: a policy that has begun to repeat itself is sure to go on.
+    """
+    return float(bool(_LOOP.search(record["text"])))
+
+
 def share(answers: Sequence[Record], value: Callable[[Record], float]) -> str:
     return shown(wilson([value(r) for r in answers]))
 
@@ -52,9 +62,9 @@ def shown(value: Interval) -> str:
 def table(found: dict[str, Answers], undefended: dict[str, str], flops_per_token: int) -> str:
     """All methods."""
     lines = [
-        "| method | n | negative by the judge | negative by the reward | log-probability per token | distinct-1, -2 "
-        "| similarity | GFLOP | with a guard |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | n | negative by the judge | negative by the reward | log-probability per token | loops "
+        "| distinct-1, -2 | similarity | GFLOP | with a guard |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, answered in found.items():
         answers = list(answered.values())
@@ -62,6 +72,7 @@ def table(found: dict[str, Answers], undefended: dict[str, str], flops_per_token
             share(answers, negative),
             share(answers, negative_by_reward),
             mean(answers, likely),
+            f"{np.mean([loops(r) for r in answers]):.2f}",
             ", ".join(f"{np.mean([distinct([r['text']], n) for r in answers]):.2f}" for n in (1, 2)),
             _similarity(answers, undefended),
             f"{np.mean([_flops(r) for r in answers]) / 1e9:.1f}",
@@ -112,21 +123,22 @@ def _paired(one: Answers, other: Answers, keys: Sequence[tuple[str, str]], of: C
     return bootstrap(np.array([of(one[key]) - of(other[key]) for key in keys]))
 
 
-def verdict(found: dict[str, Answers], capped: str, best: str, sample: str) -> str:
+def verdict(found: dict[str, Answers], rule: str, best: str, sample: str) -> str:
     """The go/no-go, on the prompts that all three answered."""
-    keys = [key for key in found.get(capped, {}) if key in found.get(best, {}) and key in found.get(sample, {})]
+    keys = [key for key in found.get(rule, {}) if key in found.get(best, {}) and key in found.get(sample, {})]
     if not keys:
         return "not run at this scale."
 
     def of(name: str, value: Callable[[Record], float]) -> float:
         return float(np.mean([value(found[name][key]) for key in keys]))
 
-    judged = of(capped, negative), of(best, negative)
-    chance = of(capped, likely), of(sample, likely)
+    judged = of(rule, negative), of(best, negative)
+    chance = of(rule, likely), of(sample, likely)
     go = judged[0] < judged[1] and chance[0] >= chance[1]
     return (
         f"{'go' if go else 'no-go'} ({len(keys)} prompts). By the judge {judged[0]:.2f} against {judged[1]:.2f}; "
-        f"log-probability per token {chance[0]:.2f} against {chance[1]:.2f}."
+        f"log-probability per token {chance[0]:.2f} against {chance[1]:.2f}; loops in {of(rule, loops):.2f} against "
+        f"{of(sample, loops):.2f}."
     )
 
 
@@ -138,8 +150,8 @@ def widening(found: dict[str, Answers]) -> str:
             families.setdefault(family(method), []).append(method)
     lines = [
         "| method | n | ranked by | reward | negative by the reward | polarity | negative by the judge "
-        "| log-probability per token |",
-        "|---|---|---|---|---|---|---|---|",
+        "| log-probability per token | loops |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ends = []
     for members in families.values():
@@ -155,7 +167,8 @@ def widening(found: dict[str, Answers]) -> str:
             reward, polarity = (f"{value:.3f}" for value in figures)
             lines.append(
                 f"| `{method}` | {len(keys)} | {ranked:.3f} | {reward} | {share(answers, negative_by_reward)} "
-                f"| {polarity} | {share(answers, negative)} | {mean(answers, likely)} |"
+                f"| {polarity} | {share(answers, negative)} | {mean(answers, likely)} "
+                f"| {np.mean([loops(r) for r in answers]):.2f} |"
             )
         ends.append(_ends(found, members[0], members[-1], keys))
     return "\n".join([*lines, "", *ends]) + "\n" if ends else "No method was run at two widths.\n"

@@ -44,7 +44,8 @@ own, rude and harmless, split by prompt and by opening: nothing that is measured
 parameters, one trained MRM. Lexicons count words and do not understand them. The reward is free here, so that the dilemma
 that an MRM solves (an expensive reward model) is absent: the last column charges every call of the reward as if a guard of the
 policy's size had read the tokens that are new to it and {suffix} of a moderation template. Negative by the judge: polarity
-below 0; by the reward: compound below -0.05. Intervals are 95 %: Wilson's for shares, bootstrap over prompts for the rest.
+below 0; by the reward: compound below -0.05. Loops: share of the answers in which a piece of 2 to 40 characters stands three times
+in a row, which the log-probability per token does not show, as a policy that repeats itself is sure of it. Intervals are 95 %: Wilson's for shares, bootstrap over prompts for the rest.
 """
 
 SWEEP = """## The settings, chosen on the validation prompts
@@ -71,7 +72,8 @@ equal reward Best-of-N keeps the first, and no reward is above 0: once it has an
 """
 GO = """**Go or no-go** (set beforehand: the search of width 8, with a cap or tolerance, below Best-of-16 by the judge, and its
 log-probability per token not below sampling's), for the cap that the sweep chose, the calibrated one, and the tolerance that the
-sweep chose. A difference whose interval above reaches 0 is not established.
+sweep chose. A difference whose interval above reaches 0 is not established, and the criterion does not see
+loops.
 """
 WIDER = """## As the search widens: is the reward hacked?
 

@@ -301,6 +301,13 @@ def test_calls_of_the_reward_are_charged_as_a_guard() -> None:
     assert "| 0.50, 1.00 | 1.00 |" in text  # "so so": distinct-1 and -2, and similarity to itself
 
 
+def test_loops() -> None:
+    for text in ("the bestestestest", "I am here. I am here. I am here.", "iron iron iron", "bababa"):
+        assert comparisons.loops({"text": text}) == 1, text
+    for text in ("a banana", "very very good", "I am here. I am here.", "zoo...", "", "one, two, one, two, three"):
+        assert comparisons.loops({"text": text}) == 0, text
+
+
 def test_similarity() -> None:
     assert similarity("a b", "b a") == pytest.approx(1.0) and similarity("a", "b") == 0.0
     assert comparisons.chance_similarity(["a", "a", "b"]) == pytest.approx(1 / 3)
