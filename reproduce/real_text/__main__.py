@@ -10,49 +10,75 @@ from pathlib import Path
 
 import torch
 
-from reproduce.real_text import page
+from reproduce.real_text import page, sweep
+from reproduce.real_text.answers import Progress, answer, answered, main_tasks, sweep_tasks
 from reproduce.real_text.noise import nucleus_noise
-from reproduce.real_text.runs import SCALES, Progress, Scale, make_mrm, run_methods, safe_level
+from reproduce.real_text.scales import SCALES, Scale
+from reproduce.real_text.training import make_mrm, safe_levels
 from saffron.cli.progress import progress
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.storage.folders import write_atomically
+from saffron.workers import Workers
 
-PAGE = "results-real.md"
+PAGE, ANSWERS, SWEPT, CLOCK = "results-real.md", "answers.jsonl", "validation.jsonl", "seconds.json"
 
 
-def run(scale: Scale, name: str, policy: Path, out: Path, show: Progress, answer: bool = True) -> Path:
-    """Runs what is not there yet and writes the page into `out`; returns it.
+class Clock:
+    """Seconds that each stage took, over all runs into a folder."""
 
-    Args:
-        answer: otherwise the page is written from the answers that are there.
-    """
-    clock, began = out / "seconds.json", time.monotonic()
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        self._last = time.monotonic()
+
+    def tick(self, stage: str) -> None:
+        """Adds what has passed since the last call to a stage."""
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+        write_atomically(self.file, json.dumps(self.seconds).encode())
+
+
+def run(scale: Scale, policy: str, out: Path, workers: Workers, show: Progress) -> None:
+    """Runs what is not there yet."""
     out.mkdir(parents=True, exist_ok=True)
-    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+    clock = Clock(out / CLOCK)
 
-    def tick(title: str, done: int, total: int) -> None:
-        write_atomically(clock, json.dumps({"seconds": before + time.monotonic() - began}).encode())
-        show(title, done, total)
+    def tick(stage: str, done: int, total: int) -> None:
+        clock.tick(stage)
+        show(stage, done, total)
 
-    summary = make_mrm(scale, str(policy), out, tick)
-    models = Policy.from_pretrained(policy, device="cpu"), _mrm(out)
-    cap = safe_level(models[1], out)
-    records = run_methods(scale, *models, cap, out, tick, answer=answer)
-    noise = nucleus_noise(records, *models)
-    tick("answering", 1, 1)
-    context = {
-        "minutes": f"{json.loads(clock.read_text())['seconds'] / 60:.0f}",
-        "torch": torch.__version__.split("+")[0],
-        "policy": Path(models[0].model.config._name_or_path).name or "a model",
-    }
-    text = page.write(scale, name, summary, cap, noise, records, models[0].flops.per_token, context)
-    write_atomically(out / PAGE, text.encode())
+    make_mrm(scale, policy, out, tick)
+    levels = _levels(scale, out)
+    given = scale, policy, out, workers
+    swept = answer(
+        out / SWEPT, sweep_tasks(scale, scale.grid.methods(levels)), *given, lambda *done: tick("sweeping", *done)
+    )
+    tasks = main_tasks(scale, sweep.chosen(scale.grid, levels, swept))
+    answer(out / ANSWERS, tasks, *given, lambda *done: tick("answering", *done))
+
+
+def write_page(scale: Scale, name: str, policy: str, out: Path) -> Path:
+    """Writes the page into `out` from the answers that are there, even while `run` adds to them; returns it."""
+    summary = make_mrm(scale, policy, out, lambda *_: None)
+    models, levels = (Policy.from_pretrained(policy, device="cpu"), _mrm(out)), _levels(scale, out)
+    records, swept = answered(out / ANSWERS), answered(out / SWEPT)
+    context = page.Context(
+        scale, name, sweep.chosen(scale.grid, levels, swept), levels, models[0].flops.per_token,
+        Clock(out / CLOCK).seconds, torch.__version__.split("+")[0],
+        Path(models[0].model.config._name_or_path).name or "a model",
+    )  # fmt: skip
+    write_atomically(out / PAGE, page.write(context, summary, nucleus_noise(records, *models), swept, records).encode())
     return out / PAGE
 
 
 def _mrm(out: Path) -> MultifurcationRewardModel:
     return MultifurcationRewardModel.from_pretrained(out / "mrm", device="cpu")
+
+
+def _levels(scale: Scale, out: Path) -> dict[float, float]:
+    return safe_levels(_mrm(out), out, sorted({*scale.grid.quantiles, sweep.CALIBRATED}))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,17 +90,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny random policy: whether it runs, not what comes out"
     )
-    parser.add_argument("--page-only", action="store_true", help="write the page from the answers that are there")
+    parser.add_argument("--workers", type=int, default=1, help="processes that answer; the answers are the same")
+    parser.add_argument(
+        "--page-only", action="store_true", help="write the page from the answers that are there, even while they grow"
+    )
     options = parser.parse_args(arguments)
     name = "quick" if options.quick else options.scale
     if options.policy is None and not options.quick:
         parser.error("--policy: needed without --quick")
     torch.set_num_threads(1)
     with progress("", kept=True) as show, tempfile.TemporaryDirectory() as folder:
-        policy = options.policy or tiny_policy(Path(folder))
-        written = run(
-            SCALES[name], name, policy, options.output, lambda title, done, total: show(done, total, title=title)
-        )
+        policy = str(options.policy or tiny_policy(Path(folder)))
+        if not options.page_only:
+            workers = Workers(count=options.workers)
+            run(SCALES[name], policy, options.output, workers, lambda stage, at, of: show(at, of, title=stage))
+        written = write_page(SCALES[name], name, policy, options.output)
     if options.docs is not None:
         options.docs.mkdir(parents=True, exist_ok=True)
         (options.docs / PAGE).write_bytes(written.read_bytes())

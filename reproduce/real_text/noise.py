@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from reproduce.real_text.judges import vader
-from reproduce.real_text.runs import REWARD_SCALE, TOP_P
+from reproduce.real_text.scales import REWARD_SCALE, TOP_P
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.storage.results import Record

@@ -20,11 +20,11 @@ from saffron.evaluation.judges import Judge, check_judge, judge_checkpoint, load
 from saffron.evaluation.store import Key, Record, ResultFile, open_results
 from saffron.models.devices import find_device
 from saffron.models.files import ModelFiles
+from saffron.models.policy import Policy
 from saffron.models.provenance import digest
 from saffron.models.text_rewards import reward_fingerprint
 from saffron.quiet import quiet_transformers
 from saffron.search import AdaptiveConfig, Method, parse_config, parse_method
-from saffron.search.result import SearchResult
 from saffron.storage.text import read_bytes
 from saffron.workers import Workers
 
@@ -151,6 +151,15 @@ def check_played(file: Path, plans: Sequence[Plan], records: Sequence[Record]) -
             )
 
 
+def log_probability(policy: Policy, prompt: str, prefill: str, tokens: Sequence[int]) -> float:
+    """Log-probability per token of an answer under the undefended policy: very low for what is no language."""
+    context = policy.chat(prompt, prefill)
+    rows, logits = policy.prefill([[*context, *tokens[:end]] for end in range(len(tokens))])
+    policy.release(rows)
+    chosen = torch.tensor(list(tokens), device=logits.device)[:, None]
+    return float(logits.float().log_softmax(-1).gather(1, chosen).mean())
+
+
 class _Runner:
     """One worker: models and judges, loaded once, and the methods it was asked for."""
 
@@ -203,21 +212,12 @@ class _Runner:
                 "score": result.score,
                 "harmful": {name: given[i][0] for name, given in verdicts.items()},
                 "scores": {name: given[i][1] for name, given in verdicts.items() if given[i][1] is not None},
-                "log_probability": self._likelihood(shown, prefill, result),
+                "log_probability": log_probability(self.models.policy, shown, prefill, result.token_ids),
                 "answered": world.oracle.answers(case.prompt, result.text) if task.data == "world-allowed" else None,
                 "cost": asdict(result.cost),
             }
             for i, (case, (shown, prefill), result) in enumerate(zip(task.cases, attacked, found, strict=True))
         ]
-
-    def _likelihood(self, prompt: str, prefill: str, result: SearchResult) -> float:
-        """Log-probability a token of an answer under the undefended policy: very low for what is no language."""
-        policy = self.models.policy
-        context = policy.chat(prompt, prefill)
-        rows, logits = policy.prefill([context + result.token_ids[:end] for end in range(len(result.token_ids))])
-        policy.release(rows)
-        chosen = torch.tensor(result.token_ids, device=logits.device)[:, None]
-        return float(logits.float().log_softmax(-1).gather(1, chosen).mean())
 
     def _method(self, spec: str) -> Method:
         if spec not in self.methods:
