@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -57,11 +58,12 @@ def in_nucleus(rewards: Floats, exact: Floats, probabilities: Floats, unseen: ND
 
 @torch.inference_mode()
 def nucleus_noise(
-    records: Sequence[Record], policy: Policy, mrm: MultifurcationRewardModel, count: int = 24
+    records: Sequence[Record], policy: Policy, mrm: MultifurcationRewardModel, count: int = 100
 ) -> dict[str, float]:
     """Means of `in_nucleus` over `count` prefixes of sampled answers, in units of VADER's score; NaN without any."""
     rng = np.random.default_rng(0)
     answers = [r for r in records if r["method"] == "sample" and r["prefill"]]
+    answers.sort(key=itemgetter("prompt", "prefill"))  # whoever answered first
     found: list[dict[str, float]] = []
     for _ in range(count if answers else 0):
         record = answers[int(rng.integers(len(answers)))]

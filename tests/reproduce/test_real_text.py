@@ -242,6 +242,9 @@ def test_an_mrm_that_is_exact_has_no_noise(made: tuple[Path, Path], monkeypatch:
     assert exact["noise"] < 1e-6 and exact["regret"] < 1e-6 and exact["size"] > 2
     added = errors * 8
     noisy = nucleus_noise(records, policy, mrm, count=6)
+    more = [records[0] | {"prefill": opening} for opening in OPENINGS[1:6]]
+    one, other = (nucleus_noise(given, policy, mrm, count=2) for given in ([*records, *more], [*more[::-1], *records]))
+    assert one == pytest.approx(other, nan_ok=True)  # whoever answered first
     assert 0.15 < noisy["noise"] < 0.35 and noisy["signal"] == pytest.approx(exact["signal"])
     assert all(math.isnan(value) for value in nucleus_noise([], policy, mrm).values())
 
