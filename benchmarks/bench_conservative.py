@@ -87,11 +87,11 @@ def test_episode_between_plans(benchmark, steps: int) -> None:
 
     def episode() -> None:
         begun = control.begin()
-        control.update([(2, begun.act(2), 2) for _ in range(steps)])
+        control.update([(0, begun.act(0), 0) for _ in range(steps)])
 
     for _ in range(100):
         episode()
-    assert control.counts().visits[0, :, 2].sum() == 100 * steps
+    assert control.counts().visits[0, :, 0].sum() == 100 * steps
     microseconds = 1e3 * cpu_milliseconds(lambda: [episode() for _ in range(1000)], 5) / 1000
     print(
         f"\nepisode of {steps} steps: {microseconds:.1f} us of CPU, {'within' if microseconds <= 50 else 'ABOVE'} 50 us"

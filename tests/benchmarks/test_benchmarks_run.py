@@ -222,7 +222,7 @@ def test_quick_writes_nothing(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     command = [sys.executable, "-m", "pytest", "-q", "--quick", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [*command, "benchmarks", "-k", "bench_tree_attention and tiny"],  # all are collected, without vLLM too
+        [*command, "benchmarks", "-k", "bench_tree_attention and tiny or episode"],  # all are collected
         cwd=harness.FOLDER.parent, env={**os.environ, "SAFFRON_RESULTS": str(results), "PYTEST_ADDOPTS": ""},
         capture_output=True, text=True,
     )  # fmt: skip
