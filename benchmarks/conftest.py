@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +15,33 @@ _files = Path(__file__).parent.glob("bench_*.py")
 collect_ignore = [file.name for file in _files if "\ndef test_" not in file.read_text(encoding="utf-8")]
 
 _finished = pytest.StashKey[list[dict[str, object]]]()
+_began = pytest.StashKey[float]()
 _COLUMNS = ("op", "shape", "dtype", "competitor", "median_us", "p20_us", "p80_us", "gb_per_s", "gflop_per_s")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--alone", action="store_true", help="time our ops only, without what they are compared with")
+    parser.addoption(
+        "--budget", type=float, default=480.0,
+        help="seconds for all cases: none begins later (480). The first case of each file comes first, then the second",
+    )  # fmt: skip
     parser.addoption("--quick", action="store_true", help="three rounds a case, nothing written: does all of it run?")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files begin with what tells most, and no file takes the time of the others."""
+    seen, place = Counter[Path](), dict[pytest.Item, int]()
+    for item in items:
+        place[item] = seen[item.path]
+        seen[item.path] += 1
+    items.sort(key=place.__getitem__)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    began = item.config.stash.setdefault(_began, time.monotonic())
+    if time.monotonic() - began >= (budget := item.config.getoption("--budget")):
+        pytest.skip(f"the budget of {budget:.0f} s is spent (--budget)")
 
 
 @pytest.fixture

@@ -231,6 +231,16 @@ def test_quick_writes_nothing(tmp_path: Path) -> None:
     assert not results.exists()
 
 
+def test_the_budget_is_kept() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--budget", "0", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(
+        [*command, "benchmarks", "-k", "bench_tree_attention and tiny or episode"], cwd=harness.FOLDER.parent,
+        env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and "the budget of 0 s is spent" in result.stdout, result.stdout
+    assert "passed" not in result.stdout.splitlines()[-1]
+
+
 def test_one_trunk_against_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, output = tiny.save_checkpoint(tmp_path / "base"), tmp_path / "out" / "one_trunk.csv"
     sizes = ["--prompts", "6", "--widths", "1", "3", "--steps", "2"]
