@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     name = "quick" if options.quick else options.scale
     if options.policy is None and not options.quick:
         parser.error("--policy: needed without --quick")
+    if options.page_only and not (options.output / "answers.jsonl").exists():
+        parser.error(f"--page-only: {options.output} holds no answers")
     torch.set_num_threads(1)
     with progress("", kept=True) as show, tempfile.TemporaryDirectory() as folder:
         policy = str(options.policy or tiny_policy(Path(folder)))
