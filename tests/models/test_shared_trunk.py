@@ -18,7 +18,7 @@ from torch import nn
 
 from saffron.cli import main
 from saffron.errors import CheckpointError, ConfigError, UnsupportedModelError
-from saffron.models.attention import ATTENTION, evaluating
+from saffron.models.attention import ATTENTION
 from saffron.models.files import ModelFiles
 from saffron.models.loading import load_model
 from saffron.models.policy import Policy
@@ -311,21 +311,3 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     other.save_pretrained(base)
     with pytest.raises(CheckpointError, match="was trained with another tokenizer than that of"):
         MultifurcationRewardModel.from_pretrained(made, base=policy_of(base))
-
-
-def test_passes_at_once_leave_training_mode_together() -> None:
-    """Modules in common: who ends first must not turn dropout on for the other."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    other = nn.Sequential(model[0], model[1])
-    with evaluating(model):
-        with evaluating(other):
-            assert not model[1].training
-        assert not model[1].training
-    assert model.training and model[1].training and other.training
-    first, second = evaluating(model), evaluating(other)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not model[1].training
-    second.__exit__(None, None, None)
-    assert model.training and model[1].training and other.training

@@ -7,7 +7,6 @@ A model is called with all new tokens of all sequences as one row, `input_ids [1
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -241,32 +240,17 @@ def _of_size(plan: TreeStep, tokens: int) -> TreeStep:
     return replace(plan, slot=pad(plan.slot, (0, more)), begin=pad(plan.begin, (0, more)), end=pad(plan.end, (0, more)))
 
 
-_modes = threading.Lock()
-_evaluated: dict[nn.Module, int] = {}  # modules that passes now running took out of training mode, and how many passes
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
-    """Runs a model in evaluation mode, and leaves every module in the mode that it was in.
-
-    Models may have modules in common (`SharedTrunk`) and run at once: the last pass restores the mode.
-    """
-    with _modes:
-        training = []
-        if model.training or _evaluated:
-            training = [module for module in model.modules() if module.training or module in _evaluated]
-            model.eval()
-        for module in training:
-            _evaluated[module] = _evaluated.get(module, 0) + 1
+    """Runs a model in evaluation mode, and leaves every module in the mode that it was in."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        with _modes:
-            for module in training:
-                _evaluated[module] -= 1
-                if not _evaluated[module]:
-                    del _evaluated[module]
-                    module.training = True
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True, slots=True)
