@@ -49,6 +49,7 @@ def load(
             stored[name] = _load_vector(folder / file)
     if isinstance(base, TrieModel):
         shared = _share(base.model, folder, merged)
+        check_origin(folder, base.model.name_or_path or folder)
         _check_tokenizer(base.tokenizer, folder, folder if merged else adapter.adapter_base(folder))
         return shared.model, {"tokenizer": base.tokenizer, "shared": shared, **stored}
     if isinstance(base, PreTrainedModel):
@@ -86,7 +87,6 @@ def _share(policy: PreTrainedModel, folder: Path, merged: bool) -> SharedTrunk:
 
 def _check_tokenizer(ours: PreTrainedTokenizerBase | None, folder: Path, trained_on: str | Path) -> None:
     """Refuses a policy whose token ids mean other texts than those that the MRM was trained with."""
-    check_origin(folder, trained_on)
     theirs = loading.load_tokenizer(trained_on) if Path(trained_on).is_dir() else None
     if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
         raise CheckpointError(f"{folder}: was trained with another tokenizer than the policy's")
