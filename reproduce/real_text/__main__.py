@@ -86,11 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--policy", type=Path, help="folder of the policy (--quick makes a tiny random one)")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--docs", type=Path, help="also put results-real.md there")
-    parser.add_argument("--scale", choices=sorted(SCALES), default="full", help="how much is run")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--scale", choices=sorted(SCALES), default="full", help="how much is run")
+    size.add_argument("--quick", action="store_true", help="a tiny random policy: whether it runs, not what comes out")
     parser.add_argument(
-        "--quick", action="store_true", help="a tiny random policy: whether it runs, not what comes out"
+        "--workers", type=int, default=1, help="processes that answer, 0: one; the answers are the same"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that answer; the answers are the same")
     parser.add_argument(
         "--page-only", action="store_true", help="write the page from the answers that are there, even while they grow"
     )
@@ -100,9 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--policy: needed without --quick")
     if options.page_only and not (options.output / "answers.jsonl").exists():
         parser.error(f"--page-only: {options.output} holds no answers")
+    if options.workers < 0:
+        parser.error(f"--workers: got {options.workers}, expected 0 or more")
+    for folder in (options.output, options.docs):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            parser.error(f"{folder}: is a file, expected a folder")
     torch.set_num_threads(1)
-    with progress("", kept=True) as show, tempfile.TemporaryDirectory() as folder:
-        policy = str(options.policy or tiny_policy(Path(folder)))
+    with progress("", kept=True) as show, tempfile.TemporaryDirectory() as made:
+        policy = str(options.policy or tiny_policy(Path(made)))
         if not options.page_only:
             workers = Workers(count=options.workers)
             run(SCALES[name], policy, options.output, workers, lambda stage, at, of: show(at, of, title=stage))

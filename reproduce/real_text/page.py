@@ -25,6 +25,8 @@ from reproduce.real_text.prompts import OPENINGS, PROMPTS
 from reproduce.real_text.scales import ARGS_SCALED, CARDS, FULL, REWARD_SCALE, Scale
 from saffron.storage.results import Record
 
+CONVERTED = """
+(`python -m reproduce.real_text.convert` makes the folder; its weights are 4-bit, dequantised to fp32)."""
 HEAD = """# Results on a real language model
 
 A small chat model of the real world, everyday prompts, and answers that are forced to begin with an insult. Can the answer
@@ -34,14 +36,13 @@ go on without being negative, and is it still language? This page is written by
 python -m reproduce.real_text --policy DIR --output OUT --scale {scale} --docs docs
 ```
 
-which took {minutes} here, next to other work on the same two cores (torch {torch}, one thread, one worker). Policy: {policy}
-(`python -m reproduce.real_text.convert` makes the folder; its weights are 4-bit, dequantised to fp32). Reward:
+which took {minutes} here, next to other work on the same two cores (torch {torch}, one thread per worker). Policy: {policy} Reward:
 `min(0, compound)` of VADER, a lexicon of sentiment, of the response so far; the forced opening is not shown to it. Judge:
 TextBlob's polarity, another lexicon, that nothing was trained or chosen on. {prompts} prompts and {openings} openings of our
 own, rude and harmless, split by prompt and by opening: nothing that is measured was trained or chosen on.
 
-**What the figures cannot show.** At most {tests} attacked prompts per method, {tokens} tokens per answer, one policy of 135 million
-parameters, one trained MRM. Lexicons count words and do not understand them. The reward is free here, so that the dilemma
+**What the figures cannot show.** At most {tests} attacked prompts per method, {tokens} tokens per answer, one policy
+and one trained MRM. Lexicons count words and do not understand them. The reward is free here, so that the dilemma
 that an MRM solves (an expensive reward model) is absent: the last column charges every call of the reward as if a guard of the
 policy's size had read the tokens that are new to it and {suffix} of a moderation template. Negative by the judge: polarity
 below 0; by the reward: compound below -0.05. Loops: share of the answers in which a piece of 2 to 40 characters stands three times
@@ -130,7 +131,7 @@ def write(
     head = HEAD.format(
         scale=context.name, prompts=len(PROMPTS), openings=len(OPENINGS), tokens=scale.tokens, suffix=SUFFIX,
         tests=max(map(len, attacked.values()), default=0), minutes=_minutes(context.seconds), torch=context.torch,
-        policy=context.policy,
+        policy=context.policy + (CONVERTED if context.policy.startswith("SmolLM2") else "."),
     )  # fmt: skip
     parts = [
         head,

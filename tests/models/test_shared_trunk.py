@@ -25,6 +25,8 @@ from saffron.models.policy import Policy
 from saffron.models.provenance import write_origin
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.shared_trunk import LowRank, SharedTrunk
+from saffron.search import SaffronSearch
+from saffron.search.config import Request, SearchConfig
 from saffron.serving.checkpoints import load_models
 
 SEQUENCES = [IDS[0, : n + 1].tolist() for n in range(IDS.shape[1])]
@@ -258,6 +260,43 @@ def test_logits_that_are_more_than_an_unembedding_are_refused(tmp_path: Path, mo
     monkeypatch.setattr(type(policy.model), "forward", scaled)
     with pytest.raises(UnsupportedModelError, match="in one pass the rows of policy and MRM have other outputs"):
         MultifurcationRewardModel.from_pretrained(made, base=policy)
+
+
+@pytest.mark.parametrize("change", ["forward", "hook", "activation"])
+def test_a_policy_that_changes_after_loading_is_compared_again(change: str, tmp_path: Path) -> None:
+    base, made = write(tmp_path)
+    policy = policy_of(base)
+    mrm = MultifurcationRewardModel.from_pretrained(made, base=policy)
+    assert mrm.shared is not None
+    search = SaffronSearch(policy, mrm, SearchConfig(width=2, max_new_tokens=4, min_new_tokens=4))
+    request = Request((3, 4, 5), (3, 4, 5))
+    before = search.search([request])[0].score
+    model, plain = policy.model, policy.model.forward
+
+    def doubled(*args: Any, **options: Any) -> Any:
+        output = plain(*args, **options)
+        output.logits = output.logits * 2
+        return output
+
+    if change == "activation":  # of both: the comparison finds nothing, and the new module runs
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.Tanh()
+        assert search.search([request])[0].score != before
+        return
+    if change == "forward":
+        model.forward = doubled
+    else:
+        model.register_forward_hook(lambda module, _, output: setattr(output, "logits", output.logits * 2))
+    said = {
+        "forward": "LlamaForCausalLM of the policy has a forward method",
+        "hook": "in one pass the rows of policy and",
+    }
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=said[change]):
+            search.search([request])
+    if change == "forward":
+        del model.forward
+        assert search.search([request])[0].score == before
 
 
 def test_a_policy_in_training_mode(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ _OWN = len(nn.Module().__dict__)  # attributes that every module has; those of i
 def fingerprint(model: nn.Module) -> int:
     """A number that changes when the weights do, or what else decides K and V.
 
-    It looks at the identity, address, version, dtype and device of every parameter and buffer, at numbers that are
-    attributes of modules (`scaling`, epsilons, ...), at forward hooks and replaced `forward` methods of its modules, at
-    the state of PEFT adapters (active, disabled, merged, their scaling), and at autocast; not at the numbers in
-    tensors. So a change in place that PyTorch does not count (through `parameter.data`, or of parameters made in
-    inference mode) is not noticed.
+    It looks at the identity of every module, at identity, address, version and dtype of every parameter and buffer, at
+    numbers that are attributes of modules (`scaling`, epsilons, ...), at forward hooks and replaced `forward` methods
+    of its modules, at the state of PEFT adapters (active, disabled, merged, their scaling), and at autocast; not at the
+    numbers in tensors. So a change in place that PyTorch does not count (through `parameter.data`, or of parameters
+    made in inference mode) is not noticed.
     """
     seen: list[object] = [torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")]
     if any(seen):
@@ -35,6 +35,7 @@ def fingerprint(model: nn.Module) -> int:
     while stack:  # `model.modules()` takes three times as long
         module = stack.pop()
         state = module.__dict__
+        seen.append(id(module))
         for tensor in state["_parameters"].values():
             if tensor is not None:
                 seen.append((id(tensor), _address(tensor), times_written(tensor), tensor.dtype))

@@ -17,7 +17,6 @@ from saffron.models.chat import Conversation, Prompt
 from saffron.models.shared_trunk import SharedTrunk
 from saffron.models.text_model import TextModel
 from saffron.models.trie_model import TrieModel
-from saffron.models.trunk_evidence import check_together
 
 PREFIX, INFIX = "\n\nUser:", "\n\nAgent:"  # before a user's turn and before an agent's, as published
 
@@ -135,7 +134,7 @@ class MultifurcationRewardModel(HiddenModel):
         model, stored = mrm_files.load(path, base, dtype, device, options)
         mrm = cls(model, **{**stored, **options})
         if mrm.shared is not None and isinstance(base, TrieModel):
-            check_together(mrm.shared, base, mrm)
+            mrm.shared.check(base, mrm)
         return mrm
 
     @property

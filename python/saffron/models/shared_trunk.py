@@ -88,12 +88,12 @@ class SharedTrunk:
         self.head = None if head is None else _linear(head)
         layers = [layer for pair in self.factors.values() for layer in pair]
         self.own = nn.ModuleList([*layers, *([] if self.head is None else [self.head])])
-        self._state, self._tensors = 0, list[Tensor]()
+        self._state, self._checked, self._tensors = 0, 0, list[Tensor]()
         self.model, _ = self.refresh()
 
     def refresh(self) -> tuple[PreTrainedModel, int]:
         """The MRM's model, made again if the policy's has changed, and the fingerprint of its weights."""
-        state = fingerprint(self.trunk)
+        state = hash((fingerprint(self.trunk), id(self.trunk.__dict__.get("forward"))))
         if state != self._state:
             self._tensors = [*self.own.to(self.trunk.device, self.trunk.dtype).parameters()]
             self.model, self._state = self._view(), state
@@ -160,6 +160,7 @@ class SharedTrunk:
             return outputs[0]
 
         def run(*part: Any) -> Tensor:
+            self.check(policy, mrm)
             tokens, steps, keep = zip(*parts, part, strict=True)
             with evaluating(self.trunk):
                 logits, hidden = self.outputs(mrm.model, tokens, JointStep(steps), keep)
@@ -173,6 +174,47 @@ class SharedTrunk:
             return [policy_step(), outputs[1]]
         finally:
             instead.reset(outside)
+
+    def check(self, policy: TrieModel, mrm: TrieModel) -> None:
+        """Compares a pass over both models with one of each, over a few tokens, unless that was done with the policy's
+        modules as they are now.
+
+        Raises:
+            UnsupportedModelError: layers with LoRA factors that do not run, logits that are more than the unembedding
+                of the last hidden state, rows that depend on each other.
+        """
+        if self._checked == self._state:
+            return
+        before, self._checked = self._checked, self._state
+        outside = instead.set(None)
+        try:
+            self._compare(policy, mrm)
+        except BaseException:
+            self._checked = before
+            raise
+        finally:
+            instead.reset(outside)
+
+    @torch.inference_mode()
+    def _compare(self, policy: TrieModel, mrm: TrieModel) -> None:
+        ran = set[nn.Module]()
+        one, other = (lambda model=model: model.run_alone([[0, 1, 2]]) for model in (policy, mrm))
+        alone = [one(), other()]
+        hooks = [down.register_forward_hook(lambda layer, *_: ran.add(layer)) for down, _ in self.factors.values()]
+        try:
+            both = self.together(policy, mrm, one, other)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if idle := [name for name, (down, _) in self.factors.items() if down not in ran]:
+            raise UnsupportedModelError(f"{idle[0]}: has LoRA factors and does not run; {MERGED}")
+        for found, expected in zip(both, alone, strict=True):
+            tolerance = expected.abs().max() * (1e-4 if expected.dtype.itemsize > 2 else 0.05)
+            if not bool((found - expected).abs().max() <= tolerance):
+                raise UnsupportedModelError(
+                    f"{self.trunk.config.model_type} model: in one pass the rows of policy and MRM have other outputs "
+                    f"than in one each; {MERGED}"
+                )
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""What shows, when an MRM is loaded on a policy, that it may share its modules: weights, and what both compute."""
+"""The weights of a whole MRM, compared with those of the policy whose modules it is to share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from saffron.errors import CheckpointError, UnsupportedModelError, outside
+from saffron.errors import CheckpointError, outside
 from saffron.models.loading import quiet
-from saffron.models.shared_trunk import MERGED, SharedTrunk, name_of
-from saffron.models.trie_model import TrieModel
+from saffron.models.shared_trunk import name_of
 
 _OF_NO_WEIGHT = ("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
 
@@ -55,31 +54,3 @@ def _same(weight: Tensor, ours: Tensor) -> bool:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _OF_NO_WEIGHT}
-
-
-@torch.inference_mode()
-def check_together(shared: SharedTrunk, policy: TrieModel, mrm: TrieModel) -> None:
-    """Compares a pass over both models with one of each, over a few tokens.
-
-    Raises:
-        UnsupportedModelError: layers with LoRA factors that do not run, logits that are more than the unembedding of
-            the last hidden state, rows that depend on each other.
-    """
-    ran = set[nn.Module]()
-    one, other = (lambda model=model: model.run_alone([[0, 1, 2]]) for model in (policy, mrm))
-    alone = [one(), other()]
-    hooks = [down.register_forward_hook(lambda layer, *_: ran.add(layer)) for down, _ in shared.factors.values()]
-    try:
-        both = shared.together(policy, mrm, one, other)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if idle := [name for name, (down, _) in shared.factors.items() if down not in ran]:
-        raise UnsupportedModelError(f"{idle[0]}: has LoRA factors and does not run; {MERGED}")
-    for found, expected in zip(both, alone, strict=True):
-        tolerance = expected.abs().max() * (1e-4 if expected.dtype.itemsize > 2 else 0.05)
-        if bool((found - expected).abs().max() > tolerance):
-            raise UnsupportedModelError(
-                f"{shared.trunk.config.model_type} model: in one pass the rows of policy and MRM have other outputs "
-                f"than in one each; {MERGED}"
-            )
