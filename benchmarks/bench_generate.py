@@ -32,7 +32,7 @@ FULL = os.environ.get("SAFFRON_BENCH_GRID") == "full" or DEVICE.type == "cuda"
 GRID = (
     [(beams, prompt) for beams in (1, 4, 16, 32, 64) for prompt in (128, 512, 2048, 4096)]
     if FULL
-    else [(1, 2048), (8, 2048), (32, 128), (32, 2048), (64, 512)]
+    else [(32, 128), (8, 2048), (1, 2048), (64, 512), (32, 2048)]
 )
 TOKENS = 4
 VOCAB = 16000

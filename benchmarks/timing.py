@@ -12,6 +12,7 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_ROUNDS = 200
+PRODUCT_SECONDS = 0.1  # a matrix product on a CPU that takes longer says enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,22 @@ def synchronize() -> None:
 def time_in_turn(calls: Mapping[str, Callable[[], object]], seconds: float, warm: bool = False) -> dict[str, Times]:
     """Times calls in turn, so that a disturbance of the machine falls on all of them; 3 rounds at least.
 
+    On a CPU a call that takes longer than `seconds` by itself is timed once: it is not close to any other.
+
     `warm`: each call runs once before it is timed, and the cache of a GPU is left as that call left it.
     """
-    one_round = functools.partial(_round_on_gpu, warm=warm) if DEVICE.type == "cuda" else _round_on_host
-    for call in calls.values():
-        call()
+    on_gpu = DEVICE.type == "cuda"
+    one_round = functools.partial(_round_on_gpu, warm=warm) if on_gpu else _round_on_host
+    first = dict(zip(calls, _round_on_host(calls.values()), strict=True))
     synchronize()
+    slow = {name: Times([taken]) for name, taken in first.items() if not on_gpu and taken > max(seconds, 0.1)}
+    timed = {name: call for name, call in calls.items() if name not in slow}
     rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
-        rounds.append(one_round(calls.values()))
-    return {name: Times(sorted(taken)) for name, taken in zip(calls, zip(*rounds, strict=True), strict=True)}
+    while timed and (len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS)):
+        rounds.append(one_round(timed.values()))
+    found = {name: Times(sorted(taken)) for name, taken in zip(timed, zip(*rounds, strict=True), strict=False)}
+    return {name: (slow | found)[name] for name in calls}
 
 
 def _round_on_host(calls: Iterable[Callable[[], object]]) -> list[float]:
@@ -94,7 +100,9 @@ def copy_rate() -> float:
 def matmul_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product; in fp32 for dtypes of indices."""
     dtype = dtype if dtype.is_floating_point else torch.float32
-    size = 2048 if DEVICE.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    best = time_in_turn({"matmul": lambda: a @ b}, 1.0)["matmul"].seconds[0]
+    for size in (256, 512, 1024, 2048) if DEVICE.type == "cpu" else (8192,):
+        a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+        best = time_in_turn({"matmul": lambda a=a, b=b: a @ b}, 0.5)["matmul"].seconds[0]
+        if DEVICE.type == "cpu" and best > PRODUCT_SECONDS:  # without instructions for this dtype
+            break
     return 2 * size**3 / best
