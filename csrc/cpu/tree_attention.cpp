@@ -17,7 +17,7 @@ constexpr int64_t kBlockRows = 256;       // rows a task: their queries and outp
 constexpr int64_t kTasks = 64;            // enough to keep as many threads busy,
 constexpr int64_t kLeastTokens = 1024;    // but not with fewer tokens than this
 constexpr int64_t kStripBytes = 1 << 17;  // of K and V that are at work: they stay in the L2 cache
-constexpr int64_t kSmall = 1 << 20;       // multiplications below which starting threads costs more
+constexpr int64_t kSmall = 1 << 16;       // multiplications below which starting threads costs more
 constexpr int64_t kTokensAtOnce = 1 << 20;  // that the flattened blocks may hold, 12 bytes each
 
 struct Call {
