@@ -6,7 +6,7 @@ The native functions take a tensor as (address, dtype code, shape, strides); out
 native loops assume of a layout is seen to here. They check the contents of tensors and raise ValueError.
 
 The same input gives the same bits, however many threads there are. The instruction set is chosen at run time:
-`SAFFRON_CPU_ISA=generic|avx2|avx512|amx` asks for a lesser one. Head sizes up to 512.
+`SAFFRON_CPU_ISA=generic|avx2|avx512|avx512bf16|amx` asks for a lesser one. Head sizes up to 512.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def test_append_and_gather_keep_it(op, backend, device, dtype) -> None:
     assert k_copy.isnan().nonzero().tolist() == [[0, 0, 0, 3]] and v_copy.isnan().nonzero().tolist() == [[0, 1, 1, 7]]
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set(isa) -> None:
     """The tests above on the CPU, in a process that is asked for the instruction set."""
     environment = os.environ | {"SAFFRON_CPU_ISA": isa}

@@ -5,7 +5,7 @@
 // softmax needs no operation across lanes. Two columns are worked on at once.
 //
 // `Math` supplies the two matrix products and the exponentials between them: FloatMath in
-// attention_float.h, AmxMath in attention_amx.h.
+// attention_float.h, PairMath in attention_bf16.h.
 
 #include "cpu/simd/attention_memory.h"
 

@@ -21,6 +21,9 @@ namespace avx512 {
 extern const Kernels table;
 }
 #ifdef SAFFRON_HAS_AMX
+namespace avx512bf16 {
+extern const Kernels table;
+}
 namespace amx {
 extern const Kernels table;
 }
@@ -49,7 +52,7 @@ const Kernels& choose() {
   const bool any = most == nullptr || *most == '\0';
   auto allowed = [&](const char* name) {
     // In ascending order: asking for one rules out those after it.
-    for (const char* known : {"generic", "avx2", "avx512", "amx"}) {
+    for (const char* known : {"generic", "avx2", "avx512", "avx512bf16", "amx"}) {
       if (std::strcmp(known, name) == 0) return true;
       if (!any && std::strcmp(known, most) == 0) return false;
     }
@@ -60,8 +63,8 @@ const Kernels& choose() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef SAFFRON_HAS_AMX
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && allowed("amx") && amx_usable()) {
-    return amx::table;
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512bf16")) {
+    return allowed("amx") && amx_usable() ? amx::table : avx512bf16::table;
   }
 #endif
   if (has_avx512 && allowed("avx512")) return avx512::table;

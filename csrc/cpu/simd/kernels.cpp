@@ -9,8 +9,8 @@
 #include "cpu/simd/attention_float.h"
 #include "cpu/simd/attention_strips.h"
 #include "cpu/simd/rows.h"
-#ifdef __AMX_BF16__
-#include "cpu/simd/attention_amx.h"
+#ifdef __AVX512BF16__
+#include "cpu/simd/attention_bf16.h"
 #endif
 
 namespace saffron::cpu::SAFFRON_ISA {
@@ -20,8 +20,8 @@ namespace {
 template <class F>
 inline auto with_math(DType dtype, int64_t head_dim, int64_t v_dim, F&& f) {
   [[maybe_unused]] const int64_t size = head_dim > v_dim ? head_dim : v_dim;
-#ifdef __AMX_BF16__
-  if (dtype == DType::kBFloat16) return f(static_cast<AmxMath*>(nullptr));
+#ifdef __AVX512BF16__
+  if (dtype == DType::kBFloat16) return f(static_cast<PairMath*>(nullptr));
 #else
   if (dtype == DType::kBFloat16) {
     if (size <= 64) return f(static_cast<FloatMath<uint16_t, 64>*>(nullptr));

@@ -1,9 +1,10 @@
 #pragma once
 
-// The two products of attention on the matrix unit (AMX): bf16 tiles of 16 rows x 32 columns, fp32
-// sums. The right-hand side of a product (queries, weights) holds pairs of consecutive k in one
-// dword. All operands are stored tile by tile, 1 KiB each, in the order of their use. K enters as
-// it is; V has to be transposed, once per tile of tokens and head.
+// The two products of attention in bf16 with fp32 sums, by tiles of 16 rows x 32 columns: on the
+// matrix unit (AMX), or with the dot products of pairs that AVX512_BF16 has. The right-hand side of
+// a product (queries, weights) holds pairs of consecutive k in one dword. All operands are stored
+// tile by tile, 1 KiB each, in the order of their use. K enters as it is; V has to be transposed,
+// once per tile of tokens and head.
 
 #include <immintrin.h>
 
@@ -13,9 +14,19 @@
 
 namespace saffron::cpu::SAFFRON_ISA {
 
-static_assert(kLanes == 16, "an AMX tile has 16 rows, and so has a vector");
+static_assert(kLanes == 16, "a tile has 16 rows, and so has a vector");
 
 constexpr int64_t kHalves = 512;  // bf16 numbers in a tile; half as many dwords
+
+/// Left-hand side of a product: where its tiles lie. All strides in bytes.
+struct Left {
+  const char* data;
+  int64_t row, step, down;  // from row to row of a tile, to the next tile of k, to the next 16 rows
+
+  const char* tile(int64_t i, int64_t k) const { return data + i * down + k * step; }
+};
+
+#ifdef __AMX_BF16__
 
 /// All eight tile registers with 16 rows of 64 bytes, as long as this lives.
 struct TileRegisters {
@@ -32,18 +43,11 @@ struct TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-/// Left-hand side of a product: where its tiles lie. All strides in bytes.
-struct Left {
-  const char* data;
-  int64_t row, step, down;  // from row to row of a tile, to the next tile of k, to the next 16 rows
-
-  const char* tile(int64_t i, int64_t k) const { return data + i * down + k * step; }
-};
-
 /// C (+)= A * B for the 32 rows of A from tile `i` on and one or two columns (`kWide`) of B, over
-/// `steps` tiles; from one column to the next it is `b_stride` dwords and `c_stride` floats.
+/// `steps` tiles; from one column to the next it is `b_stride` dwords and `c_stride` floats. The
+/// first `rows` of them are needed.
 template <int kWide, bool kAccumulate>
-inline void multiply_tiles(int64_t steps, const Left& a, int64_t i, const uint32_t* b,
+inline void multiply_tiles(int64_t, int64_t steps, const Left& a, int64_t i, const uint32_t* b,
                            int64_t b_stride, float* c, int64_t c_stride, Prefetch& ahead,
                            int64_t lines) {
   constexpr int64_t row = 64, tile = kHalves / 2;
@@ -76,6 +80,60 @@ inline void multiply_tiles(int64_t steps, const Left& a, int64_t i, const uint32
   if constexpr (kWide == 2) _tile_stored(1, c + c_stride, row);
   if constexpr (kWide == 2) _tile_stored(3, c + c_stride + tile, row);
 }
+
+#else
+
+struct TileRegisters {};
+
+/// Rows `first` and after of the product below; with `kRows * kWide` sums in registers, none waits
+/// for the one before it.
+template <int kRows, int kWide, bool kAccumulate>
+__attribute__((noinline)) void multiply_rows(int64_t steps, const Left& a, int64_t first,
+                                             const uint32_t* b, int64_t b_stride, float* c,
+                                             int64_t c_stride, Prefetch& ahead, int64_t lines) {
+  constexpr int64_t row = 64, tile = kHalves / 2;
+  __m512 sum[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kWide; ++j) {
+      sum[r][j] =
+          kAccumulate ? _mm512_loadu_ps(c + j * c_stride + r * kLanes) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    ahead.next(lines);
+    const char* left = a.tile(first / 16, k) + first % 16 * row;
+    for (int pair = 0; pair < 16; ++pair, left += 4) {
+      __m512bh right[kWide];
+      for (int j = 0; j < kWide; ++j) {
+        right[j] = (__m512bh)_mm512_loadu_si512(b + j * b_stride + k * tile + pair * kLanes);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        int32_t both;
+        std::memcpy(&both, left + r * row, sizeof both);
+        for (int j = 0; j < kWide; ++j) {
+          sum[r][j] = _mm512_dpbf16_ps(sum[r][j], right[j], (__m512bh)_mm512_set1_epi32(both));
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kWide; ++j) _mm512_storeu_ps(c + j * c_stride + r * kLanes, sum[r][j]);
+  }
+}
+
+/// C (+)= A * B for 32 rows of A, as above.
+template <int kWide, bool kAccumulate>
+inline void multiply_tiles(int64_t rows, int64_t steps, const Left& a, int64_t i, const uint32_t* b,
+                           int64_t b_stride, float* c, int64_t c_stride, Prefetch& ahead,
+                           int64_t lines) {
+  constexpr int kRows = 16 / kWide;
+  for (int64_t r = 0; r < 32 && r < rows; r += kRows) {
+    multiply_rows<kRows, kWide, kAccumulate>(steps, a, 16 * i + r, b, b_stride, c + r * kLanes,
+                                             c_stride, ahead, r == 0 ? lines : 0);
+  }
+}
+
+#endif
 
 /// out[i] holds dword i of each of 16 rows of 32 halves; from row to row it is `stride` halves.
 inline void transpose_dwords(const uint16_t* rows, int64_t stride, __m512i (&out)[16]) {
@@ -114,8 +172,8 @@ inline Vec exp2_short(Vec x) {
   return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)y, (__m512)x);  // y * 2^floor(x)
 }
 
-struct AmxMath {
-  const TileRegisters registers;
+struct PairMath {
+  const TileRegisters registers{};
   using Storage = uint16_t;
   static constexpr int64_t kTileTokens = 128;
   static constexpr int64_t kPadding = 32;  // tokens of a tile of V
@@ -129,7 +187,7 @@ struct AmxMath {
   Left keys{};
   int64_t lines_per_step = 0;
 
-  AmxMath(ScratchAllocator& allocator, int64_t columns, int64_t head_dim, int64_t v_dim)
+  PairMath(ScratchAllocator& allocator, int64_t columns, int64_t head_dim, int64_t v_dim)
       : head_dim(head_dim),
         v_dim(v_dim),
         size(round_up(head_dim, 32)),
@@ -163,13 +221,19 @@ struct AmxMath {
     }
   }
 
-  /// K is copied to stay near by, unless it is needed once only and lies in even steps.
+  /// K is copied to stay near by, unless the matrix unit needs it once only and it lies in even
+  /// steps.
   void load_tile(const AttentionTask& task, const Tile& tile, int64_t head, bool several) {
     const int32_t* slot = task.slot + tile.first;
     const int64_t steps = ceil_div(tile.count, 32);
     const char* k_rows = task.k + head * task.k_head_stride;
     const char* v_rows = task.v + head * task.v_head_stride;
+#ifdef __AMX_BF16__
     const bool direct = !several && size == head_dim && consecutive(slot, tile.count);
+#else
+    constexpr bool direct = false;
+    (void)several;
+#endif
     keys = {reinterpret_cast<const char*>(k), 64, 2 * kHalves, 2 * kHalves * (size / 32)};
     if (direct) keys = {k_rows + slot[0] * task.k_stride, task.k_stride, 64, 16 * task.k_stride};
     for (int64_t t = 0; t < 32 * steps; t += 32) {
@@ -189,8 +253,8 @@ struct AmxMath {
   }
 
   void score(int64_t column, int wide, int64_t count, Prefetch& ahead) {
-    multiply_all<false>(ceil_div(count, 32), size / 32, keys, q + column * size / 2 * kLanes,
-                        size / 2 * kLanes, wide, scores, kTileTokens * kLanes, ahead);
+    multiply_all<false>(count, size / 32, keys, q + column * size / 2 * kLanes, size / 2 * kLanes,
+                        wide, scores, kTileTokens * kLanes, ahead);
   }
 
   /// Spreads the lines of the next tile over the steps of the products.
@@ -230,7 +294,7 @@ struct AmxMath {
     const int64_t steps = ceil_div(count, 32);
     const Left values{reinterpret_cast<const char*>(v), 64, 2 * kHalves, 2 * kHalves * steps};
     const auto run = [&](auto add) {
-      multiply_all<add>(v_size / 32, steps, values, weights, kTileTokens / 2 * kLanes, wide, to,
+      multiply_all<add>(v_dim, steps, values, weights, kTileTokens / 2 * kLanes, wide, to,
                         column_size(v_dim), ahead);
     };
     fresh ? run(std::false_type{}) : run(std::true_type{});
@@ -275,14 +339,14 @@ struct AmxMath {
   }
 
   template <bool kAccumulate>
-  void multiply_all(int64_t blocks, int64_t steps, const Left& a, const uint32_t* b,
-                    int64_t b_stride, int wide, float* c, int64_t c_stride, Prefetch& ahead) {
-    for (int64_t i = 0; i < blocks; ++i, c += 32 * kLanes) {
+  void multiply_all(int64_t rows, int64_t steps, const Left& a, const uint32_t* b, int64_t b_stride,
+                    int wide, float* c, int64_t c_stride, Prefetch& ahead) {
+    for (int64_t i = 0; rows > 0; i += 2, rows -= 32, c += 32 * kLanes) {
       if (wide == 2) {
-        multiply_tiles<2, kAccumulate>(steps, a, 2 * i, b, b_stride, c, c_stride, ahead,
+        multiply_tiles<2, kAccumulate>(rows, steps, a, i, b, b_stride, c, c_stride, ahead,
                                        lines_per_step);
       } else {
-        multiply_tiles<1, kAccumulate>(steps, a, 2 * i, b, b_stride, c, c_stride, ahead,
+        multiply_tiles<1, kAccumulate>(rows, steps, a, i, b, b_stride, c, c_stride, ahead,
                                        lines_per_step);
       }
     }
