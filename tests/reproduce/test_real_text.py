@@ -19,7 +19,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("vaderSentiment")
 pytest.importorskip("textblob")
 
-from reproduce.real_text import comparisons, sweep
+from reproduce.real_text import comparisons, siblings, sweep
 from reproduce.real_text.__main__ import main, tiny_policy
 from reproduce.real_text.answers import answered, main_tasks, similarity, sweep_tasks
 from reproduce.real_text.judges import judged, vader
@@ -41,6 +41,35 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         main(["--quick", "--policy", str(policy), "--output", str(folder / "out"), "--docs", str(folder / "docs")]) == 0
     )
     return policy, folder / "out"
+
+
+def test_siblings(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    policy, out = made
+    options = ["--policy", str(policy), "--scale", "quick", "--output"]
+    assert siblings.main([*options, str(out)]) == 0
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == len(siblings.SETTINGS) and all(row.count("|") == header.count("|") for row in rows)
+    written = [json.loads(line) for line in (out / "siblings.jsonl").read_text().splitlines()]
+    assert len(written) == len(siblings.SETTINGS) * QUICK.test
+    with pytest.raises(SystemExit):
+        siblings.main([*options, str(out / "nowhere")])
+
+
+def test_beams_are_spread() -> None:
+    """Two searches of 5 places: one parent has the best children of the first, and the only ones of the second."""
+    groups = torch.tensor([0] * 6 + [1] * 6)
+    parent = torch.tensor([0, 0, 0, 0, 1, 1, *[2] * 6])
+    score = torch.tensor([9.0, 8, 7, 6, 1, 0, 5, 4, 3, 2, 1, 0])
+    tie, widths = torch.zeros(12), torch.tensor([5, 5])
+
+    def chosen(quota: int) -> list[list[int]]:
+        with siblings.spread(quota, 0.0) as parents:
+            index, used = siblings.selection.best(groups, score, tie, parent, widths, 5)
+        assert parents == [2, 1] and bool(used.all())
+        return index.view(2, 5).sort(1).values.tolist()
+
+    assert chosen(4) == [[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]]
+    assert chosen(1) == [[0, 1, 2, 4, 5], [6, 7, 8, 9, 10]]  # 3 of each of two parents fill 5 places
 
 
 def test_parts_share_nothing() -> None:
