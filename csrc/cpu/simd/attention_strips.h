@@ -19,15 +19,8 @@ inline int64_t strip_partial_size(int64_t rows, int64_t v_dim) {
 }
 
 /// Rows that a strip may have at most, or 0 if these sizes do not come in whole vectors.
-inline int64_t strip_rows(DType dtype, int64_t head_dim, int64_t v_dim) {
+inline int64_t strip_rows(DType, int64_t head_dim, int64_t v_dim) {
   if (head_dim % (2 * kLanes) != 0 || v_dim % (2 * kLanes) != 0 || head_dim == 0) return 0;
-  // Beyond, products of pairs take less time.
-#if defined(__AMX_BF16__)
-  if (dtype == DType::kBFloat16) return 4;
-#elif defined(__AVX512BF16__)
-  if (dtype == DType::kBFloat16) return 8;
-#endif
-  (void)dtype;
   return kLanes;
 }
 

@@ -22,10 +22,10 @@ extern const Kernels table;
 }
 #ifdef SAFFRON_HAS_AMX
 namespace avx512bf16 {
-extern const Kernels table;
+Kernels over(const Kernels& avx512, const char* name);
 }
 namespace amx {
-extern const Kernels table;
+Kernels over(const Kernels& avx512, const char* name);
 }
 #endif
 #endif
@@ -46,7 +46,7 @@ bool amx_usable() {
 bool amx_usable() { return false; }
 #endif
 
-const Kernels& choose() {
+Kernels choose() {
 #ifdef SAFFRON_X86
   const char* most = std::getenv("SAFFRON_CPU_ISA");
   const bool any = most == nullptr || *most == '\0';
@@ -64,7 +64,8 @@ const Kernels& choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef SAFFRON_HAS_AMX
   if (has_avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512bf16")) {
-    return allowed("amx") && amx_usable() ? amx::table : avx512bf16::table;
+    return allowed("amx") && amx_usable() ? amx::over(avx512::table, "amx")
+                                          : avx512bf16::over(avx512::table, "avx512bf16");
   }
 #endif
   if (has_avx512 && allowed("avx512")) return avx512::table;
@@ -76,7 +77,7 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels chosen = choose();
   return chosen;
 }
 

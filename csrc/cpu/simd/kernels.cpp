@@ -9,9 +9,6 @@
 #include "cpu/simd/attention_float.h"
 #include "cpu/simd/attention_strips.h"
 #include "cpu/simd/rows.h"
-#ifdef __AVX512BF16__
-#include "cpu/simd/attention_bf16.h"
-#endif
 
 namespace saffron::cpu::SAFFRON_ISA {
 namespace {
@@ -19,16 +16,12 @@ namespace {
 /// Calls f with a null pointer to the Math for a dtype and the sizes of rows of K and V.
 template <class F>
 inline auto with_math(DType dtype, int64_t head_dim, int64_t v_dim, F&& f) {
-  [[maybe_unused]] const int64_t size = head_dim > v_dim ? head_dim : v_dim;
-#ifdef __AVX512BF16__
-  if (dtype == DType::kBFloat16) return f(static_cast<PairMath*>(nullptr));
-#else
+  const int64_t size = head_dim > v_dim ? head_dim : v_dim;
   if (dtype == DType::kBFloat16) {
     if (size <= 64) return f(static_cast<FloatMath<uint16_t, 64>*>(nullptr));
     if (size <= 128) return f(static_cast<FloatMath<uint16_t, 128>*>(nullptr));
     return f(static_cast<FloatMath<uint16_t, kMaxHeadDim>*>(nullptr));
   }
-#endif
   if (size <= 64) return f(static_cast<FloatMath<float, 64>*>(nullptr));
   if (size <= 128) return f(static_cast<FloatMath<float, 128>*>(nullptr));
   return f(static_cast<FloatMath<float, kMaxHeadDim>*>(nullptr));
