@@ -89,6 +89,8 @@ def test_registering_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("0.32.0", None, "0.32.0; attention of causal decoders on CPUs in fp32, bf16, fp16 (off, SAFFRON_VLLM=1"),
         ("0.32.1", "1", "0.32.1; attention of causal decoders on CPUs in fp32, bf16, fp16 (on, SAFFRON_VLLM=1)"),
+        ("0.32.1", "", "0.32.1; attention of causal decoders on CPUs in fp32, bf16, fp16 (off, SAFFRON_VLLM=1"),
+        ("0.32.1", "yes", "0.32.1, does not start: SAFFRON_VLLM: got 'yes', expected 0, 1 or force"),
         ("0.33.0", None, "0.33.0, not served: vLLM 0.33.0 is not one of the versions that were tested (0.32)"),
         (None, None, "not installed"),
     ],

@@ -129,6 +129,10 @@ def test_what_is_not_allowed_is_refused_at_admission(llm: Any, prompts: list[lis
         ({"saffron_beta": 1.0, "saffron_top_p": 0.0}, "saffron_top_p: got 0.0"),
         ({"saffron_beta": 1.0, "saffron_mrm_prompt": ""}, "saffron_mrm_prompt: got ''"),
         ({"saffron_beta": 1.0, "saffron_mrm_prompt": [1.5]}, "saffron_mrm_prompt: got"),
+        (
+            {"saffron_beta": 1.0, "saffron_mrm_prompt": "a\ud800"},
+            "saffron_mrm_prompt: character 1 is half of a surrogate",
+        ),
         ({"saffron_top_p": 0.5}, "saffron_beta: got nothing"),
         ({"saffron_betta": 1.0}, "extra_args: got 'saffron_betta', expected saffron_beta"),
     ):

@@ -248,10 +248,12 @@ def test_what_vllm_says_becomes_our_errors(policy: Any, models: Models, tmp_path
         start(beam_count=4)
     with pytest.raises(ConfigError, match="device: got cuda"):
         start(device="cuda")
-    with pytest.raises(CheckpointError, match="vLLM cannot run it"):
+    with pytest.raises(ConfigError, match="vLLM cannot run it .*max_model_len"):
         start(max_model_len=100_000)
-    with pytest.raises(CheckpointError, match="block_size: got 0, .*greater than 0"):
+    with pytest.raises(ConfigError, match="block_size: got 0, .*greater than 0"):
         start(block_size=0)
+    with pytest.raises(ConfigError, match="kv_cache_dtype=fp8 is not served"):
+        start(kv_cache_dtype="fp8")
     with pytest.raises(ConfigError, match="prefix caching is off"):
         start(enable_prefix_caching=False)
     with pytest.raises(ConfigError, match="raw_logits"):

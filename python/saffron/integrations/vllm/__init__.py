@@ -48,9 +48,20 @@ def describe() -> str:
     reason = why_not(version)
     if reason is not None:
         return f"{version}, not served: {reason}"
-    asked = os.environ.get("SAFFRON_VLLM", "0")
+    try:
+        asked = _asked()
+    except ValueError as error:
+        return f"{version}, does not start: {error}"
     use = "off, SAFFRON_VLLM=1 switches it on" if asked == "0" else f"on, SAFFRON_VLLM={asked}"
     return f"{version}; attention of causal decoders on CPUs in fp32, bf16, fp16 ({use}); no GPU"
+
+
+def _asked() -> str:
+    """The value of `SAFFRON_VLLM`; empty is unset."""
+    asked = os.environ.get("SAFFRON_VLLM") or "0"
+    if asked not in ("0", "1", "force"):
+        raise ValueError(f"SAFFRON_VLLM: got {asked!r}, expected 0, 1 or force")
+    return asked
 
 
 def register() -> None:
@@ -64,9 +75,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    asked = os.environ.get("SAFFRON_VLLM", "0")
-    if asked not in ("0", "1", "force"):
-        raise ValueError(f"SAFFRON_VLLM: got {asked!r}, expected 0, 1 or force")
+    asked = _asked()
     reason = why_not(vllm.__version__)
     if reason is not None:
         if asked == "1":

@@ -173,7 +173,7 @@ class SaffronAttention(AttentionImpl[SaffronMetadata]):
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             "attention sinks": sinks is not None,
-            f"a KV cache of dtype {kv_cache_dtype}": kv_cache_dtype != "auto",
+            f"kv_cache_dtype={kv_cache_dtype}": kv_cache_dtype != "auto",
         }
         for what, asked in refused.items():
             if asked:

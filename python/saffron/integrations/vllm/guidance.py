@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState
 
@@ -17,11 +17,13 @@ from saffron.integrations.guidance import Guide, check_guidance
 from saffron.integrations.mrm_prompt import mrm_contexts
 from saffron.integrations.vllm.processor import RequestProcessor, Wanted
 from saffron.models.bundled import FOLDER
+from saffron.models.chat import check_text
 from saffron.models.loading import load_tokenizer
 from saffron.models.reward_models import MultifurcationRewardModel
 
 BETA, TOP_P, PROMPT = "saffron_beta", "saffron_top_p", "saffron_mrm_prompt"
 MRM = "SAFFRON_VLLM_MRM"
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 
 class Wish(NamedTuple):
@@ -78,6 +80,8 @@ class MrmGuidance(RequestProcessor[Wish]):
         if wish is None:
             return
         prompt = wish.prompt
+        if isinstance(prompt, str):
+            check_text(PROMPT, prompt)
         ids = isinstance(prompt, list) and all(type(one) is int and one >= 0 for one in prompt)
         if prompt is not None and not ((isinstance(prompt, str) or ids) and prompt):
             raise ConfigError(f"{PROMPT}: got {shown(prompt)}, expected a text or token ids")
@@ -114,6 +118,7 @@ class MrmGuidance(RequestProcessor[Wish]):
     def _context(self, prompt: tuple[int, ...], given: str | list[int] | None) -> tuple[int, ...] | None:
         """What the MRM reads before the response, None if it cannot; kept, as each step asks again."""
         key = prompt, tuple(given) if isinstance(given, list) else given
+        most = self.guide.mrm.context
         if key not in self._contexts:
             if len(self._contexts) > 1024:
                 self._contexts.clear()
@@ -121,8 +126,12 @@ class MrmGuidance(RequestProcessor[Wish]):
                 shown_to_it: Any = None if given is None else [given]
                 (self._contexts[key],) = mrm_contexts(self.guide.mrm, [prompt], shown_to_it)
             except SaffronError as error:  # an error here would end the engine
-                logging.getLogger(__name__).error("a request cannot be guided, and is ended: %s", error)
+                logger.error("a request cannot be guided, and is ended: %s", error)
                 self._contexts[key] = None
+            if most is not None and len(self._contexts[key] or ()) > most:
+                logger.error(
+                    "a request cannot be guided, and is ended: its prompt is longer than the MRM reads (%d)", most
+                )
         return self._contexts[key]
 
 

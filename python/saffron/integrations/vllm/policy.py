@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -149,7 +150,7 @@ class VllmPolicy(Policy):
 
         Raises:
             CheckpointError: vLLM cannot load or run it. CapacityError: its K/V cache does not hold the context.
-            ConfigError: options that `EngineArgs` does not have, or another device.
+            ConfigError: options that `EngineArgs` does not have or that vLLM's error names, or another device.
         """
         place = check_place(path, "config.json")
         own = current_platform.device_type
@@ -167,7 +168,9 @@ class VllmPolicy(Policy):
         except SaffronError:
             raise
         except Exception as error:  # of many types, from many places
-            kind = CapacityError if "KV cache" in str(error) else CheckpointError
+            given = {**options, **({} if dtype is None else {"dtype": dtype})}
+            named = any(re.search(rf"\b{name}\b", str(error)) for name in given)
+            kind = CapacityError if "KV cache" in str(error) else ConfigError if named else CheckpointError
             raise kind(f"{path}: vLLM cannot run it ({_said(error)})") from error
         return cls(engine, chat_template_kwargs=chat_template_kwargs, split_special_tokens=split_special_tokens)
 
