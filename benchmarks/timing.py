@@ -98,8 +98,18 @@ def copy_rate() -> float:
 
 @functools.cache
 def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product; in fp32 for dtypes of indices."""
-    dtype = dtype if dtype.is_floating_point else torch.float32
+    """Floating-point operations a second of a large matrix product; in fp32 for dtypes of indices.
+
+    On a CPU at least that of fp32: numbers that it cannot multiply as they are can be widened.
+    """
+    if DEVICE.type != "cpu" or not dtype.is_floating_point:
+        return product_rate(dtype if dtype.is_floating_point else torch.float32)
+    return max(product_rate(dtype), product_rate(torch.float32))
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype) -> float:
+    """Of a product in this dtype as PyTorch computes it, which may be by emulation."""
     for size in (256, 512, 1024, 2048) if DEVICE.type == "cpu" else (8192,):
         a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
         best = time_in_turn({"matmul": lambda a=a, b=b: a @ b}, 0.5)["matmul"].seconds[0]

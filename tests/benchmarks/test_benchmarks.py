@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import time
 from pathlib import Path
 
 import compare
@@ -97,6 +98,24 @@ def test_contenders_take_turns() -> None:
     order: list[str] = []
     times = timing.time_in_turn({name: lambda name=name: order.append(name) for name in "ab"}, 0.0)
     assert order == ["a", "b"] * 4 and [len(t.seconds) for t in times.values()] == [3, 3]
+
+
+def test_a_slow_contender_is_timed_once() -> None:
+    order: list[str] = []
+    calls = {"fast": lambda: order.append("fast"), "slow": lambda: order.append("slow") or time.sleep(0.12)}
+    times = timing.time_in_turn(calls, 0.0)
+    assert order == ["fast", "slow", "fast", "fast", "fast"]
+    assert [*times] == [*calls] and [len(t.seconds) for t in times.values()] == [3, 1]
+
+
+def test_the_rate_of_a_dtype_that_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.float32: 100.0, torch.bfloat16: 2.0, torch.float16: 300.0}
+    monkeypatch.setattr(timing, "product_rate", rates.__getitem__)
+    monkeypatch.setattr(timing, "DEVICE", torch.device("cpu"))
+    timing.matmul_rate.cache_clear()
+    found = [timing.matmul_rate(dtype) for dtype in (torch.int32, torch.float32, torch.bfloat16, torch.float16)]
+    timing.matmul_rate.cache_clear()
+    assert found == [100.0, 100.0, 100.0, 300.0]
 
 
 def test_ratios_of_two_commits() -> None:
