@@ -35,6 +35,8 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots
     row.stride[0] = slots.stride[1];
     check_index("slots", row, k_cache.shape[0], -1);
   }
+  constexpr int64_t small = 1 << 15;  // numbers below which starting threads costs more
+  if (sequences * heads * length * (k_cache.shape[2] + v_cache.shape[2]) < small) threads = 1;
   parallel_for(sequences * heads, threads, [&](int64_t task, int) {
     const int64_t s = task / heads, head = task % heads;
     const auto* slot = reinterpret_cast<const int32_t*>(slots.at(s));
