@@ -26,6 +26,7 @@ from reproduce.real_text.scales import SCALES
 from reproduce.real_text.sweep import CALIBRATED
 from reproduce.real_text.training import safe_levels
 from saffron.evaluation.metrics import bootstrap
+from saffron.models.mrm_files import is_on
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.search import selection
 from saffron.storage.results import Record
@@ -83,13 +84,17 @@ def main(arguments: list[str] | None = None) -> int:
     scale, mrm = SCALES[options.scale], options.output / "mrm"
     if not mrm.is_dir():
         parser.error(f"--output: {options.output} holds no MRM; run python -m reproduce.real_text first")
+    if not is_on(mrm, options.policy):
+        parser.error(f"--policy: {options.policy} is not what {mrm} was trained on")
+    if (file := options.output / "siblings.jsonl").exists():
+        parser.error(f"{file}: is there already")
     level = safe_levels(MultifurcationRewardModel.from_pretrained(mrm, device="cpu"), options.output, [CALIBRATED])
     answers, given = Answers(options.policy, mrm, scale.tokens), cases("test", scale.test)
     method = f"saffron:width=8,reward_cap={level[CALIBRATED]}"
     columns = "negative by the judge", "fewer", "log-probability per token", "more", "loops"
     print(f"{method}\n| {' | '.join(('quota', 'penalty', 'parents', *columns))} |\n{'|---' * 8}|", flush=True)
     plain: list[Record] = []
-    with (options.output / "siblings.jsonl").open("w", encoding="utf-8") as file:
+    with file.open("x", encoding="utf-8") as out:
         for quota, penalty in SETTINGS:
             with spread(quota, penalty) as parents:
                 found = [
@@ -98,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
                     for record in answers(Task(method, tuple(given[first : first + scale.batch])))
                 ]
             plain = plain or found
-            file.writelines(json.dumps({"quota": quota, "penalty": penalty, **one}) + "\n" for one in found)
+            out.writelines(json.dumps({"quota": quota, "penalty": penalty, **one}) + "\n" for one in found)
             cells = (
                 f"{quota}", f"{penalty}", f"{sum(parents) / len(parents):.1f}",
                 share(found, negative), paired(plain, found, negative),

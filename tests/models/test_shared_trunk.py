@@ -287,16 +287,51 @@ def test_a_policy_that_changes_after_loading_is_compared_again(change: str, tmp_
         model.forward = doubled
     else:
         model.register_forward_hook(lambda module, _, output: setattr(output, "logits", output.logits * 2))
-    said = {
-        "forward": "LlamaForCausalLM of the policy has a forward method",
-        "hook": "in one pass the rows of policy and",
-    }
+    said = "the policy: has a forward hook, or a forward method that was replaced"
     for _ in range(2):
-        with pytest.raises(UnsupportedModelError, match=said[change]):
+        with pytest.raises(UnsupportedModelError, match=said):
             search.search([request])
     if change == "forward":
         del model.forward
         assert search.search([request])[0].score == before
+
+
+def test_changes_that_it_cannot_follow_are_refused_by_name(tmp_path: Path) -> None:
+    base, made = write(tmp_path)
+
+    def refused(change: Any, said: str, **options: Any) -> None:
+        policy = policy_of(base, **options)
+        mrm = MultifurcationRewardModel.from_pretrained(made, base=policy, **options)
+        change(policy.model)
+        with pytest.raises(UnsupportedModelError, match=said):
+            mrm.logits(SEQUENCES)
+
+    def conditional(module: Any, arguments: Any, output: Any) -> None:
+        pass  # whatever it does to texts other than those that are compared
+
+    def of_q(model: Any) -> Any:
+        return model.model.layers[0].self_attn.q_proj
+
+    def wrap(model: Any) -> None:
+        model.model.layers[0].self_attn = nn.Sequential(model.model.layers[0].self_attn)
+
+    refused(lambda model: model.register_forward_hook(conditional), "the policy: has a forward hook")
+    refused(lambda model: of_q(model).register_forward_hook(conditional), "self_attn.q_proj: has a forward hook")
+    refused(lambda model: setattr(of_q(model), "forward", of_q(model).forward), "forward method that was replaced")
+    refused(lambda model: model.resize_token_embeddings(model.config.vocab_size + 8), "the policy's vocabulary has")
+    refused(wrap, "the policy has other modules than its checkpoint")
+    refused(wrap, "the policy has other modules than its checkpoint", share_prefixes=False)
+
+
+def test_without_a_cache_changes_are_noticed_too(tmp_path: Path) -> None:
+    base, made = write(tmp_path)
+    policy = policy_of(base, share_prefixes=False)
+    mrm = MultifurcationRewardModel.from_pretrained(made, base=policy, share_prefixes=False)
+    before = mrm.logits(SEQUENCES)
+    policy.model.model.norm = nn.Identity()
+    merged = MultifurcationRewardModel.from_pretrained(made, base=copy.deepcopy(policy.model)).logits(SEQUENCES)
+    assert not torch.allclose(before, merged)
+    torch.testing.assert_close(mrm.logits(SEQUENCES), merged)
 
 
 def test_a_policy_in_training_mode(tmp_path: Path) -> None:

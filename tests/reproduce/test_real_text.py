@@ -51,8 +51,13 @@ def test_siblings(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -
     assert len(rows) == len(siblings.SETTINGS) and all(row.count("|") == header.count("|") for row in rows)
     written = [json.loads(line) for line in (out / "siblings.jsonl").read_text().splitlines()]
     assert len(written) == len(siblings.SETTINGS) * QUICK.test
-    with pytest.raises(SystemExit):
-        siblings.main([*options, str(out / "nowhere")])
+    for other in (
+        [*options, str(out)],
+        [*options, str(out / "nowhere")],
+        ["--policy", str(out), *options[2:], str(out)],
+    ):
+        with pytest.raises(SystemExit):
+            siblings.main(other)
 
 
 def test_beams_are_spread() -> None:

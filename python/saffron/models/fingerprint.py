@@ -19,11 +19,11 @@ _OWN = len(nn.Module().__dict__)  # attributes that every module has; those of i
 def fingerprint(model: nn.Module) -> int:
     """A number that changes when the weights do, or what else decides K and V.
 
-    It looks at the identity of every module, at identity, address, version and dtype of every parameter and buffer, at
-    numbers that are attributes of modules (`scaling`, epsilons, ...), at forward hooks and replaced `forward` methods
-    of its modules, at the state of PEFT adapters (active, disabled, merged, their scaling), and at autocast; not at the
-    numbers in tensors. So a change in place that PyTorch does not count (through `parameter.data`, or of parameters
-    made in inference mode) is not noticed.
+    It looks at the identity of every module, at identity, address, version and dtype of every parameter and buffer,
+    at numbers that are attributes of modules (`scaling`, epsilons, ...), at forward hooks and replaced `forward`
+    methods of its modules, at the state of PEFT adapters (active, disabled, merged, their scaling), and at autocast;
+    not at the numbers in tensors. So a change in place that PyTorch does not count (through `parameter.data`, or of
+    parameters made in inference mode) is not noticed.
     """
     seen: list[object] = [torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")]
     if any(seen):
@@ -47,7 +47,7 @@ def fingerprint(model: nn.Module) -> int:
                     seen.append((id(tensor), _address(tensor), version, tensor.dtype))
         for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
             if hooks:  # their keys are numbers that are given once
-                seen += [number for number, hook in hooks.items() if not _is_ours(hook)]
+                seen += [number for number, hook in hooks.items() if not is_ours(hook)]
         if len(state) > _OWN:
             seen += [x for x in islice(state.values(), _OWN, None) if type(x) is float or type(x) is int]
             if "forward" in state and module is not model:  # K and V come from within
@@ -87,7 +87,7 @@ def adapter_class() -> type:
     return getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", NoneType)
 
 
-def _is_ours(hook: object) -> bool:
+def is_ours(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("saffron.")
 
 

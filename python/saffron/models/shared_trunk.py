@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from saffron.errors import UnsupportedModelError
 from saffron.models.attention import Call, TrieStep, evaluating
-from saffron.models.fingerprint import adapter_class, fingerprint, times_written
+from saffron.models.fingerprint import adapter_class, fingerprint, is_ours, times_written
 from saffron.models.inspection import inspect_model
 from saffron.models.trie_model import TrieModel, instead
 
@@ -88,6 +88,7 @@ class SharedTrunk:
         self.head = None if head is None else _linear(head)
         layers = [layer for pair in self.factors.values() for layer in pair]
         self.own = nn.ModuleList([*layers, *([] if self.head is None else [self.head])])
+        self._vocab = trunk.get_output_embeddings().weight.shape[0]
         self._state, self._checked, self._tensors = 0, 0, list[Tensor]()
         self.model, _ = self.refresh()
 
@@ -96,7 +97,13 @@ class SharedTrunk:
         state = hash((fingerprint(self.trunk), id(self.trunk.__dict__.get("forward"))))
         if state != self._state:
             self._tensors = [*self.own.to(self.trunk.device, self.trunk.dtype).parameters()]
-            self.model, self._state = self._view(), state
+            try:
+                self.model = self._view()
+            except AttributeError as error:
+                raise UnsupportedModelError(
+                    f"the policy has other modules than its checkpoint ({error}); {MERGED}"
+                ) from error
+            self._state = state
             with evaluating(self.trunk):
                 inspect_model(self.model)  # which is remembered
         return self.model, hash((state, *map(times_written, self._tensors)))
@@ -106,6 +113,11 @@ class SharedTrunk:
         kind = adapter_class()
         if any(isinstance(module, kind) for module in self.trunk.modules()):
             raise UnsupportedModelError(f"the policy has adapters of its own, so that it is no MRM's base; {MERGED}")
+        if (vocab := self.trunk.get_output_embeddings().weight.shape[0]) != self._vocab:
+            raise UnsupportedModelError(
+                f"the policy's vocabulary has {vocab} entries, and had {self._vocab} when the MRM was loaded; {MERGED}"
+            )
+        _check_hooks(self.trunk, "the policy")
         made: dict[str, Any] = {"": _without_weights(self.trunk)}
 
         def own(name: str) -> Any:
@@ -121,6 +133,7 @@ class SharedTrunk:
                 raise UnsupportedModelError(
                     f"{name}: LoRA on a {type(base).__name__} of the policy, expected a Linear layer; {MERGED}"
                 )
+            _check_hooks(base, name)
             own(above)._modules[child] = LowRank(base, down, up)
         if self.head is not None:
             replaced = self.trunk.get_output_embeddings()
@@ -220,6 +233,13 @@ class SharedTrunk:
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
     """The name of a module in a model."""
     return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _check_hooks(module: nn.Module, name: str) -> None:
+    """Refuses what acts on the output of a module that a joint pass does not have, or has without the factors."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if "forward" in module.__dict__ or not all(map(is_ours, hooks)):
+        raise UnsupportedModelError(f"{name}: has a forward hook, or a forward method that was replaced; {MERGED}")
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -289,6 +289,7 @@ class TrieModel:
         for i, sequence in enumerate(sequences):
             self.check_tokens(f"sequences[{i}]", sequence)
         if not self.share_prefixes:
+            self.check_weights()
             return _NONE, self.run_alone(sequences)
         with self.kv.lock:
             self.check_weights()
@@ -342,10 +343,10 @@ class TrieModel:
         """
         if len(tokens):
             self.check_tokens("tokens", tokens)
+        self.check_weights()
         if rows.beams is None:
             rows.sequences = [[*rows.sequences[p], t] for p, t in zip(parents, tokens, strict=True)]
             return self.run_alone(rows.sequences)
-        self.check_weights()
         self.geometry.check_length(int(rows.beams.positions.max(initial=-1)) + 2)
         beam = rows.beam_of_row[np.asarray(parents, dtype=np.int64)]
         order = np.argsort(beam, kind="stable")  # the trie numbers new beams by parent
