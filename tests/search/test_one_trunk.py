@@ -56,6 +56,7 @@ def trio(kind: str, seed: int = 0, **options: Any) -> Trio:
     own = {"bias": randn(97) * 0.5, "unseen": torch.rand(97, generator=random) < 0.2, **options}
     shared = SharedTrunk(policy.model, factors, head)
     mrm = MultifurcationRewardModel(shared.model, shared=shared, **own)
+    shared.check(policy, mrm)  # as `from_pretrained` does
     other = MultifurcationRewardModel(merged, **own)
     per_token = 2 * sum(down.numel() + up.numel() for down, up in factors.values())
     assert mrm.flops.per_token == other.flops.per_token + per_token  # what the factors cost is in the account
