@@ -72,7 +72,7 @@ def test_a_client_that_goes_away_frees_its_slots(stream: bool, model: str, serve
     before = server.service.metrics.cancelled._value.get()
     body = LONG if model == "saffron" else {"max_tokens": 200, "saffron": {"min_new_tokens": 200}}
     with left_open(server, stream=stream, model=model, **body):
-        until(lambda: engine.running == 1)
+        until(lambda: engine.running == 1 and server.service._unfinished)
         (pending,) = server.service._unfinished
     until(lambda: idle(server))
     assert pending.cancelled and pending.error is not None  # it did not run to its end
@@ -107,7 +107,7 @@ def test_a_search_ends_within_a_step_of_the_departure(server: Running) -> None:
     engine = server.service.engine
     assert engine is not None
     with left_open(server, **LONG):
-        until(lambda: engine.running == 1)
+        until(lambda: engine.running == 1 and server.service._unfinished)
         (pending,) = server.service._unfinished
     until(lambda: pending.cancelled)
     steps = len(pending.tree.steps)
