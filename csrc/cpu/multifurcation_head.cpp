@@ -49,8 +49,10 @@ void reward_candidates(const Head& head, const std::vector<int32_t>& row, const 
         named.push_back(row[static_cast<uint32_t>(order[next])]);
       }
       if (next < order.size()) {
+        // Into the second-level cache: the first has too few misses under way for a row.
         const char* ahead = head.weight.at(static_cast<int64_t>(order[next] >> 32));
-        for (int line = 0; line < 16; ++line) __builtin_prefetch(ahead + 64 * line);
+        const int64_t bytes = size * item_size(head.weight.dtype);
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at, 0, 2);
       }
       dots.resize(named.size());
       kernels().dots(head.weight.at(token), head.weight.dtype, hidden, row_floats, size,

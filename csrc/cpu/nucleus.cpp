@@ -42,7 +42,7 @@ class RowSelector {
   static int64_t memory_size(int64_t vocab, int64_t banned) {
     const int64_t blocks = blocks_of(vocab);
     const int64_t of_tokens = vocab * 20 + 8 * kCollectSlack;
-    const int64_t of_blocks = blocks * (16 + 8 * kernels().lanes);
+    const int64_t of_blocks = blocks * 16;
     const int64_t copies = std::min(blocks, banned) * kScanTokens * int64_t{sizeof(float)};
     return (of_tokens + of_blocks + copies + 4 * 64) / 64 * 64;
   }
@@ -59,8 +59,6 @@ class RowSelector {
     block_ = take<const char*>(memory, num_blocks_);
     block_top_ = take<float>(memory, num_blocks_);
     block_mass_ = take<float>(memory, num_blocks_);
-    tops_ = take<float>(memory, num_blocks_ * kernels().lanes);
-    sums_ = take<float>(memory, num_blocks_ * kernels().lanes);
     p_ = take<float>(memory, vocab_);
     for (int64_t b = 0; b < num_blocks_; ++b)
       block_[b] = row_ + b * kScanTokens * item_size(dtype_);
@@ -81,16 +79,15 @@ class RowSelector {
 
   int64_t num_blocks() const { return num_blocks_; }
 
-  /// Reads a block; each has to be, in any order.
-  void scan(int64_t b) {
-    const int64_t lanes = kernels().lanes;
-    kernels().scan(block_[b], dtype_, size(b), tops_ + b * lanes, sums_ + b * lanes);
+  /// Reads these blocks; each has to be, in any order.
+  void scan(int64_t begin, int64_t end) {
+    kernels().scan(block_ + begin, dtype_, end - begin, size(end - 1), block_top_ + begin,
+                   block_mass_ + begin);
   }
 
   /// The largest logit; not finite if the row has no nucleus.
   float maximum() {
-    const double sum =
-        kernels().join(tops_, sums_, num_blocks_, block_top_, block_mass_, &maximum_);
+    const double sum = kernels().join(block_top_, block_mass_, num_blocks_, &maximum_);
     sum_ = static_cast<float>(sum);
     if (std::isnan(sum) && maximum_ < std::numeric_limits<float>::infinity()) return sum_;
     if (!(sum >= 0.5)) return -std::numeric_limits<float>::infinity();
@@ -238,7 +235,7 @@ class RowSelector {
   int64_t vocab_, num_blocks_;
   uint64_t *keys_, *spare_;
   const char** block_;
-  float *block_top_, *block_mass_, *tops_, *sums_, *p_;
+  float *block_top_, *block_mass_, *p_;
   float maximum_ = 0, sum_ = 0;
 };
 
@@ -318,15 +315,14 @@ Candidates nucleus(const Tensor& logits, const Tensor& top_p, const Tensor& bann
       RowSelector selector = of_row(i, memory);
       const int64_t blocks = selector.num_blocks();
       parallel_for((blocks + chunk - 1) / chunk, threads, [&](int64_t c, int) {
-        const int64_t end = std::min(blocks, (c + 1) * chunk);
-        for (int64_t b = c * chunk; b < end; ++b) selector.scan(b);
+        selector.scan(c * chunk, std::min(blocks, (c + 1) * chunk));
       });
       finish(i, selector);
     }
   } else {
     parallel_for(count, threads, [&](int64_t i, int worker) {
       RowSelector selector = of_row(i, memory + worker * memory_size);
-      for (int64_t b = 0; b < selector.num_blocks(); ++b) selector.scan(b);
+      selector.scan(0, selector.num_blocks());
       finish(i, selector);
     });
   }

@@ -26,15 +26,6 @@ inline int64_t strip_rows(DType, int64_t head_dim, int64_t v_dim) {
 
 constexpr int64_t kStripSlack = 32;  // tokens behind the last one that are computed, and not used
 
-/// One of the two vectors that 2 * kLanes numbers make. Of bf16 the first has those at even places
-/// and the second those at odd ones, which takes one operation each.
-SAFFRON_INLINE Vec half_of(const float* p, int half) { return load(p + half * kLanes); }
-SAFFRON_INLINE Vec half_of(const uint16_t* p, int half) {
-  VecU both;
-  std::memcpy(&both, p, sizeof both);
-  return half == 0 ? (Vec)(both << 16) : (Vec)(both & 0xffff0000u);
-}
-
 /// Puts two vectors of outputs that half_of() took apart back in order.
 SAFFRON_INLINE void interleave(float* p) {
   VecI low{}, high{};

@@ -72,8 +72,11 @@ void blend_any(const char* a, const char* b, float weight_a, float weight_b, DTy
   });
 }
 
-void scan_any(const char* logits, DType dtype, int64_t count, float* top, float* sum) {
-  with_type(dtype, logits, [&](auto* x) { scan(x, count, top, sum); });
+void scan_any(const char* const* blocks, DType dtype, int64_t count, int64_t size_of_last,
+              float* top, float* sum) {
+  with_type(dtype, blocks[0], [&](auto* x) {
+    scan(reinterpret_cast<decltype(x) const*>(blocks), count, size_of_last, top, sum);
+  });
 }
 
 int64_t collect_any(const char* logits, DType dtype, int64_t count, int64_t first_token,

@@ -97,13 +97,13 @@ struct Kernels {
   /// to[i] = a[i] * weight_a + b[i] * weight_b, all of one dtype, contiguous.
   void (*blend)(const char* a, const char* b, float weight_a, float weight_b, DType, int64_t count,
                 char* to);
-  /// Of up to kScanTokens logits, for each of `lanes` shares of them: the largest (a finite number)
-  /// and the sum of e^(logit - that), NaN if a logit is NaN or +infinity.
-  void (*scan)(const char* logits, DType dtype, int64_t count, float* top, float* sum);
-  /// Of all blocks that were scanned, one after the other: the largest, and for each block the
-  /// largest and the sum of e^(logit - largest of all). Returns the sum of these sums.
-  double (*join)(const float* tops, const float* sums, int64_t blocks, float* block_top,
-                 float* block_mass, float* largest);
+  /// Of each block of kScanTokens logits, `size_of_last` in the last one: the largest (a finite
+  /// number) and the sum of e^(logit - that), NaN if a logit is NaN or +infinity.
+  void (*scan)(const char* const* blocks, DType dtype, int64_t count, int64_t size_of_last,
+               float* top, float* sum);
+  /// The largest of all blocks; the sums become those of e^(logit - largest of all), and their sum
+  /// is returned.
+  double (*join)(const float* tops, float* sums, int64_t blocks, float* largest);
   /// Writes `descending_key(logit) << 32 | token` for each logit from `threshold` on, in their
   /// order, and returns how many; adds the sum of their e^(logit - shift) to `mass`. Up to
   /// kCollectSlack elements after the last are overwritten.

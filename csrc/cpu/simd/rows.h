@@ -29,51 +29,74 @@ inline T no_logit() {
   }
 }
 
-/// Lane by lane, so that nothing has to be added up across a vector: the largest of a block's
-/// logits, and the sum of e^(logit - that), which is NaN if a logit is NaN or +infinity.
+constexpr int kScanVectors = kScanTokens / kLanes, kScannedAtOnce = 4;
+
+/// Vectors of a block of logits from the i-th on; the order of the tokens does not matter to them.
 template <class T>
-inline void scan_whole(const T* x, float* top, float* sum) {
-  constexpr int kVectors = kScanTokens / kLanes;
-  Vec best[4];
-  for (int j = 0; j < 4; ++j) best[j] = load(x + j * kLanes);
-  for (int i = 4; i < kVectors; i += 4) {
-    for (int j = 0; j < 4; ++j) best[j] = max(best[j], load(x + (i + j) * kLanes));
+SAFFRON_INLINE void load_scanned(const T* block, int i, Vec (&v)[kScannedAtOnce]) {
+  for (int j = 0; j < kScannedAtOnce; ++j) v[j] = half_of(block + (i + j / 2 * 2) * kLanes, j % 2);
+}
+
+/// The largest of a block's logits, or the lowest number: -infinity would give NaN as a base.
+template <class T>
+inline float largest_of(const T* block) {
+  Vec best[kScannedAtOnce], v[kScannedAtOnce];
+  load_scanned(block, 0, best);
+  for (int i = kScannedAtOnce; i < kScanVectors; i += kScannedAtOnce) {
+    load_scanned(block, i, v);
+    for (int j = 0; j < kScannedAtOnce; ++j) best[j] = max(best[j], v[j]);
   }
-  const Vec largest = max(max(best[0], best[1]), max(best[2], best[3]));
-  const Vec base = max(splat(kLowest), largest);  // -infinity would give NaN
-  constexpr int kAtOnce = 4;
-  Vec sums[2] = {};
-  for (int i = 0; i < kVectors; i += kAtOnce) {
-    // The largest of the lane counts 1, exactly; the error of the others grows with the distance
-    // from it, as they get smaller.
-    Vec e[kAtOnce];
-    for (int j = 0; j < kAtOnce; ++j) e[j] = (load(x + (i + j) * kLanes) - base) * kToLog2;
-    exp2_addends(e);
-    for (int j = 0; j < kAtOnce; ++j) sums[j % 2] += e[j];
+  return reduce_max(max(splat(kLowest), max(max(best[0], best[1]), max(best[2], best[3]))));
+}
+
+/// The sum of e^(logit - largest) over a block. The largest counts 1, exactly; the error of the
+/// others grows with the distance from it, as they get smaller. Inlined, GCC would load all
+/// constants again for each vector.
+template <class T>
+__attribute__((noinline)) float mass_of(const T* block, float largest) {
+  Vec sums[2] = {}, e[kScannedAtOnce];
+  for (int i = 0; i < kScanVectors; i += kScannedAtOnce) {
+    load_scanned(block, i, e);
+    for (int j = 0; j < kScannedAtOnce; ++j) e[j] -= largest;
+    exp_addends(e);
+    for (int j = 0; j < kScannedAtOnce; ++j) sums[j % 2] += e[j];
   }
-  store(top, base);
-  store(sum, sums[0] + sums[1]);
+  return reduce_add(sums[0] + sums[1]);
 }
 
 template <class T>
-inline void scan(const T* x, int64_t count, float* top, float* sum) {
-  if (count == kScanTokens) return scan_whole(x, top, sum);
+inline void scan(const T* const* blocks, int64_t count, int64_t size_of_last, float* top,
+                 float* sum) {
   T padded[kScanTokens];
-  for (int64_t i = 0; i < kScanTokens; ++i) padded[i] = i < count ? x[i] : no_logit<T>();
-  scan_whole(padded, top, sum);
+  const T* last = blocks[count - 1];
+  if (size_of_last < kScanTokens) {
+    for (int64_t i = 0; i < kScanTokens; ++i)
+      padded[i] = i < size_of_last ? last[i] : no_logit<T>();
+    last = padded;
+  }
+  const auto block = [&](int64_t b) { return b < count - 1 ? blocks[b] : last; };
+  // One block ahead, so that no exponential waits for the largest logit to cross the lanes.
+  top[0] = largest_of(block(0));
+  for (int64_t b = 0; b < count; ++b) {
+    if (b + 1 < count) top[b + 1] = largest_of(block(b + 1));
+    sum[b] = mass_of(block(b), top[b]);
+  }
 }
 
-inline double join(const float* tops, const float* sums, int64_t blocks, float* block_top,
-                   float* block_mass, float* largest) {
-  Vec best = splat(kLowest);
-  for (int64_t b = 0; b < blocks; ++b) best = max(best, load(tops + b * kLanes));
-  *largest = reduce_max(best);
+inline double join(const float* tops, float* sums, int64_t blocks, float* largest) {
+  float most = kLowest;
+  for (int64_t b = 0; b < blocks; ++b) most = most < tops[b] ? tops[b] : most;
+  *largest = most;
   double total = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const Vec top = load(tops + b * kLanes), sum = load(sums + b * kLanes);
-    block_top[b] = reduce_max(top);
-    block_mass[b] = reduce_add(sum * exp(top - *largest));
-    total += static_cast<double>(block_mass[b]);
+  for (int64_t b = 0; b < blocks; b += kLanes) {
+    const int64_t count = blocks - b < kLanes ? blocks - b : kLanes;
+    float top[kLanes] = {}, sum[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      top[i] = tops[b + i];
+      sum[i] = sums[b + i];
+    }
+    store(sum, load(sum) * exp(load(top) - most));
+    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(sums[b + i] = sum[i]);
   }
   return total;
 }
@@ -110,8 +133,8 @@ inline int64_t collect(const T* x, int64_t count, int64_t first_token, float thr
     const VecI reaches = v >= splat(threshold);
     uint32_t found = bits(reaches);
     if (found == 0) continue;
-    Vec e[1] = {(v - shift) * kToLog2};
-    exp2_addends(e);
+    Vec e[1] = {v - shift};
+    exp_addends(e);
     sum += reaches ? e[0] : Vec{};
 #if defined(__AVX2__)
     // All lanes at once: the ones in question first, and what follows them is overwritten next

@@ -59,6 +59,15 @@ SAFFRON_INLINE Vec load(const uint16_t* p) {  // bf16
 #endif
 }
 
+/// One of the two vectors that 2 * kLanes numbers make. Of bf16 the first has those at even places
+/// and the second those at odd ones, which takes one operation each.
+SAFFRON_INLINE Vec half_of(const float* p, int half) { return load(p + half * kLanes); }
+SAFFRON_INLINE Vec half_of(const uint16_t* p, int half) {
+  VecU both;
+  std::memcpy(&both, p, sizeof both);
+  return half == 0 ? (Vec)(both << 16) : (Vec)(both & 0xffff0000u);
+}
+
 SAFFRON_INLINE float as_float(float x) { return x; }
 SAFFRON_INLINE float as_float(uint16_t x) {  // bf16
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -108,17 +117,23 @@ SAFFRON_INLINE uint32_t bits(VecI mask) {
 #endif
 }
 
+/// Lane i + width of each lane i, for one that has such a lane.
+template <int kWidth>
+SAFFRON_INLINE Vec lanes_from(Vec v) {
+  return __builtin_shuffle(v, (lane_numbers() + kWidth) & (kLanes - 1));
+}
+
+template <int kWidth = kLanes / 2>
 SAFFRON_INLINE float reduce_add(Vec v) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  }
+  v += lanes_from<kWidth>(v);
+  if constexpr (kWidth > 1) return reduce_add<kWidth / 2>(v);
   return v[0];
 }
 
+template <int kWidth = kLanes / 2>
 SAFFRON_INLINE float reduce_max(Vec v) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v[i] = v[i] < v[i + width] ? v[i + width] : v[i];
-  }
+  v = max(v, lanes_from<kWidth>(v));
+  if constexpr (kWidth > 1) return reduce_max<kWidth / 2>(v);
   return v[0];
 }
 
@@ -152,36 +167,72 @@ SAFFRON_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-/// 2^x of N vectors, x <= 0, good enough to be added to 1: within 2e-7 of it, 2^-126 below that; 1
-/// for 0, NaN for NaN. Stage by stage, as the schedulers of a processor hold few of the long
+// 2^x = 2^whole * 2^(part / kParts) * 2^rest: the second factor comes from a table that lies in
+// registers, so that few terms make the third.
+#if defined(__AVX512F__)
+constexpr int kPartBits = 5;
+constexpr float kRestTerm[] = {0.2402265f, 0.69315733f, 1.f};  // right to 5e-8 up to 1/64
+#elif defined(__AVX2__)
+constexpr int kPartBits = 3;
+constexpr float kRestTerm[] = {5.549622e-2f, 0.24025763f, 0.69314721f, 1.f};  // 3e-8, 1/16
+#else
+constexpr int kPartBits = 0;
+constexpr float kRestTerm[] = {1.3264727e-3f, 9.6715126e-3f, 5.5507337e-2f,
+                               2.4022242e-1f, 6.9314698e-1f, 1.f};  // 1e-7, 1/2
+#endif
+constexpr int kParts = 1 << kPartBits;
+
+/// The bits of 2^(part / kParts), less those of `part` where they are added to them.
+struct PartBits {
+  uint32_t of[kParts] = {};
+  constexpr PartBits() {
+    constexpr double kStep[] = {2.,
+                                1.4142135623730951,
+                                1.189207115002721,
+                                1.0905077326652577,
+                                1.0442737824274138,
+                                1.0218971486541166};  // 2^(1 / kParts)
+    double power = 1;
+    for (uint32_t part = 0; part < kParts; ++part) {
+      of[part] =
+          __builtin_bit_cast(uint32_t, static_cast<float>(power)) - (part << (23 - kPartBits));
+      power *= kStep[kPartBits];
+    }
+  }
+};
+constexpr PartBits kPart;
+
+/// 2^(number / kParts), for integers in the low bits of `number`.
+SAFFRON_INLINE Vec power_of_parts(VecU number) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_loadu_si512(kPart.of), high = _mm512_loadu_si512(kPart.of + 16);
+  const VecU part = (VecU)_mm512_permutex2var_epi32(low, (__m512i)number, high);
+#elif defined(__AVX2__)
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kPart.of));
+  const VecU part = (VecU)_mm256_permutevar8x32_epi32(all, (__m256i)number);
+#else
+  const VecU part = VecU{} + kPart.of[0];
+#endif
+  return (Vec)(part + (number << (23 - kPartBits)));
+}
+
+/// e^x of N vectors, x <= 0, good enough to be added to 1: within 2e-7 of it, nearly 0 below e^-87;
+/// 1 for 0, NaN for NaN. Stage by stage, as the schedulers of a processor hold few of the long
 /// chains.
 template <int N>
-SAFFRON_INLINE void exp2_addends(Vec (&x)[N]) {
-  Vec y[N];
-#if defined(__AVX512F__)
-  __m512 whole[N];
-  for (int j = 0; j < N; ++j) x[j] = max(x[j], splat(-126.f));  // NaN stays
-  for (int j = 0; j < N; ++j) whole[j] = _mm512_maskz_roundscale_ps(0xffff, (__m512)x[j], 8);
-  for (int j = 0; j < N; ++j) x[j] -= (Vec)whole[j];
-#else
-  VecU power[N];
-  for (int j = 0; j < N; ++j) x[j] = max(x[j], splat(-126.f));
-  for (int j = 0; j < N; ++j) y[j] = x[j] + splat(12582912.f);  // as in exp2
-  for (int j = 0; j < N; ++j) power[j] = ((VecU)y[j] + 127) << 23;
-  for (int j = 0; j < N; ++j) x[j] -= y[j] - splat(12582912.f);
-#endif
-  // The polynomial of degree 5 with the least relative error among those that are 1 at 0.
-  constexpr float kTerm[] = {1.3264727e-3f, 9.6715126e-3f, 5.5507337e-2f,
-                             2.4022242e-1f, 6.9314698e-1f, 1.f};
-  for (int j = 0; j < N; ++j) y[j] = splat(kTerm[0]);
-  for (int k = 1; k < 6; ++k) {
-    for (int j = 0; j < N; ++j) y[j] = y[j] * x[j] + kTerm[k];
+SAFFRON_INLINE void exp_addends(Vec (&x)[N]) {
+  constexpr float kToLog2 = 1.4426950408889634f;
+  constexpr float kMagic = 12582912.f / kParts;  // adding it rounds to parts
+  constexpr int kTerms = sizeof(kRestTerm) / sizeof(float);
+  Vec number[N], y[N];
+  for (int j = 0; j < N; ++j) x[j] = max(x[j], splat(-87.f));  // NaN stays
+  for (int j = 0; j < N; ++j) number[j] = x[j] * kToLog2 + kMagic;
+  for (int j = 0; j < N; ++j) x[j] = x[j] * kToLog2 - (number[j] - kMagic);
+  for (int j = 0; j < N; ++j) y[j] = splat(kRestTerm[0]);
+  for (int k = 1; k < kTerms; ++k) {
+    for (int j = 0; j < N; ++j) y[j] = y[j] * x[j] + kRestTerm[k];
   }
-#if defined(__AVX512F__)
-  for (int j = 0; j < N; ++j) x[j] = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)y[j], whole[j]);
-#else
-  for (int j = 0; j < N; ++j) x[j] = y[j] * (Vec)power[j];
-#endif
+  for (int j = 0; j < N; ++j) x[j] = y[j] * power_of_parts((VecU)number[j]);
 }
 
 /// Transposes kLanes vectors in place. `Step` exchanges blocks of 1, 2, 4, ... lanes.
