@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from saffron import MultifurcationRewardModel, Policy, Request, SaffronSearch, SearchConfig
 from saffron.models.attention import ATTENTION
+from saffron.search import model_pair
 
 VOCAB, WIDTH, NEW_TOKENS = 128_256, 32, 64
 POLICY = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
@@ -54,6 +56,16 @@ def search_of(models: tuple[Policy, MultifurcationRewardModel], config: SearchCo
     return lambda: search.search([Request(ids, ids)])[0].token_ids
 
 
+def on_one_stream(search: Search) -> Search:
+    """The same, with the MRM after the policy instead of at once with it."""
+
+    def run() -> list[int]:
+        with patch.object(model_pair, "at_once", lambda side, on_main, on_side: [on_main(), on_side()]):
+            return search()
+
+    return run
+
+
 def measure_step(race, policy: PreTrainedModel, mrm: PreTrainedModel, config: SearchConfig, prompt: int) -> None:
     models, tokens = (Policy(policy), MultifurcationRewardModel(mrm)), config.max_new_tokens
     vocab, dtype = policy.config.vocab_size, policy.dtype
@@ -66,7 +78,10 @@ def measure_step(race, policy: PreTrainedModel, mrm: PreTrainedModel, config: Se
         assert isinstance(result, list) and len(result) == tokens, "another number of tokens"
 
     assert len(expected) == tokens and ours() == expected
-    others = usable({"cuda backend": partial(on_backend, "cuda", search_of(models, config, ids))}, check)
+    others = usable({
+        "cuda backend": partial(on_backend, "cuda", search_of(models, config, ids)),
+        "one stream": partial(on_one_stream, search_of(models, config, ids)),
+    }, check)  # fmt: skip
     contenders = {"step by step": lambda: plain.search([Request(ids, ids)])[0].token_ids, **others}
     race(Case(
         op="decode_step",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import cuda_host
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor
 from saffron.models import cuda_graph
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
+from saffron.search import model_pair
 from saffron.search.captured_step import why_not_captured
 from saffron.search.model_pair import ModelPair
 from saffron_kernels import backend as use_backend
@@ -117,6 +120,23 @@ def test_counters_of_a_graph_live_as_long_as_its_capture(monkeypatch) -> None:
     assert counters.counters(own) is not captured and len(counters._counters) == 1
 
 
+def test_branches_of_a_graph_have_counters_of_their_own(monkeypatch) -> None:
+    """Policy and MRM run at once: launches of theirs must not count together."""
+    streams = {"now": 1}
+    launchers = SimpleNamespace(COUNTERS=8, capture_id=lambda stream: 7)
+    monkeypatch.setattr(cuda.native, "module", lambda tensor: launchers)
+    monkeypatch.setattr(cuda.native, "stream", lambda tensor: streams["now"])
+    monkeypatch.setattr(counters, "_counters", {})
+    monkeypatch.setattr(counters, "_graphs", {})
+    own = torch.zeros(1)
+    main = counters.counters(own)
+    streams["now"] = 2
+    side = counters.counters(own)
+    assert side.data_ptr() != main.data_ptr() and counters.counters(own) is side
+    streams["now"] = 1
+    assert counters.counters(own) is main
+
+
 def test_rope_that_depends_on_the_length_is_not_captured(monkeypatch) -> None:
     """Its frequencies are chosen on the host in every step, by the longest position."""
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -152,3 +172,75 @@ def test_a_capture_that_fails_says_why_and_leaves_the_stream(monkeypatch) -> Non
     with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
         cuda_graph.capture_on_gpu(body)
     assert now == ["own", "capturing", "own"]
+
+
+class Streams:
+    """The streams of a GPU that is not there: what was called, on which of them, and who waited for whom."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.calls = "first", list[tuple[str, ...]]()
+        first, self.second = self._stream("first"), self._stream("second")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
+        monkeypatch.setattr(torch.cuda, "stream", self._use)
+
+    def _stream(self, name: str) -> Any:
+        wait = lambda other: self.calls.append((name, "waits for", other.name))  # noqa: E731
+        return SimpleNamespace(name=name, device="cuda", wait_stream=wait)
+
+    @contextlib.contextmanager
+    def _use(self, stream: SimpleNamespace) -> Iterator[None]:
+        self.now = stream.name
+        try:
+            yield
+        finally:
+            self.now = "first"
+
+    def call(self, what: str) -> str:
+        self.calls.append((self.now, what))
+        return what
+
+
+def test_two_calls_at_once(monkeypatch) -> None:
+    """The second stream begins after what was launched before, and what follows waits for it; on a CPU there is one."""
+    streams = Streams(monkeypatch)
+    calls = (lambda: streams.call("policy")), (lambda: streams.call("MRM"))
+    order = [
+        ("second", "waits for", "first"), ("second", "MRM"), ("first", "policy"), ("first", "waits for", "second"),
+    ]  # fmt: skip
+    assert cuda_graph.at_once(streams.second, *calls) == ["policy", "MRM"] and streams.calls == order
+
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    for failing in ((out_of_memory, calls[1]), (calls[0], out_of_memory)):
+        streams.calls.clear()
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            cuda_graph.at_once(streams.second, *failing)
+        assert streams.calls == [order[0], *[order[1]] * (failing[1] is calls[1]), order[3]]
+
+    streams.calls.clear()
+    assert cuda_graph.at_once(None, *calls) == ["policy", "MRM"]
+    assert streams.calls == [("first", "policy"), ("first", "MRM")]
+
+
+def test_policy_and_mrm_run_at_once_in_a_captured_step(monkeypatch) -> None:
+    policy, mrm = tiny.pair(1)
+    forks: list[list[str]] = []
+
+    def at_once(side: None, on_main: Callable[[], Tensor], on_side: Callable[[], Tensor]) -> list[Tensor]:
+        forks.append([])
+        return [on_main(), on_side()]
+
+    for model, name in ((policy, "policy"), (mrm, "MRM")):
+        run = model.output
+
+        def noted(*x: object, run: Callable[..., Tensor] = run, name: str = name) -> Tensor:
+            for fork in forks[-1:]:  # none yet where prompts are read
+                fork.append(name)
+            return run(*x)
+
+        monkeypatch.setattr(model, "output", noted)
+    monkeypatch.setattr(model_pair, "at_once", at_once)
+    config = replace(CONFIG, width=2, max_new_tokens=3)
+    make(monkeypatch, None, policy, mrm, config).search(REQUESTS[:1])
+    assert forks == [["policy", "MRM"]] * len(forks) and len(forks) >= 2

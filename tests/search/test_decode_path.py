@@ -23,8 +23,8 @@ PACKAGE = Path(sys.modules["saffron"].__file__ or "").parent
 # MRM have different tokenizers or share a trunk; and what says what a step is.
 DECODE_PATH = {
     "models": {
-        "attention", "chat", "checks", "fingerprint", "flops", "plain_text", "policy", "reward_models", "shared_trunk",
-        "text_model", "trie_model", "vocabulary",
+        "attention", "chat", "checks", "cuda_graph", "fingerprint", "flops", "plain_text", "policy", "reward_models",
+        "shared_trunk", "text_model", "trie_model", "vocabulary",
     },
     "search": {
         "admission", "captured_step", "config", "eager_step", "engine", "handle", "model_pair", "prefix_scorer",
@@ -32,7 +32,7 @@ DECODE_PATH = {
     },
 }  # fmt: skip
 FILES = {PACKAGE / room / f"{name}.py" for room, names in DECODE_PATH.items() for name in names}
-MOST_LINES = 4928  # whoever makes the path shorter lowers this ceiling
+MOST_LINES = 4985  # whoever makes the path shorter lowers this ceiling
 
 
 @contextmanager

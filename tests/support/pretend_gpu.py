@@ -196,7 +196,7 @@ def _assert_close(actual: object, expected: object, **options: Any) -> None:
 
 
 class _Stream:
-    cuda_stream = 0
+    cuda_stream, device = 0, CUDA
 
     def __init__(self, *given: object, **options: object) -> None: ...
 

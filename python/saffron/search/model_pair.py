@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from saffron.models.attention import TrieStep
 from saffron.models.checks import expect
+from saffron.models.cuda_graph import at_once
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
 from saffron.models.shared_trunk import JointStep, SharedTrunk
@@ -33,6 +35,7 @@ class ModelPair:
         expect("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
+        self._side = torch.cuda.Stream(policy.device) if policy.device.type == "cuda" else None
         self.head(True)
 
     @property
@@ -48,12 +51,13 @@ class ModelPair:
         return self.trunk.together(self.policy, self.mrm, policy_step, mrm_step)
 
     def outputs(self, tokens: Tensor, policy_step: TrieStep, mrm_step: TrieStep) -> list[Tensor]:
-        """What both models say of all rows of their steps; `tokens [2, rows]` are the policy's and the MRM's."""
+        """What both models say of all rows of their steps, at once; `tokens [2, rows]`: the policy's, the MRM's."""
         keep, steps = torch.arange(tokens.shape[1], device=tokens.device), (policy_step, mrm_step)
         if self.trunk is not None:
             return self.trunk.outputs(self.mrm.model, [*tokens], JointStep(steps), [keep, keep])
-        models = self.policy, self.mrm
-        return [model.output(t[None], step, keep) for model, t, step in zip(models, tokens, steps, strict=True)]
+        policy, mrm = (partial(model.output, t[None], step, keep)
+                       for model, t, step in zip((self.policy, self.mrm), tokens, steps, strict=True))  # fmt: skip
+        return at_once(self._side, policy, mrm)
 
     def head(self, trained_bias: bool) -> Head:
         """The MRM's head by the policy's token ids, with the weights that it has now."""
