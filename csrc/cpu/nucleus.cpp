@@ -251,21 +251,37 @@ void radix_sort(uint64_t* keys, uint64_t* spare, int64_t count) {
   differ >>= 32;                // the lower halves ascend already
   constexpr int most_bits = 8;  // the places that a pass writes to fit the first-level cache
   constexpr uint64_t most_digits = 1 << most_bits;
+  // Each quarter has counters of its own: of logits many in a row have the same digit, and a
+  // counter that was written just now takes several cycles to be read.
+  constexpr int64_t quarters = 4;
+  const int64_t quarter = count / quarters;
+  const auto of_quarters = [&](const auto& visit) {
+    for (int64_t i = 0; i < quarter; ++i) {
+      for (int64_t q = 0; q < quarters; ++q) visit(q, q * quarter + i);
+    }
+    for (int64_t i = quarters * quarter; i < count; ++i) visit(quarters - 1, i);
+  };
   uint64_t* from = keys;
   while (differ != 0) {
     const int low = __builtin_ctzll(differ), range = 64 - __builtin_clzll(differ) - low;
     const int passes = (range + most_bits - 1) / most_bits;
     const int bits = (range + passes - 1) / passes, shift = 32 + low;
     const uint64_t digits = uint64_t{1} << bits;
-    std::array<int32_t, most_digits> at{};
-    for (int64_t i = 0; i < count; ++i) ++at[from[i] >> shift & (digits - 1)];
+    std::array<std::array<int32_t, most_digits>, quarters> at{};
+    of_quarters([&](int64_t q, int64_t i) {
+      ++at[static_cast<size_t>(q)][from[i] >> shift & (digits - 1)];
+    });
     int32_t before = 0;
     for (uint64_t digit = 0; digit < digits; ++digit) {
-      const int32_t here = at[digit];
-      at[digit] = before;
-      before += here;
+      for (auto& counters : at) {
+        const int32_t here = counters[digit];
+        counters[digit] = before;
+        before += here;
+      }
     }
-    for (int64_t i = 0; i < count; ++i) spare[at[from[i] >> shift & (digits - 1)]++] = from[i];
+    of_quarters([&](int64_t q, int64_t i) {
+      spare[at[static_cast<size_t>(q)][from[i] >> shift & (digits - 1)]++] = from[i];
+    });
     std::swap(from, spare);
     differ &= ~((digits - 1) << low);
   }
