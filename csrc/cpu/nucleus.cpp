@@ -89,7 +89,8 @@ class RowSelector {
   float maximum() {
     const double sum = kernels().join(block_top_, block_mass_, num_blocks_, &maximum_);
     sum_ = static_cast<float>(sum);
-    if (std::isnan(sum) && maximum_ < std::numeric_limits<float>::infinity()) return sum_;
+    const bool infinite = maximum_ == std::numeric_limits<float>::infinity();
+    if (std::isnan(sum)) return infinite ? maximum_ : std::numeric_limits<float>::quiet_NaN();
     if (!(sum >= 0.5)) return -std::numeric_limits<float>::infinity();
     return maximum_;
   }

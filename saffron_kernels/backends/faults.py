@@ -66,7 +66,8 @@ def word(device: torch.device) -> Tensor:
     It is made by the first op on a device, which therefore must not be inside a graph capture: warm up before.
     """
     if device not in _words:
-        _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # otherwise it could not be zeroed outside of that mode
+            _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _words[device]
 
 

@@ -38,6 +38,17 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Modu
     return importlib.import_module(f"saffron_kernels.backends.{request.param}")
 
 
+def test_the_word_is_made_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an engine, whose callers are not in that mode."""
+    monkeypatch.setattr(faults, "_words", {})
+    with torch.inference_mode():
+        word = faults.word(CPU)
+    word.fill_(faults.LOGITS)
+    with pytest.raises(ValueError, match="logits"):
+        faults.raise_faults(CPU)
+    faults.raise_faults(CPU)  # once
+
+
 @pytest.fixture
 def tries(ops: ModuleType) -> hypothesis.settings:
     return hypothesis.settings(max_examples=15 if ops.__name__.endswith("triton") else 60)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -65,6 +66,7 @@ class _ComputesNothing(TorchDispatchMode):
 @pytest.mark.parametrize("options, expected", [("", 9), (", everything", 9)])
 def test_launches_of_a_step(options: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "eager", lambda tensor: False)  # as on a GPU
+    faults.word(torch.device("cpu"))  # which a process makes once
     run = CASES[f"multifurcate bf16{options}"]
     arguments: list[tuple] = []
     monkeypatch.setattr(aot.ops, "multifurcate", lambda *given: arguments.append(given))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import saffron_kernels
 from saffron_kernels import BackendError, append_kv, backends, gather_kv, tree_attention
+from saffron_kernels.backends import cuda
 from saffron_kernels.checks import FP8
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -279,6 +280,15 @@ def test_backends_without_it_are_not_chosen(op) -> None:
     for name in ("cpu", "triton"):
         with backends.backend(name), pytest.raises(BackendError, match=rf"{name}.*{op}.*float8_e4m3fn"):
             run(**arguments)
+
+
+def test_a_gpu_has_a_kernel_for_it(monkeypatch) -> None:
+    """The default there does not serve it; the next one does, and not the reference."""
+    monkeypatch.setattr(cuda.native, "why_not_loaded", lambda device: None)
+    for op in ("append_kv", "tree_attention", "gather_kv"):
+        dtypes = (torch.bfloat16, FP8) if op != "gather_kv" else (FP8,)
+        assert backends.chosen(op, torch.device("cuda", 7), *dtypes) == "cuda"
+    backends._first.cache_clear()
 
 
 def test_scales_do_not_decide_the_backend() -> None:

@@ -259,6 +259,15 @@ def test_row_with_nan_or_infinity(backend, examples, device, dtype) -> None:
     run()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+def test_the_message_says_which(bad) -> None:
+    for vocab in (1, 300):
+        logits = torch.zeros(1, vocab)
+        logits[0, -1] = bad
+        with pytest.raises(ValueError, match=f"row 0 has maximum {abs(bad)};"):
+            nucleus(logits, 0.5)
+
+
 def test_row_with_no_token_left(backend, device, dtype) -> None:
     logits = torch.tensor([[0, 1], [-torch.inf, 3], [0, 0]], dtype=dtype, device=device)
     with pytest.raises(ValueError, match="logits: row 1"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -20,7 +23,7 @@ from torch import Tensor
 from saffron.models import cuda_graph
 from saffron.models.policy import Policy
 from saffron.models.reward_models import MultifurcationRewardModel
-from saffron.search import model_pair
+from saffron.search import captured_step, model_pair, static_forest
 from saffron.search.captured_step import why_not_captured
 from saffron.search.model_pair import ModelPair
 from saffron_kernels import backend as use_backend
@@ -137,17 +140,40 @@ def test_branches_of_a_graph_have_counters_of_their_own(monkeypatch) -> None:
     assert counters.counters(own) is main
 
 
-def test_rope_that_depends_on_the_length_is_not_captured(monkeypatch) -> None:
-    """Its frequencies are chosen on the host in every step, by the longest position."""
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    plain, scaled = (MultifurcationRewardModel(tiny.model(**c)) for c in ({}, {"rope_parameters": rope}))
-    policy = Policy(tiny.model())
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models say that they are there, and any two fit each other."""
     for model in (Policy, MultifurcationRewardModel):
         monkeypatch.setattr(model, "device", torch.device("cuda"))
     monkeypatch.setattr(ModelPair, "__init__", lambda self, policy, mrm: self.__dict__.update(policy=policy, mrm=mrm))
     monkeypatch.setattr(ModelPair, "same", True, raising=False)
-    assert why_not_captured(ModelPair(policy, plain), CONFIG) is None
-    assert "the MRM's RoPE depends on the text's length" in str(why_not_captured(ModelPair(policy, scaled), CONFIG))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_length_is_not_captured(rope_type, monkeypatch) -> None:
+    """Its frequencies are chosen on the host in every step, by the longest position."""
+    factors = [1.0] * (tiny.model().config.head_dim // 2)
+    more = {"dynamic": {}, "longrope": {"short_factor": factors, "long_factor": factors}}[rope_type]
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0, **more}
+    models = [
+        [kind(tiny.model(**c)) for c in ({}, {"rope_parameters": rope})]
+        for kind in (Policy, MultifurcationRewardModel)
+    ]  # fmt: skip
+    (policy, scaled_policy), (mrm, scaled_mrm) = models
+    on_a_gpu(monkeypatch)
+    assert why_not_captured(ModelPair(policy, mrm), CONFIG) is None
+    for pair, name in (((policy, scaled_mrm), "MRM"), ((scaled_policy, mrm), "policy")):
+        assert f"the {name}'s RoPE depends on the text's length" in str(why_not_captured(ModelPair(*pair), CONFIG))
+
+
+def test_fp8_caches_that_only_the_reference_reads_are_not_captured(monkeypatch) -> None:
+    pair = Policy(tiny.model()), MultifurcationRewardModel(tiny.model(seed=1))
+    on_a_gpu(monkeypatch)
+    serving = {"name": "cuda"}
+    monkeypatch.setattr(captured_step.backends, "chosen", lambda *asked: serving["name"])
+    monkeypatch.setattr(captured_step, "FP8", pair[1].kv.k.dtype)  # as if the caches were in it
+    assert why_not_captured(ModelPair(*pair), CONFIG) is None
+    serving["name"] = "reference"
+    assert "no kernel here reads fp8 caches" in str(why_not_captured(ModelPair(*pair), CONFIG))
 
 
 def test_a_capture_that_fails_says_why_and_leaves_the_stream(monkeypatch) -> None:
@@ -162,8 +188,12 @@ def test_a_capture_that_fails_says_why_and_leaves_the_stream(monkeypatch) -> Non
             raise RuntimeError("operation failed due to a previous error during capture")
 
     def body() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise KeyError("on the way to what is refused")
+        except KeyError:
+            raise failure  # noqa: B904 (another error is its context)
 
+    failure: BaseException = RuntimeError("operation not permitted when stream is capturing")
     now = ["own"]
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Failing)
@@ -172,6 +202,33 @@ def test_a_capture_that_fails_says_why_and_leaves_the_stream(monkeypatch) -> Non
     with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
         cuda_graph.capture_on_gpu(body)
     assert now == ["own", "capturing", "own"]
+    failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        cuda_graph.capture_on_gpu(body)
+    assert now[-1] == "own"
+
+
+def test_one_capture_at_a_time(monkeypatch) -> None:
+    """PyTorch has one stream for all captures: a second thread waits, with a step before its capture as well."""
+    running, most = [], []
+
+    def body() -> None:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    before = functools.partial(cuda_graph.run_before_capture, body, torch.device("cpu"))
+    within = functools.partial(cuda_graph.capture_on_gpu, body)
+    threads = [threading.Thread(target=target) for target in 3 * [before, within]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
 
 
 class Streams:
@@ -209,14 +266,16 @@ def test_two_calls_at_once(monkeypatch) -> None:
     ]  # fmt: skip
     assert cuda_graph.at_once(streams.second, *calls) == ["policy", "MRM"] and streams.calls == order
 
-    def out_of_memory() -> None:
-        raise torch.OutOfMemoryError("no room")
+    def fail(error: BaseException) -> None:
+        raise error
 
-    for failing in ((out_of_memory, calls[1]), (calls[0], out_of_memory)):
-        streams.calls.clear()
-        with pytest.raises(torch.OutOfMemoryError, match="no room"):
-            cuda_graph.at_once(streams.second, *failing)
-        assert streams.calls == [order[0], *[order[1]] * (failing[1] is calls[1]), order[3]]
+    for error in (torch.OutOfMemoryError(), KeyboardInterrupt()):
+        failing = functools.partial(fail, error)
+        for pair in ((failing, calls[1]), (calls[0], failing)):
+            streams.calls.clear()
+            with pytest.raises(type(error)):
+                cuda_graph.at_once(streams.second, *pair)
+            assert streams.calls == [order[0], *[order[1]] * (pair[1] is calls[1]), order[3]]
 
     streams.calls.clear()
     assert cuda_graph.at_once(None, *calls) == ["policy", "MRM"]
@@ -225,10 +284,13 @@ def test_two_calls_at_once(monkeypatch) -> None:
 
 def test_policy_and_mrm_run_at_once_in_a_captured_step(monkeypatch) -> None:
     policy, mrm = tiny.pair(1)
+    """Each forest has a stream of its own for that: several threads may search with the same models."""
     forks: list[list[str]] = []
+    sides: list[object] = []
 
-    def at_once(side: None, on_main: Callable[[], Tensor], on_side: Callable[[], Tensor]) -> list[Tensor]:
+    def at_once(side: object, on_main: Callable[[], Tensor], on_side: Callable[[], Tensor]) -> list[Tensor]:
         forks.append([])
+        sides.append(side)
         return [on_main(), on_side()]
 
     for model, name in ((policy, "policy"), (mrm, "MRM")):
@@ -241,6 +303,16 @@ def test_policy_and_mrm_run_at_once_in_a_captured_step(monkeypatch) -> None:
 
         monkeypatch.setattr(model, "output", noted)
     monkeypatch.setattr(model_pair, "at_once", at_once)
+    monkeypatch.setattr(static_forest, "side_stream", lambda device: object())
     config = replace(CONFIG, width=2, max_new_tokens=3)
     make(monkeypatch, None, policy, mrm, config).search(REQUESTS[:1])
-    assert forks == [["policy", "MRM"]] * len(forks) and len(forks) >= 2
+    assert forks == [["policy", "MRM"]] * len(forks) and len(forks) >= 2 and set(sides) == {sides[0]} != {None}
+    forks.clear()
+    make(monkeypatch, None, policy, mrm, config).search(REQUESTS[:1])
+    assert sides[-1] is not sides[0]
+
+
+def test_there_is_a_second_stream_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    assert cuda_graph.side_stream(torch.device("cuda", 1)) == "a stream of cuda:1"
+    assert cuda_graph.side_stream(torch.device("cpu")) is None

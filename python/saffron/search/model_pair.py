@@ -35,7 +35,6 @@ class ModelPair:
         expect("mrm", mrm, MultifurcationRewardModel)
         self.policy, self.mrm = policy, mrm
         self.same, self.vocab_size = same_tokens(policy, mrm), policy.vocab_size
-        self._side = torch.cuda.Stream(policy.device) if policy.device.type == "cuda" else None
         self.head(True)
 
     @property
@@ -50,14 +49,16 @@ class ModelPair:
             return [policy_step(), mrm_step()]
         return self.trunk.together(self.policy, self.mrm, policy_step, mrm_step)
 
-    def outputs(self, tokens: Tensor, policy_step: TrieStep, mrm_step: TrieStep) -> list[Tensor]:
+    def outputs(
+        self, tokens: Tensor, policy_step: TrieStep, mrm_step: TrieStep, side: torch.cuda.Stream | None
+    ) -> list[Tensor]:
         """What both models say of all rows of their steps, at once; `tokens [2, rows]`: the policy's, the MRM's."""
         keep, steps = torch.arange(tokens.shape[1], device=tokens.device), (policy_step, mrm_step)
         if self.trunk is not None:
             return self.trunk.outputs(self.mrm.model, [*tokens], JointStep(steps), [keep, keep])
         policy, mrm = (partial(model.output, t[None], step, keep)
                        for model, t, step in zip((self.policy, self.mrm), tokens, steps, strict=True))  # fmt: skip
-        return at_once(self._side, policy, mrm)
+        return at_once(side, policy, mrm)
 
     def head(self, trained_bias: bool) -> Head:
         """The MRM's head by the policy's token ids, with the weights that it has now."""

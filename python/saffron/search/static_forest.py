@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saffron.errors import ConfigError, reason
 from saffron.models.attention import TrieStep
-from saffron.models.cuda_graph import Replay
+from saffron.models.cuda_graph import Replay, run_before_capture, side_stream
 from saffron.models.trie_model import Index, TrieModel
 from saffron.search.config import SearchConfig
 from saffron.search.handle import Handle
@@ -140,6 +140,7 @@ class StaticForest:
         self._capture, self._warm = capture, False
         self._replay: Replay | None = None
         device = models.policy.device
+        self._side = side_stream(device)
 
         def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -240,13 +241,14 @@ class StaticForest:
         self._step.zero_()
 
         def body() -> None:
-            self._choose(*self._models.outputs(self._tokens.long(), self.policy.step(length), self.mrm.step(length)))
+            tokens, steps = self._tokens.long(), (self.policy.step(length), self.mrm.step(length))
+            self._choose(*self._models.outputs(tokens, *steps, self._side))
 
         for _ in range(steps):
             if self._replay is not None:
                 self._replay()
             elif self._capture is None or not self._warm:
-                body()  # once as it is: what is made at a first call must not be made within a capture
+                run_before_capture(body, self._tokens.device)
                 self._warm = True
             else:
                 try:
