@@ -82,8 +82,9 @@ def specialisation(kernel: object, arguments: tuple[object, ...], options: dict[
     return (*key, *sorted((name, str(x)) for name, x in options.items()))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3"])  # interpreted, each architecture takes half a minute
-def test_triton_kernels_are_specialised_before(architecture, monkeypatch) -> None:
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> set[object]:
+    """The specialisations of Triton's kernels that a test meets."""
     pytest.importorskip("triton")
     from saffron_kernels.backends.triton import launch as launches
 
@@ -100,6 +101,23 @@ def test_triton_kernels_are_specialised_before(architecture, monkeypatch) -> Non
         ours = name.startswith("saffron_kernels.backends.triton") and isinstance(module, ModuleType)
         if ours and getattr(module, "launch", None) is original:
             monkeypatch.setattr(module, "launch", noted)
+    return met
+
+
+def test_sizes_that_change_within_a_search_do_not_specialise(met) -> None:
+    """1 and multiples of 16 would."""
+    from saffron_kernels.backends import triton
+
+    for tokens, queries, new in ((16, 2, 1), (17, 16, 16), (1, 1, 3), (48, 5, 2)):
+        begin = torch.zeros(tokens, dtype=torch.int32)
+        slots = torch.arange(new, dtype=torch.int32)
+        parents = slots.clamp(max=queries - 1)
+        triton.advance_tree(begin, begin, begin + queries, parents, slots, queries, None)
+    assert len(met) == 1
+
+
+@pytest.mark.parametrize("architecture", ["qwen3"])  # interpreted, each architecture takes half a minute
+def test_triton_kernels_are_specialised_before(architecture, met, monkeypatch) -> None:
     schemas.forget_choices()
     with use_backend("triton"):
         found = first_met_within_a_capture(monkeypatch, architecture, lambda: met, prompts=1)
