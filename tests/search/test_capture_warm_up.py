@@ -104,7 +104,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> set[object]:
     return met
 
 
-def test_sizes_that_change_within_a_search_do_not_specialise(met) -> None:
+def test_sizes_do_not_specialise_triton_kernels(met) -> None:
     """1 and multiples of 16 would."""
     from saffron_kernels.backends import triton
 
