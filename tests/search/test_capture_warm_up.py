@@ -301,8 +301,8 @@ def test_two_calls_at_once(monkeypatch) -> None:
 
 
 def test_policy_and_mrm_run_at_once_in_a_captured_step(monkeypatch) -> None:
-    policy, mrm = tiny.pair(1)
     """Each forest has a stream of its own for that: several threads may search with the same models."""
+    policy, mrm = tiny.pair(1)
     forks: list[list[str]] = []
     sides: list[object] = []
 

@@ -171,12 +171,15 @@ SAFFRON_INLINE Vec exp2(Vec x) {
 // registers, so that few terms make the third.
 #if defined(__AVX512F__)
 constexpr int kPartBits = 5;
+constexpr double kPartStep = 1.0218971486541166;               // 2^(1 / 32)
 constexpr float kRestTerm[] = {0.2402265f, 0.69315733f, 1.f};  // right to 5e-8 up to 1/64
 #elif defined(__AVX2__)
 constexpr int kPartBits = 3;
+constexpr double kPartStep = 1.0905077326652577;                              // 2^(1 / 8)
 constexpr float kRestTerm[] = {5.549622e-2f, 0.24025763f, 0.69314721f, 1.f};  // 3e-8, 1/16
 #else
 constexpr int kPartBits = 0;
+constexpr double kPartStep = 2;
 constexpr float kRestTerm[] = {1.3264727e-3f, 9.6715126e-3f, 5.5507337e-2f,
                                2.4022242e-1f, 6.9314698e-1f, 1.f};  // 1e-7, 1/2
 #endif
@@ -186,17 +189,11 @@ constexpr int kParts = 1 << kPartBits;
 struct PartBits {
   uint32_t of[kParts] = {};
   constexpr PartBits() {
-    constexpr double kStep[] = {2.,
-                                1.4142135623730951,
-                                1.189207115002721,
-                                1.0905077326652577,
-                                1.0442737824274138,
-                                1.0218971486541166};  // 2^(1 / kParts)
     double power = 1;
     for (uint32_t part = 0; part < kParts; ++part) {
       of[part] =
           __builtin_bit_cast(uint32_t, static_cast<float>(power)) - (part << (23 - kPartBits));
-      power *= kStep[kPartBits];
+      power *= kPartStep;
     }
   }
 };
